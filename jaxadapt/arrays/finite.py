@@ -45,6 +45,12 @@ def names_not_finite(arrays: Mapping[str, Any]) -> list[str]:
         return [name for name, ok in finite.items() if not bool(ok)]
 
 
+def require_finite(arrays: Mapping[str, Any], way_out: str, source: str = "") -> None:
+    """Raise `MismatchError` for arrays that hold a NaN or an infinity; `source` stands before the message."""
+    if names := names_not_finite(arrays):
+        raise MismatchError(f"{source}{not_finite_message(names, way_out)}")
+
+
 def is_finite(x: np.ndarray) -> bool:
     """Return True if an array on the host holds neither NaN nor infinity."""
     flat, infinity, largest = x.ravel(order="K"), _INFINITY.get(x.dtype), np.maximum.reduce

@@ -75,11 +75,6 @@ def resize_files(
         raise FileError(f"{place}: has an adapter already; choose another path, or delete the old adapter")
     with reporter(progress) as report, formats.open_place(formats.look(adapter, report)) as origin:
         tensors = folder.in_memory(origin.tensors, report)
-        if tensors.config.get("target_parameters"):
-            raise ConfigError(
-                f"{tensors.source}: cannot resize the files of an adapter with target_parameters, because they do not"
-                " contain the layout of these parameters; load it into its model and use jaxadapt.merging.resize_rank"
-            )
         lora.require_original_base(tensors.config, tensors.source)
         if reasons := lora.reasons_not_a_product(tensors.config):
             raise ConfigError(
@@ -87,17 +82,13 @@ def resize_files(
                 f" {', '.join(reasons)}. If it changes weights only, `jaxadapt export ADAPTER --rank R --base BASE`"
                 " writes the nearest LoRA; else merge it (`jaxadapt merge`)"
             )
-        _refuse_not_finite(tensors, "resize a finite adapter, such as an earlier step")
+        label = f"{tensors.source}: "
+        finite.require_finite(tensors.tensors, "resize a finite adapter, such as an earlier step", label)
         resized, error = combination.resize_plain(tensors, r)
-        result = _kept(resized, tensors)
-        _refuse_not_finite(result, f"at rank {r} its changes overflow float32; scale the adapter down")
-        conversion.write_like(result, out, origin, dtype, report)
+        way_out = f"at rank {r} its changes overflow float32; scale the adapter down"
+        finite.require_finite(resized.tensors, way_out, label)
+        conversion.write_like(_kept(resized, tensors), out, origin, dtype, report)
         return error
-
-
-def _refuse_not_finite(tensors: PeftTensors, way_out: str) -> None:
-    if names := finite.names_not_finite(tensors.tensors):
-        raise MismatchError(f"{tensors.source}: {finite.not_finite_message(names, way_out)}")
 
 
 def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = None) -> PeftTensors:
@@ -156,8 +147,17 @@ def rename_files(
                 else f"the names are those of {base} already"
             )
             raise MismatchError(f"{tensors.source}: {why}; nothing to rename")
-        result = _renamed(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
-        conversion.write_like(result, out, origin, None, report)
+        prefixed = {PEFT_PREFIX + name: PEFT_PREFIX + to for name, to in changed.items()}
+        keys = {key: _rename(key, prefixed) for key in tensors.tensors}
+        raise_listed(
+            MismatchError,
+            f"{tensors.source}: several tensors would get each of these names; choose another beginning:",
+            paths.repeated(keys.values()),
+        )
+        all_names = {name: names.get(name, name) for name in modules}
+        config = _renamed_config(tensors, changed, all_names, (old or "", new))
+        renamed = rename(as_source(tensors.tensors), {to: key for key, to in keys.items()})
+        conversion.write_like(PeftTensors(config, renamed, tensors.source), out, origin, None, report)
         return changed
 
 
@@ -180,23 +180,6 @@ def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterabl
         if (names := verify_folder.names_in_base(each, shapes)) is not None:
             return names
     raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(in_files))
-
-
-def _renamed(
-    tensors: PeftTensors,
-    changed: Mapping[str, str],
-    modules: Mapping[str, str],
-    beginning: tuple[str, str],
-) -> PeftTensors:
-    keys: dict[str, str] = {}
-    for key in tensors.tensors:
-        has_module = key.startswith(PEFT_PREFIX)
-        renamed = f"{PEFT_PREFIX}{_rename(key.removeprefix(PEFT_PREFIX), changed)}" if has_module else key
-        if renamed in keys:
-            raise MismatchError(f"{tensors.source}: {key} and {keys[renamed]} would both be called {renamed}")
-        keys[renamed] = key
-    source = rename(as_source(tensors.tensors), keys)
-    return PeftTensors(_renamed_config(tensors, changed, modules, beginning), source, tensors.source)
 
 
 def _rename(name: str, changed: Mapping[str, str]) -> str:

@@ -185,9 +185,10 @@ def export_base(
     def not_finite_error(keys: list[str]) -> MismatchError:
         return MismatchError(f"{target}: {finite.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
 
-    refuse = not_finite_error if strict else None
     with reporter(progress) as report, name_donated_arrays(leaves):
-        total = write_folder(target, specs, read, refuse, max_shard_size, other_files, "export", report)
+        total = write_folder(
+            target, specs, read, not_finite_error if strict else None, max_shard_size, other_files, "export", report
+        )
     # With a KeyMap of the caller's, the names may be those of any program.
     if not isinstance(keymap, KeyMap) and not location.exists(target / hf_model.CONFIG):
         warn(

@@ -282,8 +282,8 @@ def convert(
     """
     options = options or TreeOptions()
     is_adapter = _is_adapter_file(source)
-    from_tree = _is_single(source) and not is_adapter
-    to_tree = _is_single(target) and not is_adapter and format not in FILES
+    from_tree = location.to_location(source).suffix == ".safetensors" and not is_adapter
+    to_tree = location.to_location(target).suffix == ".safetensors" and not is_adapter and format not in FILES
     if not from_tree and not to_tree:
         if options.like is not None or options.sizes:
             raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
@@ -325,14 +325,11 @@ def _convert_layout(
     return ConvertedFile(os.fspath(target), number, None, config.r, config.lora_alpha)
 
 
-def _is_single(path: str | os.PathLike[str]) -> bool:
-    return location.to_location(path).suffix == ".safetensors"
-
-
 def _is_adapter_file(path: str | os.PathLike[str]) -> bool:
     """Return True for one file with an adapter of a format, in place of a tree."""
     place = location.to_location(path)
-    return _is_single(path) and location.is_file(place) and formats.find(Place(path, place, None)) is not None
+    is_single = place.suffix == ".safetensors" and location.is_file(place)
+    return is_single and formats.find(Place(path, place, None)) is not None
 
 
 def _under_other_names(tensors: PeftTensors, options: TreeOptions, from_tree: bool) -> PeftTensors:
@@ -490,15 +487,15 @@ def _target_dialect(keymap: KeyMap, name: str | None) -> Dialect:
 def _lora_pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
     """Return `{module: (A, B)}`; raise `KeyMapError` for all other tensors."""
     pairs, arrays = lora_pairs(tensors.tensors), tensors.tensors
-    known = {key for keys in pairs.values() for key in keys.values() if key.endswith(".weight")}
+    known = {key for keys in pairs.values() for key in keys if key.endswith(".weight")}
     problems = [key for key in arrays if key not in known]
-    problems += [f"{module}: A or B is missing" for module, keys in pairs.items() if len(keys) < 2]
+    problems += [f"{module}: A or B is missing" for module, keys in pairs.items() if "" in keys]
     raise_listed(
         KeyMapError,
         f"{tensors.source}: cannot convert these tensors; a tree holds only pairs of LoRA's A and B:",
         problems,
     )
-    return {module: (arrays[keys["A"]], arrays[keys["B"]]) for module, keys in pairs.items()}
+    return {module: (arrays[keys.a], arrays[keys.b]) for module, keys in pairs.items()}
 
 
 def _base_shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:

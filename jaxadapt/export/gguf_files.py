@@ -244,8 +244,7 @@ class File:
 
     def value(self, name: str, default: Any = None) -> Any:
         """Return the value of a field, or the default."""
-        field = self.fields.get(name)
-        return default if field is None else field.value
+        return self.fields[name].value if name in self.fields else default
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor in float32. Raises `FormatError` for a type that the package cannot read."""
@@ -391,8 +390,7 @@ class Base:
 
     def head_count(self, kind: str) -> int | None:
         """Return the number of heads whose rows are reordered in tensors of a kind; None if they are not."""
-        counts = {"ATTN_Q": self.heads, "ATTN_K": self.kv_heads} if self.architecture.interleaves else {}
-        return counts.get(kind)
+        return {"ATTN_Q": self.heads, "ATTN_K": self.kv_heads}.get(kind) if self.architecture.interleaves else None
 
 
 def read_base(path: Any) -> Base:
@@ -608,8 +606,8 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, t
     problems: list[str] = []
     for module, keys in lora_pairs(arrays).items():
         kind, name = name_of(f"{module.replace('language_model.', '')}.weight") or ("", "")
-        is_table = "lora_embedding" in keys["A"]
-        a, b = (arrays.specs[keys[side]].shape for side in "AB")
+        is_table = "lora_embedding" in keys.a
+        a, b = (arrays.specs[key].shape for key in keys)
         heads = base.head_count(kind)
         if not name:
             problems.append(f"{module}: {base.architecture.name} has no such tensor in GGUF")
@@ -622,7 +620,7 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, t
         elif heads is not None and b[0] % (2 * heads):
             problems.append(f"{module}: expected rows for {heads} heads ({base.source}), found {b[0]}")
         else:
-            plan |= {f"{name}.lora_a": (keys["A"], None, is_table), f"{name}.lora_b": (keys["B"], heads, False)}
+            plan |= {f"{name}.lora_a": (keys.a, None, is_table), f"{name}.lora_b": (keys.b, heads, False)}
     advice = lora.merge_advice(tensors.config)
     raise_listed(MismatchError, f"{tensors.source}: llama.cpp has no form for these modules; {advice}:", problems)
     return plan

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -33,7 +33,7 @@ from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
-from jaxadapt.core.progress import LOGGER, Progress, reporter
+from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.export import base_files, conversion, gguf_files
 from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -80,15 +80,16 @@ def untie_base(
     Raises:
         MismatchError: the folder does not state whether the two are tied, or the head's name is unknown.
     """
-    adapter_names = _adapter_names(base_tensors.shapes, adapter)
+    adapted = pytorch.adapted_shapes(as_source(adapter.tensors).shapes)
+    adapter_names = _adapter_names(base_tensors.shapes, adapted)
     known = _find_group(adapter_names)
     if known is None:
-        return _without_group(base_tensors, path, adapter, adapter_names)
+        return _without_group(base_tensors, path, adapter, adapted, adapter_names)
     group, names = known
     file_keys = {name: key for key, name in adapter_names.items()}
     without_head = tuple(pair for pair in group if pair[0] not in file_keys)
     pairs = [pair for pair in group if pair[0].endswith(".weight")]
-    changed, rows = _changed_weights(adapter, pairs)
+    changed, rows = _changed_weights(adapter, adapted, pairs)
     if not changed and rows.isdisjoint(dict(pairs).values()):
         return UntiedBase(base_tensors, without_head)
     tied = hf_model.read_tied(path) if ties_head is None else ties_head
@@ -191,18 +192,26 @@ _PROBLEMS: Mapping[str, _Problem] = {
 """{outcome: the reason, from config.json, the pairs of head and embedding, and the first pair that differs}."""
 
 
-def _adapter_names(shapes: Mapping[str, tuple[int, ...]], adapter: PeftTensors) -> dict[str, str]:
-    """Return `{key in the folder: the adapter's name for it}`."""
+def _adapter_names(shapes: Mapping[str, tuple[int, ...]], adapted: Iterable[str]) -> dict[str, str]:
+    """Return `{key in the folder: the adapter's name for it}`, from the modules that the adapter adapts."""
     heads = {head for group, _ in _groups() for head, _ in group}
-    adapted = pytorch.adapted_shapes(as_source(adapter.tensors).shapes)
     return pytorch.match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
 
 
 def _without_group(
-    base_tensors: TensorSource, path: location.Location, adapter: PeftTensors, adapter_names: Mapping[str, str]
+    base_tensors: TensorSource,
+    path: location.Location,
+    adapter: PeftTensors,
+    adapted: Mapping[str, Collection[str]],
+    adapter_names: Mapping[str, str],
 ) -> UntiedBase:
-    """Return the tensors of a model whose tied weights no family names."""
-    adapted = pytorch.adapted_shapes(as_source(adapter.tensors).shapes)
+    """Return the tensors of a model whose tied weights no family names.
+
+    Args:
+        path: the model's config.json.
+        adapted: `{module: names of its tensors}` of the adapter.
+        adapter_names: `{key in the folder: the adapter's name for it}`.
+    """
     lookups = [module for module, names in adapted.items() if "lora_embedding_A" in names]
     if adapter.config.get("ensure_weight_tying"):
         missing = [f"{module}.weight" for module in adapted if f"{module}.weight" not in adapter_names.values()]
@@ -213,11 +222,46 @@ def _without_group(
     return UntiedBase(base_tensors)
 
 
-def _changed_weights(adapter: PeftTensors, pairs: Pairs | Sequence[tuple[str, str]]) -> tuple[set[str], set[str]]:
+def _refuse_unknown_head(
+    adapter: PeftTensors, path: location.Location, shapes: Mapping[str, Sequence[int]], lookups: Sequence[str]
+) -> None:
+    """Raise `MismatchError` if an adapted embedding may be tied to a head of unknown name.
+
+    Args:
+        adapter: the adapter to merge.
+        path: the model's config.json.
+        shapes: the shapes of the folder's tensors, by the adapter's names.
+        lookups: the modules that the adapter changes as embeddings.
+    """
+    saved = [
+        module
+        for key, shape in shapes.items()
+        if len(shape) == 2
+        and (module := key.removesuffix(".weight")).rpartition(".")[2] in sites.INPUTS
+        and matching.is_saved(adapter.config, module)
+    ]
+    embeddings = [f"{module}.weight" for module in (*lookups, *saved) if f"{module}.weight" in shapes]
+    unresolved = [
+        key
+        for key in embeddings
+        if not any(shapes[key][0] in shape and len(shape) == 2 for other, shape in shapes.items() if other != key)
+    ]
+    if unresolved and hf_model.read_tied(path) is not False:
+        raise MismatchError(
+            f"{adapter.source}: cannot merge changes of a token embedding, because it may be tied to the head"
+            f" ({hf_model.TIE_FIELD} in {path}) and the name of this model's head is unknown:\n"
+            + paths.bullets(unresolved)
+            + "\nAdd a tensor for the head to the base (a copy of the embedding), set"
+            f" {hf_model.TIE_FIELD} to false and merge"
+        )
+
+
+def _changed_weights(
+    adapter: PeftTensors, adapted: Collection[str], pairs: Sequence[tuple[str, str]]
+) -> tuple[set[str], set[str]]:
     """Return the heads and embeddings that an adapter changes, and the weights whose rows it changes."""
-    shapes = as_source(adapter.tensors).shapes
-    adapted, saved = pytorch.adapted_shapes(shapes), {key.removeprefix(PEFT_PREFIX) for key in shapes}
-    rows = {f"{module}.weight" for module in pytorch.token_row_modules(shapes)}
+    saved = {key.removeprefix(PEFT_PREFIX) for key in adapter.tensors}
+    rows = {f"{module}.weight" for module in pytorch.token_row_modules(adapter.tensors)}
     changed = {
         key
         for pair in pairs
@@ -294,40 +338,6 @@ def _is_headless(path: location.Location) -> bool:
     )
 
 
-def _refuse_unknown_head(
-    adapter: PeftTensors, path: location.Location, shapes: Mapping[str, Sequence[int]], lookups: Sequence[str]
-) -> None:
-    """Raise `MismatchError` if an adapted embedding may be tied to a head of unknown name.
-
-    Args:
-        adapter: the adapter to merge.
-        path: the model's config.json.
-        shapes: the shapes of the folder's tensors, by the adapter's names.
-        lookups: the modules that the adapter changes as embeddings.
-    """
-    saved = [
-        module
-        for key, shape in shapes.items()
-        if len(shape) == 2
-        and (module := key.removesuffix(".weight")).rpartition(".")[2] in sites.INPUTS
-        and matching.is_saved(adapter.config, module)
-    ]
-    embeddings = [f"{module}.weight" for module in (*lookups, *saved) if f"{module}.weight" in shapes]
-    unresolved = [
-        key
-        for key in embeddings
-        if not any(shapes[key][0] in shape and len(shape) == 2 for other, shape in shapes.items() if other != key)
-    ]
-    if unresolved and hf_model.read_tied(path) is not False:
-        raise MismatchError(
-            f"{adapter.source}: cannot merge changes of a token embedding, because it may be tied to the head"
-            f" ({hf_model.TIE_FIELD} in {path}) and the name of this model's head is unknown:\n"
-            + paths.bullets(unresolved)
-            + "\nAdd a tensor for the head to the base (a copy of the embedding), set"
-            f" {hf_model.TIE_FIELD} to false and merge"
-        )
-
-
 # ---------------------------------------------------------------- merge
 
 
@@ -386,10 +396,7 @@ def merge_folder(
         )
     with reporter(progress) as report, hf_model.open_model(source) as base_tensors:
         hf_model.refuse_packed(base_tensors)
-        tensors = folder.read(adapter, progress=report)
-        if not allow_nan:
-            refuse_nan([tensors], "merge")
-        warn_of_another_base(base_tensors, tensors)
+        tensors = _read_adapter(adapter, base_tensors, allow_nan, report)
         plan = plan_merge(base_tensors, base_folder / "config.json", tensors)
         file_dtype = None if dtype is None else float_dtype(dtype)
         specs = {
@@ -457,7 +464,11 @@ def plan_merge(
         AdapterError: the adapter does not fit.
     """
     advice = "call jaxadapt.export.export_base(model, folder, adapter), which merges it into a model in memory"
-    _require_modules(tensors, "merge", advice)
+    if tensors.config.get("target_parameters"):
+        raise ConfigError(
+            f"{tensors.source}: cannot merge the files of an adapter with target_parameters, because they do not"
+            f" contain the layout of these parameters in the model; {advice}"
+        )
     if tensors.config.get("layer_replication"):
         raise ConfigError(
             f"{tensors.source}: cannot merge an adapter that repeats layers of its base (layer_replication),"
@@ -521,11 +532,8 @@ def merge_gguf(
     tensors = gguf_files.GgufTensors(file, gguf_files.gguf_base(file))
     kind = _matrix_kind(file, dtype)
     with reporter(progress) as report:
-        peft_tensors = folder.read(adapter, progress=report)
-        if not allow_nan:
-            refuse_nan([peft_tensors], "merge")
-        if {tensor.kind for tensor in file.tensors.values()} <= _FLOATS:
-            warn_of_another_base(tensors, peft_tensors)
+        is_exact = {tensor.kind for tensor in file.tensors.values()} <= _FLOATS
+        peft_tensors = _read_adapter(adapter, tensors if is_exact else None, allow_nan, report)
         plan = plan_merge(tensors, source, peft_tensors, tensors.base.tied)
         keys = {name: key for key, name in tensors.names.items()}
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
@@ -609,28 +617,19 @@ def combine_folders(
         tensors = [folder.in_memory(each.tensors, report) for each in opened]
         if not allow_nan:
             refuse_nan(tensors, "combine")
-        combined = _replace_base(_combine_tensors(tensors, weights, resize, options), tensors)
+        if combination.summed_type(each.config for each in tensors) is not None and resize is not None:
+            raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
+        for each in tensors:
+            lora.require_original_base(each.config, each.source)
+        combined = combination.combine_plain(tensors, weights, combination.Options(**options))
+        if resize is not None:
+            combined, _ = combination.resize_plain(combined, resize)
+        combined = _replace_base(combined, tensors)
         if not allow_nan:
             refuse_nan([dataclasses.replace(combined, source=f"{os.fspath(out)}, the result")], "combine")
         conversion.refuse_same(adapters[0], out)
         conversion.write_like(combined, out, opened[0], dtype, report)
         return combined
-
-
-def _combine_tensors(
-    tensors: Sequence[PeftTensors],
-    weights: Sequence[float],
-    resize: int | None,
-    options: dict[str, Any],
-) -> PeftTensors:
-    for adapter in tensors:
-        _require_modules(adapter, "combine", "use jaxadapt.combine with adapters of a model, or from_peft(…, base)")
-    if combination.summed_type(adapter.config for adapter in tensors) is not None and resize is not None:
-        raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
-    for adapter in tensors:
-        lora.require_original_base(adapter.config, adapter.source)
-    combined = combination.combine_plain(tensors, weights, combination.Options(**options))
-    return combined if resize is None else combination.resize_plain(combined, resize)[0]
 
 
 def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> PeftTensors:
@@ -661,29 +660,30 @@ def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerpr
     return common if all(adapter.fingerprint for adapter in adapters) else None
 
 
-def warn_of_another_base(base: TensorSource, tensors: PeftTensors) -> None:
-    """Warn if an adapter was trained on another base, as far as the fingerprint in its file tells. Reads 8 weights."""
+def _read_adapter(
+    path: str | os.PathLike[str], base: TensorSource | None, allow_nan: bool, report: Report
+) -> PeftTensors:
+    """Read the adapter to merge. Warn if it was trained on another base, as far as the fingerprint in its file tells.
+
+    Of `base`, 8 weights are read; None for quantized weights, whose values differ.
+    """
+    tensors = folder.read(path, progress=report)
+    if not allow_nan:
+        refuse_nan([tensors], "merge")
     stored = tensors.fingerprint or {}
-    names = verify_folder.weight_names(stored, base.shapes) or {}
-    parts = [fingerprint.of_file(as_source({name: base[name]}), {key: name}) for key, name in names.items()]
-    if parts and None not in parts:
-        fingerprint.check(
-            stored, {k: x for part in parts for k, x in (part or {}).items()}, tensors.source, strict=False
-        )
+    if base is not None:
+        names = verify_folder.weight_names(stored, base.shapes) or {}
+        parts = [fingerprint.of_file(as_source({name: base[name]}), {key: name}) for key, name in names.items()]
+        if parts and None not in parts:
+            found = {k: x for part in parts for k, x in (part or {}).items()}
+            fingerprint.check(stored, found, tensors.source, strict=False)
+    return tensors
 
 
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
-    names = [f"{adapter.source}: {key}" for adapter in adapters for key in finite.names_not_finite(adapter.tensors)]
-    if names:
-        raise MismatchError(finite.not_finite_message(names, _ALLOW.format(command)))
-
-
-def _require_modules(tensors: PeftTensors, verb: str, advice: str) -> None:
-    if tensors.config.get("target_parameters"):
-        raise ConfigError(
-            f"{tensors.source}: cannot {verb} the files of an adapter with target_parameters, because they do not"
-            f" contain the layout of these parameters in the model; {advice}"
-        )
+    """Raise `MismatchError` if an adapter holds a NaN or an infinity."""
+    arrays = {f"{each.source}: {key}": x for each in adapters for key, x in each.tensors.items()}
+    finite.require_finite(arrays, _ALLOW.format(command))
 
 
 def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) -> dict[str, Any]:

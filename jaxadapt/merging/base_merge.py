@@ -387,8 +387,7 @@ def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]
         f"adapter: {paths.join(leaf, name)}": x for leaf, site in adapter.sites.items() for name, x in site.items()
     }
     arrays |= {f"base: {leaf}": base[leaf] for leaf in changed}
-    if not_finite := finite.names_not_finite(arrays):
-        raise MismatchError(finite.not_finite_message(not_finite, "allow_nan=True merges them nevertheless"))
+    finite.require_finite(arrays, "allow_nan=True merges them nevertheless")
 
 
 def _check_finite(values: Mapping[str, Callable[[], Any]]) -> None:

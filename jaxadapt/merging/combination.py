@@ -291,7 +291,12 @@ def _sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any],
 
 def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: Options) -> None:
     """Raise one `ConfigError` that lists all invalid arguments and adapters."""
-    problems = [*_option_problems(options, len(adapters)), *_weight_problems(weights, len(adapters))]
+    problems = _argument_problems(options, len(weights), len(adapters))
+    problems += [
+        f"weights: expected finite numbers, found {w!r}"
+        for w in weights
+        if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))
+    ]
     known = {i: each.config for i, each in enumerate(adapters) if isinstance(each, Adapter | PeftTensors)}
     is_summed = summed_type(known.values()) is not None
     for i, adapter in enumerate(adapters):
@@ -306,19 +311,19 @@ def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: O
     raise_listed(ConfigError, "cannot combine these adapters:", problems, limit=16)
 
 
-def _weight_problems(weights: Sequence[Any], count: int) -> list[str]:
-    invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
-    problems = [] if count else ["adapters: expected at least one"]
-    if len(weights) != count:
-        problems.append(f"weights: expected one for each of the {count} adapters, found {len(weights)}")
-    return problems + [f"weights: expected finite numbers, found {w!r}" for w in invalid]
-
-
-def _option_problems(options: Options, count: int) -> list[str]:
+def _argument_problems(options: Options, weights: int, count: int) -> list[str]:
+    """Return the problems of the options, and of the numbers of weights and of adapters."""
     method, svd_rank, density, signs, key, masks = options
     is_svd, prunes = method.endswith("svd"), method.startswith(_PRUNING)
     is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
     is_rank = svd_rank is None or (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0)
+    trees = count if masks is None else len(masks)
+    dare_rules = (
+        (density == 0, "density: DARE divides by it, so it cannot be 0"),
+        ((key is None) == (masks is None), f"method {method!r} needs key= (a JAX random key) or masks=, and not both"),
+        (trees != count, f"masks: expected one tree for each of the {count} adapters, found {trees}"),
+    )
+    useless = f"key and masks are for DARE; they have no effect with method {method!r}"
     rules = (
         (method not in METHODS, f"method: expected one of {', '.join(METHODS)}, found {method!r}"),
         (svd_rank is not None and not is_svd, f"svd_rank={svd_rank!r}: has no effect with method {method!r}"),
@@ -333,20 +338,10 @@ def _option_problems(options: Options, count: int) -> list[str]:
             signs == "frequency" and "ties" not in method,
             f"majority_sign_method={signs!r}: has no effect with method {method!r}",
         ),
+        *(dare_rules if method.startswith("dare") else [(not (key is None and masks is None), useless)]),
+        (count == 0, "adapters: expected at least one"),
+        (weights != count, f"weights: expected one for each of the {count} adapters, found {weights}"),
     )
-    if not method.startswith("dare"):
-        useless = f"key and masks are for DARE; they have no effect with method {method!r}"
-        rules += ((not (key is None and masks is None), useless),)
-    else:
-        found = count if masks is None else len(masks)
-        rules += (
-            (density == 0, "density: DARE divides by it, so it cannot be 0"),
-            (
-                (key is None) == (masks is None),
-                f"method {method!r} needs key= (a JAX random key) or masks=, and not both",
-            ),
-            (found != count, f"masks: expected one tree for each of the {count} adapters, found {found}"),
-        )
     return [problem for applies, problem in rules if applies]
 
 

@@ -73,7 +73,7 @@ def site_keys(adapter_sites: Iterable[Site]) -> dict[str, PairKeys]:
             name, bracket, part = stem.partition("[")
             if site.method.on_parameters:  # the name in the file is that of a wrapper
                 name = f"{_WRAPPERS.sub('', name)}.{site.modules[0].rpartition('.')[2]}"
-            keys[_without_prefix(name, site) + bracket + part] = PairKeys(own["A"], own["B"])
+            keys[_without_prefix(name, site) + bracket + part] = own
     return keys
 
 
@@ -335,7 +335,9 @@ def map_equal(function: Callable[[Any, Any], Any], items: Mapping[str, tuple[Any
     for form, names in groups.items():
         trees = [items[name][1] for name in names]
         if len(names) > 1 and any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
-            results = _loop(function, form[0], trees)
+            stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
+            looped = jax.lax.map(functools.partial(function, form[0]), stacked)
+            results = [jax.tree.map(lambda x, i=i: x[i], looped) for i in range(len(names))]
         else:
             results = [_compute(function, form[0], tree) for tree in trees]
         mapped |= zip(names, results, strict=True)
@@ -345,12 +347,6 @@ def map_equal(function: Callable[[Any, Any], Any], items: Mapping[str, tuple[Any
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compute(function: Callable[[Any, Any], Any], static: Any, tree: Any) -> Any:
     return function(static, tree)
-
-
-def _loop(function: Callable[[Any, Any], Any], static: Any, trees: Sequence[Any]) -> list[Any]:
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
-    mapped = jax.lax.map(functools.partial(function, static), stacked)
-    return [jax.tree.map(lambda x, i=i: x[i], mapped) for i in range(len(trees))]
 
 
 def svd(w: Array) -> tuple[Array, Array, Array]:

@@ -44,10 +44,10 @@ _KEY = re.compile(
 
 
 class PairKeys(NamedTuple):
-    """The keys of one pair."""
+    """The keys of one pair; "" for a tensor that the file lacks."""
 
-    a: str
-    b: str
+    a: str = ""
+    b: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,20 +87,20 @@ class Pair:
         return a.reshape(-1, *ends[0]), b.reshape(b.shape[0], -1, *ends[1])
 
 
-def lora_pairs(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return `{module: {"A": key, "B": key}}` of the pairs in a file; the part of a plan's key belongs to the module.
+def lora_pairs(keys: Iterable[str]) -> dict[str, PairKeys]:
+    """Return `{module: keys}` of the pairs in a file; the part of a plan's key belongs to the module.
 
     >>> lora_pairs(["base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight", "base_model.model.norm"])
-    {'q': {'A': 'base_model.model.q.lora_A.weight', 'B': 'base_model.model.q.lora_B.weight'}}
+    {'q': PairKeys(a='base_model.model.q.lora_A.weight', b='base_model.model.q.lora_B.weight')}
     >>> list(lora_pairs(["base_model.model.attn.lora_A.weight[=0/3]", "base_model.model.attn.lora_B.weight[0/3]"]))
     ['attn[0/3]']
     """
-    pairs: dict[str, dict[str, str]] = {}
+    pairs: dict[str, PairKeys] = {}
     for key in keys:
         match = _KEY.fullmatch(key.removeprefix(PEFT_PREFIX))
         if match is not None:
             module = match["module"] + (f"[{match['part']}]" if match["part"] else "")
-            pairs.setdefault(module, {})[match["side"]] = key
+            pairs[module] = pairs.get(module, PairKeys())._replace(**{match["side"].lower(): key})
     return pairs
 
 
@@ -124,8 +124,8 @@ def pair_keys(tensors: PeftTensors, keep: Collection[str] = ()) -> dict[str, Pai
     """
     config, pairs = tensors.config, lora_pairs(tensors.tensors)
     assert isinstance(config, LoraConfig)
-    known = {key for keys in pairs.values() for key in keys.values()}
-    problems = [f"{module}: expected A and B, found only {next(iter(k))}" for module, k in pairs.items() if len(k) < 2]
+    known = set[str]().union(*pairs.values())
+    problems = [f"{module}: expected A and B, found only {k.a or k.b}" for module, k in pairs.items() if "" in k]
     problems += [
         f"{key}: not a tensor of a plain LoRA"
         for key in tensors.tensors
@@ -135,19 +135,13 @@ def pair_keys(tensors: PeftTensors, keep: Collection[str] = ()) -> dict[str, Pai
         and "modules_to_save" not in keep
     ]
     raise_listed(MismatchError, f"{tensors.source}: cannot read these tensors as LoRA:", problems)
-    keys = {module: PairKeys(own["A"], own["B"]) for module, own in pairs.items()}
-    _check_ranks(tensors, keys, config)
-    return keys
-
-
-def _check_ranks(tensors: PeftTensors, keys: Mapping[str, PairKeys], config: LoraConfig) -> None:
-    """Raise `MismatchError` for pairs of another rank than the configuration's."""
-    specs, problems = as_source(tensors.tensors).specs, list[str]()
-    for module, own in keys.items() if not config.target_parameters else ():
-        a, b, expected = specs[own.a].shape, specs[own.b].shape, config.rank_of(module_name(module))
+    shapes, problems = as_source(tensors.tensors).shapes, list[str]()
+    for module, keys in pairs.items() if not config.target_parameters else ():
+        a, b, expected = shapes[keys.a], shapes[keys.b], config.rank_of(module_name(module))
         if a[0] != expected or expected % max(b[1], 1):
             problems.append(f"{module}: expected rank {expected}, found A {list(a)} and B {list(b)}")
     raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the file:", problems)
+    return pairs
 
 
 def read_pairs(tensors: Mapping[str, Array], keys: Mapping[str, PairKeys], config: LoraConfig) -> dict[str, Pair]:
@@ -385,7 +379,7 @@ def as_start(first: PeftTensors, trained: Config) -> PeftTensors:
 
     if first.config.get("init_lora_weights") is not True or not isinstance(first.config, LoraConfig):
         return first
-    is_zero = not any(np.asarray(first.tensors[pair["B"]]).any() for pair in lora_pairs(first.tensors).values())
+    is_zero = not any(np.asarray(first.tensors[pair.b]).any() for pair in lora_pairs(first.tensors).values())
     init = trained.get("init_lora_weights")
     return first if is_zero else dataclasses.replace(first, config=first.config.replace(init_lora_weights=init))
 

@@ -25,7 +25,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.merging.pairs import MAGNITUDE, lora_pairs
+from jaxadapt.merging.pairs import MAGNITUDE, PairKeys, lora_pairs
 from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, read_text
 from jaxadapt.storage import atomic, location, safetensors
 
@@ -265,7 +265,9 @@ def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted
     require_floats(tensors.config, arrays.specs, folder)
     _refuse_modules(tensors, arrays, modules, wanted.tied, bool(config.use_dora))
     keys = {name: translate_name(name, "mlx") for name in modules}
-    sides = {f"{keys[name]}.lora_{side.lower()}": pair[side] for name, pair in modules.items() for side in "AB"}
+    sides = {
+        f"{keys[name]}.lora_{side}": key for name, pair in modules.items() for side, key in zip("ab", pair, strict=True)
+    }
     vectors = {f"{keys[name]}.m": f"{PEFT_PREFIX}{name}{MAGNITUDE}" for name in modules if config.use_dora}
     file = combine(tensors.source, [transpose(arrays, sides), rename(arrays, vectors)])
     document: dict[str, Any] = {
@@ -285,12 +287,12 @@ def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted
 
 
 def _refuse_modules(
-    tensors: PeftTensors, arrays: TensorSource, modules: dict[str, dict[str, str]], tied: bool | None, dora: bool
+    tensors: PeftTensors, arrays: TensorSource, modules: dict[str, PairKeys], tied: bool | None, dora: bool
 ) -> None:
     problems, has_parameters = list[str](), bool(tensors.config.get("target_parameters"))
     why = "the head is tied to it" if tied else "the head may be tied to it; pass base="
     for module, keys in modules.items():
-        a, b = (arrays.specs[keys[side]].shape for side in "AB")
+        a, b = (arrays.specs[key].shape for key in keys)
         obstacles = {
             "mlx-lm adapts modules, and this is a parameter (target_parameters)": has_parameters,
             f"expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}": (
@@ -299,7 +301,7 @@ def _refuse_modules(
             f"mlx-lm would change the token embedding and the head; {why}": (
                 tied is not False and _TABLES.search(module) is not None
             ),
-            "mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns": dora and "lora_embedding" in keys["A"],
+            "mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns": dora and "lora_embedding" in keys.a,
         }
         problems += [f"{module}: {text}" for text, is_met in obstacles.items() if is_met][:1]
     text = f"{tensors.source}: mlx-lm has no form for these modules; {lora.merge_advice(tensors.config)}:"
