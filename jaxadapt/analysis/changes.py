@@ -320,8 +320,9 @@ def _draw_map(figure: Any, axis: Any, grid: Grid[Any], heat_map: HeatMap, width:
     (low, high), rows, columns = heat_map.limits, grid.rows, grid.columns
     values = np.array([[np.nan if v is None else v for v in row] for row in heat_map.cells], float)
     axis.set_facecolor(_FAINT)
-    colors = "viridis" if low == 0 else "RdBu"
-    image = axis.imshow(values, aspect="auto", cmap=colors, vmin=low, vmax=high, interpolation="nearest")
+    image = axis.imshow(
+        values, aspect="auto", cmap="viridis" if low == 0 else "RdBu", vmin=low, vmax=high, interpolation="nearest"
+    )
     axis.set_title(heat_map.title, fontsize=9, color=_INK)
     axis.set_xticks(range(len(columns)), columns, fontsize=8, rotation=40, ha="right", rotation_mode="anchor")
     ticks = range(0, len(rows), max(1, round(len(rows) / 32)))
@@ -551,8 +552,7 @@ def _combine_differences(members: Sequence[ModuleDifference]) -> ModuleDifferenc
 
 def _modules_of_one_kind(difference: Difference) -> list[ModuleDifference]:
     """Return the modules of LoRA, or else those of IA3, or else the other tensors."""
-    kinds = ("LoRA", "IA3", "tensor")
-    by_kind = ([module for module in difference.modules if module.kind == kind] for kind in kinds)
+    by_kind = ([module for module in difference.modules if module.kind == kind] for kind in ("LoRA", "IA3", "tensor"))
     return next(filter(None, by_kind), [])
 
 

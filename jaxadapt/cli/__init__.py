@@ -49,8 +49,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        file = importlib.import_module(f"{__name__}.{_FILES[cmd_name]}")
-        return vars(file)[f"{cmd_name.replace('-', '_')}_command"]
+        return vars(importlib.import_module(f"{__name__}.{_FILES[cmd_name]}"))[f"{cmd_name.replace('-', '_')}_command"]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands under the headings of their groups."""

@@ -246,8 +246,7 @@ def convert_command(
             for each in done:
                 output.print_line(f"{each.path}: {each.tensors} tensors of {each.method}")
         return
-    options = conversion.TreeOptions(**tree)
-    result = conversion.convert(source, target, options, format=form, dtype=dtype, progress=True)
+    result = conversion.convert(source, target, conversion.TreeOptions(**tree), format=form, dtype=dtype, progress=True)
     if as_json:
         output.print_json(result._asdict())
         return

@@ -293,8 +293,9 @@ def _open(path: str) -> Generator[jaxadapt.PeftTensors]:
         with folder.open_adapter(path) as tensors:
             yield tensors
         return
-    adapter = jaxadapt.CheckpointManager(place.parent).adapter(int(step[1]))
-    yield dataclasses.replace(jaxadapt.to_peft(adapter), source=path)
+    yield dataclasses.replace(
+        jaxadapt.to_peft(jaxadapt.CheckpointManager(place.parent).adapter(int(step[1]))), source=path
+    )
 
 
 def _print_difference(found: Difference, modules: bool) -> None:
@@ -399,8 +400,7 @@ def families_command(name: str | None, as_json: bool) -> None:
             lambda: output.print_table(("family", "entries", "proved"), rows, numbers=("entries",)),
         )
         return
-    keymap = get_family(name)
-    rows = [(w.leaf, w.key, w.pattern) for w in keymap.weights]
+    rows = [(w.leaf, w.key, w.pattern) for w in get_family(name).weights]
     output.print_result(
         as_json,
         [dict(zip(("leaf", "key", "pattern"), row, strict=True)) for row in rows],
@@ -517,8 +517,11 @@ def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes |
         output.print_words("absent here (not an error: models of one family differ)", unused)
     for kind, names in report.problems.items():
         output.print_list(_FAULTS[kind], names, _MAX_ITEMS)
-    wrong = [f"{w.leaf} -> {w.key}, {w.pattern!r}" for w in report.wrong]
-    output.print_list("wrong entries: none of their matches fits", wrong, _MAX_ITEMS)
+    output.print_list(
+        "wrong entries: none of their matches fits",
+        [f"{w.leaf} -> {w.key}, {w.pattern!r}" for w in report.wrong],
+        _MAX_ITEMS,
+    )
 
 
 def _describe_unused(report: KeyMapReport) -> list[str]:
@@ -542,8 +545,7 @@ def read_model_shapes(path: Path) -> Shapes:
             shapes |= {orbax.parameter_path(names): leaves[names][0] for names in chosen}
         return shapes
     if path.suffix == ".safetensors":
-        header = safetensors.read_header(path).tensors
-        return {key.replace("/", "."): tuple(info.shape) for key, info in header.items()}
+        return {key.replace("/", "."): tuple(info.shape) for key, info in safetensors.read_header(path).tensors.items()}
     try:
         document: Any = json.loads(location.read_text_bytes(path, safetensors.MAX_HEADER).decode("utf-8"))
         flat: Mapping[str, Any] = paths.flatten(document)

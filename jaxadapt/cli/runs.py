@@ -14,7 +14,6 @@ from jaxadapt.cli.reports import reader_rows
 from jaxadapt.core.errors import escape_text
 from jaxadapt.persistence import consumers
 from jaxadapt.storage import location
-from jaxadapt.storage.location import Location
 
 # ---------------------------------------------------------------- demo
 
@@ -390,20 +389,19 @@ def pull_command(repo: str, out: str | None, as_json: bool) -> None:
       vllm serve BASE --enable-lora --lora-modules fr=$(jaxadapt pull org/name/fr)
     """
     pulled = jaxadapt.pull(repo, progress=True)
-    folder: Location = pulled if out is None else _copy_adapter(pulled, out)
+    folder: location.Location = pulled if out is None else _copy_adapter(pulled, out)
     # A program that reads the output needs the exact name of the folder.
     shown = escape_text(str(folder)) if sys.stdout.isatty() else folder
     output.print_result(as_json, {"folder": str(folder)}, lambda: click.echo(shown))
 
 
-def _copy_adapter(source: Path, target: str) -> Location:
+def _copy_adapter(source: Path, target: str) -> location.Location:
     """Copy the adapter's files from `source` to `target`, all or none."""
     from jaxadapt.storage import atomic
-    from jaxadapt.storage.location import CARD, CONFIG, WEIGHTS
 
     out = location.to_location(target)
-    weights = next(name for name in WEIGHTS if location.exists(source / name))
-    stale = [name for name in WEIGHTS if name != weights and location.exists(out / name)]
+    weights = next(name for name in location.WEIGHTS if location.exists(source / name))
+    stale = [name for name in location.WEIGHTS if name != weights and location.exists(out / name)]
     if stale:
         raise jaxadapt.FileError(
             f"{out}: cannot write {weights} here, because the folder already contains {stale[0]} and a reader could "
@@ -411,7 +409,7 @@ def _copy_adapter(source: Path, target: str) -> Location:
         )
     atomic.make_folder(out)
     # Replace the configuration right after the weights, as `folder.write` does.
-    names = [name for name in (weights, CONFIG, CARD) if location.exists(source / name)]
+    names = [name for name in (weights, location.CONFIG, location.CARD) if location.exists(source / name)]
     with atomic.lock_directory(out), atomic.replacing_all([out / name for name in names]) as writers:
         for name, writer in zip(names, writers, strict=True):
             writer.write(memoryview((source / name).read_bytes()))

@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt.adapters import peft_tensors
-from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors, is_known_method, normalize_keys, split_key
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, rename
 from jaxadapt.configs import lora, matching
@@ -50,8 +49,8 @@ Path = str | os.PathLike[str]
 
 def _kept(result: PeftTensors, source: PeftTensors) -> PeftTensors:
     """Return a result with the fingerprint of the source's base, and the fields that name the base and the task."""
-    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
-    config = result.config.replace(inference_mode=True, **{name: source.config.get(name) for name in kept})
+    names = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+    config = result.config.replace(inference_mode=True, **{name: source.config.get(name) for name in names})
     return dataclasses.replace(result, config=config, source=source.source, fingerprint=source.fingerprint)
 
 
@@ -84,7 +83,7 @@ def resize_files(
             )
         label = f"{tensors.source}: "
         finite.require_finite(tensors.tensors, "resize a finite adapter, such as an earlier step", label)
-        resized, error = combination.resize_plain(tensors, r)
+        resized, error = combination.resize_rank(tensors, r)
         way_out = f"at rank {r} its changes overflow float32; scale the adapter down"
         finite.require_finite(resized.tensors, way_out, label)
         conversion.write_like(_kept(resized, tensors), out, origin, dtype, report)
@@ -154,8 +153,7 @@ def rename_files(
             f"{tensors.source}: several tensors would get each of these names; choose another beginning:",
             paths.repeated(keys.values()),
         )
-        all_names = {name: names.get(name, name) for name in modules}
-        config = _renamed_config(tensors, changed, all_names, (old or "", new))
+        config = _renamed_config(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
         renamed = rename(as_source(tensors.tensors), {to: key for key, to in keys.items()})
         conversion.write_like(PeftTensors(config, renamed, tensors.source), out, origin, None, report)
         return changed
@@ -165,7 +163,7 @@ def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, Non
     """Return the adapted modules of a file, and those with a copy of their parameters, in the order of the keys."""
     modules, copied = dict[str, None](), dict[str, None]()
     for key in tensors.tensors:
-        split = peft_tensors.split_key(key, tensors.config.peft_type)
+        split = split_key(key, tensors.config.peft_type)
         name = key.removeprefix(PEFT_PREFIX).rpartition(".")[0] if split is None else split[0]
         if key.startswith(PEFT_PREFIX) and name:  # others belong to the whole adapter
             (copied if split is None else modules)[name.replace(".base_layer", "")] = None
@@ -184,10 +182,10 @@ def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterabl
 
 def _rename(name: str, changed: Mapping[str, str]) -> str:
     """Return a name with the longest module that it begins with renamed."""
-    parts = name.split(".")
-    heads = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
-    module = next((head for head in heads if head in changed), None)
-    return name if module is None else changed[module] + name[len(module) :]
+    module = name
+    while module and module not in changed:
+        module = module.rpartition(".")[0]
+    return changed[module] + name.removeprefix(module) if module else name
 
 
 def _renamed_config(
@@ -319,7 +317,7 @@ def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) ->
             f"{stored.source}: the file does not contain the adapter's configuration; pass --config, an"
             " adapter_config.json or the folder of one"
         )
-    names = peft_tensors.normalize_keys(stored.specs, config.peft_type)
+    names = normalize_keys(stored.specs, config.peft_type)
     if names.models:
         raise MismatchError(
             f"{stored.source}: expected the state dict of one PEFT model, found those of {', '.join(names.models)};"
@@ -343,8 +341,8 @@ def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) ->
 
 def _has_tensors(keys: Collection[str], config: Config) -> bool:
     """Return True if keys are those of the configuration's method, as far as it is known."""
-    is_known = peft_tensors.is_known_method(config.peft_type)
-    return any(not is_known or peft_tensors.split_key(key, config.peft_type) is not None for key in keys)
+    is_known = is_known_method(config.peft_type)
+    return any(not is_known or split_key(key, config.peft_type) is not None for key in keys)
 
 
 def _from_orbax(
@@ -361,11 +359,9 @@ def _from_orbax(
     for item, specs in leaves.items():  # another library's LoRA
         names = {key: orbax.parameter_path(key) for key in specs}
         abstract = {dotted: jax.ShapeDtypeStruct(*specs[key]) for key, dotted in names.items()}
-        given = foreign.LoraTree(abstract, config=config, lora_alpha=lora_alpha, on_shared="concat")
-        tree = foreign.find_lora(given)
+        tree = foreign.find_lora(foreign.LoraTree(abstract, config=config, lora_alpha=lora_alpha, on_shared="concat"))
         if tree is not None:
-            wanted = [key for key, dotted in names.items() if dotted in tree.leaves]
-            arrays = orbax.load(path, item, dict.fromkeys(wanted))
+            arrays = orbax.load(path, item, {key: None for key, dotted in names.items() if dotted in tree.leaves})
             values = {names[key]: np.asarray(x) for key, x in arrays.items()}
             tensors, _ = foreign.read_tree(dataclasses.replace(tree, leaves=values), keymap)
             return dataclasses.replace(tensors, config=tensors.config.replace(inference_mode=True))
@@ -480,8 +476,9 @@ def export_adapter(
         if facts is not None:
             count = gguf_files.write_adapter(plain, path, facts, dtype, report)
         else:
-            wanted = formats.Wanted(chosen.style, tied=tied, ahead=True)
-            count = formats.writer(chosen.style).write(plain, location.to_location(path), wanted, report)
+            count = formats.writer(chosen.style).write(
+                plain, location.to_location(path), formats.Wanted(chosen.style, tied=tied, ahead=True), report
+            )
     return Exported(os.fspath(path), chosen.name, chosen.version, plain.config.get("r"), count, error)
 
 
@@ -489,8 +486,7 @@ def _find_program(name: str, path: Path) -> consumers.Program:
     if name not in consumers.PROGRAMS:
         raise ConfigError(f"program: expected one of {', '.join(consumers.PROGRAMS)}, found {name!r}")
     program = consumers.PROGRAMS[name]
-    suffix = location.to_location(path).suffix
-    if (suffix == ".gguf") != (program.style == "gguf"):
+    if (location.to_location(path).suffix == ".gguf") != (program.style == "gguf"):
         expected = "a file name ending in .gguf" if program.style == "gguf" else "a folder"
         raise FileError(f"{os.fspath(path)}: cannot write an adapter for {name} here: expected {expected}")
     return program
@@ -555,8 +551,10 @@ def _check_reader(plain: PeftTensors, program: consumers.Program, tied: bool | N
                 " PEFT's"
             )
         else:
-            text = f"{named} {consumers.WORDS[reader.verdict]}; {reader.remedy or 'there is no other form'}:"
-            raise_listed(ConfigError, f"{plain.source}: {text}", reader.reasons)
+            remedy = reader.remedy or "there is no other form"
+            raise_listed(
+                ConfigError, f"{plain.source}: {named} {consumers.WORDS[reader.verdict]}; {remedy}:", reader.reasons
+            )
 
 
 # ---------------------------------------------------------------- nearest lora and original start
@@ -578,7 +576,7 @@ def nearest_lora(
     """
     lora.require_original_base(tensors.config, tensors.source)
     if not lora.reasons_not_a_product(tensors.config):
-        return combination.resize_plain(tensors, rank)
+        return combination.resize_rank(tensors, rank)
     if base is None:
         raise ConfigError(
             f"{tensors.source}: the change of the weights depends on the base here; pass the base model's folder"

@@ -243,8 +243,8 @@ def _file_specs(
     for key, group in sorted(part_keys.items(), key=lambda item: graph.natural_key(item[0])):
         entry, _ = base_plan.keys[group[0]]
         own = leaves[entry.path].dtype
-        name = dtype_name(own if dtype is None or not is_float(own) else dtype)
-        specs[key] = name, plan.joined_shape(group, entry.form.file_shape)
+        written = own if dtype is None or not is_float(own) else dtype
+        specs[key] = dtype_name(written), plan.joined_shape(group, entry.form.file_shape)
     return specs
 
 
@@ -423,8 +423,8 @@ def import_base(
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)
         tensors = cut(tensors, plan.locate_parts(tensors.shapes, base_plan.keys))
-        nearest = functools.partial(families.describe_nearest_family, shapes)
-        describe = nearest if resolved.name == GENERIC.name else str
+        is_generic = resolved.name == GENERIC.name
+        describe = functools.partial(families.describe_nearest_family, shapes) if is_generic else str
         sources = _find_sources(tensors, resolved, base_plan, strict, describe)
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
@@ -440,8 +440,7 @@ def import_base(
                 f" {', '.join(sorted(unfilled))}"
             )
         with reporter(progress) as report:
-            shardings = carrier(model).base().shardings
-            new = _load_leaves(entries, rename(tensors, sources), leaves, shardings, report)
+            new = _load_leaves(entries, rename(tensors, sources), leaves, carrier(model).base().shardings, report)
     if adapter is not None:
         changed = base_merge.plan_merge({**leaves, **new}, adapter)
         if not allow_nan:

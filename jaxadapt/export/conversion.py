@@ -33,7 +33,6 @@ from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.models.foreign import DIALECTS, Dialect, dialect_of, get_dialect, like_pattern, survey
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import FILES, FOLDERS, folder, formats
-from jaxadapt.persistence.formats import Opened, Place, Wanted
 from jaxadapt.storage import atomic, location, safetensors
 
 
@@ -116,7 +115,7 @@ def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
 
 
 @contextlib.contextmanager
-def _open_parts(path: str | os.PathLike[str], report: Report) -> Generator[dict[str, Opened]]:
+def _open_parts(path: str | os.PathLike[str], report: Report) -> Generator[dict[str, formats.Opened]]:
     """Open an adapter, as {"": it}, or the adapters of a folder by the names of their subfolders."""
     place = formats.look(path, report)
     places = {"": place}
@@ -136,7 +135,7 @@ def with_dtype(tensors: PeftTensors, dtype: str | None) -> PeftTensors:
 
 
 def write_like(
-    tensors: PeftTensors, target: str | os.PathLike[str], origin: Opened, dtype: str | None, report: Report
+    tensors: PeftTensors, target: str | os.PathLike[str], origin: formats.Opened, dtype: str | None, report: Report
 ) -> None:
     """Write the result of a command: a folder, or a file with the names of the image adapter it came from.
 
@@ -151,12 +150,11 @@ def write_like(
     is_single = place.suffix == ".safetensors"
     if is_single and not origin.style:
         raise FileError(f"{os.fspath(target)}: expected a folder; only an image adapter is one file")
-    style = origin.style if is_single else "safetensors"
-    _write_parts({"": with_dtype(tensors, dtype)}, place, origin, style, report)
+    _write_parts({"": with_dtype(tensors, dtype)}, place, origin, origin.style if is_single else "safetensors", report)
 
 
 def _write_parts(
-    parts: Mapping[str, PeftTensors], place: location.Location, origin: Opened, style: str, report: Report
+    parts: Mapping[str, PeftTensors], place: location.Location, origin: formats.Opened, style: str, report: Report
 ) -> list[Written]:
     """Write adapters by the names of their subfolders; a file that changes several models becomes several folders."""
     chosen = formats.writer(style)
@@ -165,7 +163,7 @@ def _write_parts(
     done: list[Written] = []
     for name, tensors in parts.items():
         target, config = place / name if name else place, tensors.config
-        number = chosen.write(tensors, target, Wanted(style, origin), report)
+        number = chosen.write(tensors, target, formats.Wanted(style, origin), report)
         alpha = config.get("lora_alpha")
         alpha = None if alpha is None else float(alpha)
         done.append(Written(os.fspath(target), config.peft_type, number, config.get("r"), alpha))
@@ -199,8 +197,8 @@ def _last_name(source: str | os.PathLike[str]) -> str:
     ('fr', 'de')
     """
     text = os.fspath(source)
-    is_remote = location.is_address(source)
-    return (text.rstrip("/") if is_remote else os.path.abspath(text)).rpartition("/")[2]  # noqa: PTH100 (keeps links)
+    path = text.rstrip("/") if location.is_address(source) else os.path.abspath(text)  # noqa: PTH100 (keeps links)
+    return path.rpartition("/")[2]
 
 
 class ConvertedFile(NamedTuple):
@@ -321,7 +319,7 @@ def _convert_layout(
     config = _require_lora(tensors.config, "a folder").replace(inference_mode=True)
     with reporter(progress) as report:
         tensors = dataclasses.replace(tensors, config=config)
-        number = formats.writer(style).write(tensors, location.to_location(target), Wanted(style), report)
+        number = formats.writer(style).write(tensors, location.to_location(target), formats.Wanted(style), report)
     return ConvertedFile(os.fspath(target), number, None, config.r, config.lora_alpha)
 
 
@@ -329,7 +327,7 @@ def _is_adapter_file(path: str | os.PathLike[str]) -> bool:
     """Return True for one file with an adapter of a format, in place of a tree."""
     place = location.to_location(path)
     is_single = place.suffix == ".safetensors" and location.is_file(place)
-    return is_single and formats.find(Place(path, place, None)) is not None
+    return is_single and formats.find(formats.Place(path, place, None)) is not None
 
 
 def _under_other_names(tensors: PeftTensors, options: TreeOptions, from_tree: bool) -> PeftTensors:
@@ -417,12 +415,12 @@ def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensor
         )
     if not all(matching.is_target(config, m) for m in names.values()):
         config = _require_lora(config, "another spelling").replace(target_modules=sorted(names.values()))
-    new = {
+    arrays = {
         f"{PEFT_PREFIX}{names[m]}.lora_{side}.weight": x
         for m, pair in pairs.items()
         for side, x in zip("AB", pair, strict=True)
     }
-    return PeftTensors(config, new, tensors.source)
+    return PeftTensors(config, arrays, tensors.source)
 
 
 def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: TreeOptions) -> ConvertedFile:
@@ -443,8 +441,9 @@ def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: Tre
     def blank_tree(rank: int, alpha: float | None = None) -> foreign.ForeignTree:
         arrays: dict[str, tuple[int, ...]] = {}
         for leaf, names in adapted.items():
-            base = known_shapes.get(leaf)
-            arrays |= survey.blank_arrays(dialect, layer_keymap, leaf, shapes, names, rank, base, sizes)
+            arrays |= survey.blank_arrays(
+                dialect, layer_keymap, leaf, shapes, names, rank, known_shapes.get(leaf), sizes
+            )
         dtype = np.result_type(*(a.dtype for a, _ in pairs.values()))
         # Broadcast scalars need no memory; their values are never read.
         leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}
@@ -457,8 +456,9 @@ def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: Tre
     alpha = None if dialect.unscaled else config.lora_alpha / config.r * rank
     arrays = {p: np.asarray(x) for p, x in foreign.fill_tree(blank_tree(rank, alpha), tensors, keymap).items()}
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
-    specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}
-    safetensors.write(path, specs, arrays.__getitem__, {} if alpha is None else note)
+    safetensors.write(
+        path, {p: (x.dtype, x.shape) for p, x in arrays.items()}, arrays.__getitem__, {} if alpha is None else note
+    )
     return ConvertedFile(os.fspath(path), len(arrays), dialect.name, rank, float(rank if alpha is None else alpha))
 
 
@@ -502,7 +502,8 @@ def _base_shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:
     """Return `{base leaf: shape}` from the header of a safetensors file."""
     if like is None:
         return {}
-    header = safetensors.read_header(like).tensors
-    leaves = _with_dotted_paths({path: info.shape for path, info in header.items()}, like)
+    leaves = _with_dotted_paths(
+        {path: info.shape for path, info in safetensors.read_header(like).tensors.items()}, like
+    )
     is_like = like_pattern().search
     return {dialect.base(p): tuple(shape) for p, shape in leaves.items() if not is_like(p)}

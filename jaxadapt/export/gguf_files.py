@@ -262,8 +262,9 @@ class File:
             raise ValueError("it does not begin with GGUF")
         (version,) = self._numbers(4)
         if version not in (2, 3):
-            is_swapped = version % 65536 == 0
-            raise ValueError("big-endian; convert it to little-endian" if is_swapped else f"version {version}")
+            raise ValueError(
+                "big-endian; convert it to little-endian" if version % 65536 == 0 else f"version {version}"
+            )
         tensor_count, field_count = self._numbers(10, 2)
         fields = dict(self._unique(field_count, lambda: self._field(gguf.GGUFValueType)))
         alignment = fields.get("general.alignment", Field(32, "UINT32"))
@@ -285,8 +286,7 @@ class File:
         return self._data[begin : self._place]
 
     def _numbers(self, kind: int, count: int = 1) -> tuple[Any, ...]:
-        raw = self._take(count * struct.calcsize(f"<{_FORMS[kind]}"))
-        return struct.unpack(f"<{count}{_FORMS[kind]}", raw)
+        return struct.unpack(f"<{count}{_FORMS[kind]}", self._take(count * struct.calcsize(f"<{_FORMS[kind]}")))
 
     def _text(self) -> str:
         return self._take(*self._numbers(10)).decode()
@@ -522,8 +522,8 @@ class GgufTensors(TensorSource):
         }
 
     def _is_turned(self, key: str) -> bool:
-        is_linear = self._kinds[key] in LINEAR and key.endswith(".weight")
-        return self.base.architecture.turned and is_linear and key != "lm_head.weight"
+        is_linear = self._kinds[key] in LINEAR and key.endswith(".weight") and key != "lm_head.weight"
+        return self.base.architecture.turned and is_linear
 
     def _shift(self, key: str) -> float:
         return 1.0 if self.base.architecture.shifted and key.endswith("norm.weight") else 0.0
@@ -621,6 +621,9 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, t
             problems.append(f"{module}: expected rows for {heads} heads ({base.source}), found {b[0]}")
         else:
             plan |= {f"{name}.lora_a": (keys.a, None, is_table), f"{name}.lora_b": (keys.b, heads, False)}
-    advice = lora.merge_advice(tensors.config)
-    raise_listed(MismatchError, f"{tensors.source}: llama.cpp has no form for these modules; {advice}:", problems)
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: llama.cpp has no form for these modules; {lora.merge_advice(tensors.config)}:",
+        problems,
+    )
     return plan

@@ -318,8 +318,7 @@ def _find_group(adapter_names: Mapping[str, str]) -> tuple[Pairs, Mapping[str, s
     Args:
         adapter_names: `{key in the folder: the adapter's name for it}`. Names of a model with a head are preferred.
     """
-    file_names = {key: key for key in adapter_names}
-    for is_bare, names in ((False, adapter_names), (False, file_names), (True, adapter_names)):
+    for is_bare, names in ((False, adapter_names), (False, {key: key for key in adapter_names}), (True, adapter_names)):
         keys = {name: key for key, name in names.items()}
         for group, bare in _groups():
             if bare == is_bare and all(same in keys for _, same in group):
@@ -415,8 +414,7 @@ def merge_folder(
                 f"{target}: in the merged model {finite.not_finite_message(names, _ALLOW.format('merge'))}"
             )
 
-        config_dtype = None if file_dtype is None else file_dtype.name
-        other_files = hf_model.read_other_files(source, config_dtype, plan.is_untied)
+        other_files = hf_model.read_other_files(source, None if file_dtype is None else file_dtype.name, plan.is_untied)
         refuse = None if allow_nan else not_finite_error
         total = base_files.write_folder(target, specs, read, refuse, max_shard_size, other_files, "merge", report)
     LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, plan.count, len(specs), total)
@@ -480,8 +478,7 @@ def plan_merge(
     keymap = load_adapter.base_keymap(tensors, untied.tensors.shapes, untied.tied)
     params = paths.unflatten(specs | _repeated_weights(tensors, untied.tensors, keymap))
     loaded = load_adapter.from_peft(tensors, params, keymap=keymap)
-    changed = base_merge.plan_merge(specs, loaded)
-    return MergePlan(untied.tensors, specs, changed, len(loaded.sites), untied.is_untied)
+    return MergePlan(untied.tensors, specs, base_merge.plan_merge(specs, loaded), len(loaded.sites), untied.is_untied)
 
 
 # ---------------------------------------------------------------- merge gguf
@@ -621,9 +618,9 @@ def combine_folders(
             raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
         for each in tensors:
             lora.require_original_base(each.config, each.source)
-        combined = combination.combine_plain(tensors, weights, combination.Options(**options))
+        combined = combination.combine(tensors, weights, **options)
         if resize is not None:
-            combined, _ = combination.resize_plain(combined, resize)
+            combined, _ = combination.resize_rank(combined, resize)
         combined = _replace_base(combined, tensors)
         if not allow_nan:
             refuse_nan([dataclasses.replace(combined, source=f"{os.fspath(out)}, the result")], "combine")

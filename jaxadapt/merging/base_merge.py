@@ -23,7 +23,6 @@ from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LAYER
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
-from jaxadapt.core.paths import Spec, compare
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import GENERIC, tied_heads
@@ -237,8 +236,10 @@ def merge(
     if chosen is None:
         raise AttachError("cannot merge: these parameters contain no adapter; pass one: merge(params, adapter)")
     if isinstance(held, Variables):
-        others = held.delete(next(iter(selected))) if selected else model
-        return {**others, "params": _apply_changes(held.params, (chosen,), *options)}
+        return {
+            **(held.delete(next(iter(selected))) if selected else model),
+            "params": _apply_changes(held.params, (chosen,), *options),
+        }
     return _apply_changes(model, (chosen,), *options)
 
 
@@ -456,9 +457,9 @@ def _check_fit(sites: Sites, base: Mapping[str, Any], adapter: Adapter) -> None:
             f"{site.leaf} {list(base[site.leaf].shape)}: {finding}"
             for site in sites
             for sizes in (plan.axis_sizes(site.match, base[site.leaf].shape),)
-            for finding in compare(
-                {tensor.name: Spec(plan.model_shape(site.match, tensor, sizes)) for tensor in site.tensors},
-                {name: Spec(shape) for name, shape in site.shapes.items()},
+            for finding in paths.compare(
+                {tensor.name: paths.Spec(plan.model_shape(site.match, tensor, sizes)) for tensor in site.tensors},
+                {name: paths.Spec(shape) for name, shape in site.shapes.items()},
             )
         ],
     )

@@ -18,7 +18,7 @@ import numbers
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,18 +47,16 @@ from jaxadapt.models.carriers import base_params
 Array = Any
 
 
-class Options(NamedTuple):
-    """The options of `combine`. `combine_plain` states the rank of the result and the density for each method."""
+class _Options(NamedTuple):
+    """The options of `combine` that a compiled program depends on: the rank is that of the result for each method."""
 
-    method: str = "svd"
-    svd_rank: Any = None
-    density: Any = None
-    majority_sign_method: str = "total"
-    key: Any = None
-    masks: Sequence[Mapping[str, Any]] | None = None
+    method: str
+    svd_rank: Any
+    density: Any
+    majority_sign_method: str
 
 
-def _combine_noisy(static: tuple[Options, tuple[float, ...], Any], tree: Any) -> tuple[Array, Array]:
+def _combine_noisy(static: tuple[_Options, tuple[float, ...], Any], tree: Any) -> tuple[Array, Array]:
     """Return `_combine_matrices` of (As, Bs, weights, DARE's masks or keys of the adapters); None for other methods."""
     (options, scales, _), (a, b, weights, noise) = static, tree
     masks = noise and [
@@ -69,7 +67,7 @@ def _combine_noisy(static: tuple[Options, tuple[float, ...], Any], tree: Any) ->
 
 
 def _combine_matrices(
-    options: Options, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any
+    options: _Options, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any
 ) -> tuple[Array, Array]:
     """Return A (r, in) and B (out, r) of one matrix, or of each expert's, from those of each adapter.
 
@@ -96,12 +94,13 @@ def _combine_matrices(
     roots = [jnp.sqrt(jnp.abs(s)) for s in scaled_weights]
     # The sign is on A only.
     signed = jnp.stack([root * jnp.where(s >= 0, 1, -1) for root, s in zip(roots, scaled_weights, strict=True)])
-    mixed_a = _combine_tensors(options, a, signed, mask_a)
-    return factors.pad_rank(mixed_a, _combine_tensors(options, b, jnp.stack(roots), mask_b), r)
+    return factors.pad_rank(
+        _combine_tensors(options, a, signed, mask_a), _combine_tensors(options, b, jnp.stack(roots), mask_b), r
+    )
 
 
 def _combine_tensors(
-    options: Options, of_adapters: Sequence[Array], weights: Array, masks: Sequence[Array] | None
+    options: _Options, of_adapters: Sequence[Array], weights: Array, masks: Sequence[Array] | None
 ) -> Array:
     """Combine the adapters' matrices of one module into one."""
     tensors, broadcast_weights = jnp.stack(of_adapters), weights.reshape(-1, 1, 1)
@@ -113,8 +112,7 @@ def _combine_tensors(
         return jnp.sum(tensors * broadcast_weights, 0)
     # Signs are elected and agreement is counted without the weights, so a negative weight does not change a vote.
     votes = tensors if options.majority_sign_method == "total" else jnp.sign(tensors)
-    vote = jnp.sum(votes, 0, keepdims=True)
-    agree = jnp.sign(tensors) == jnp.where(vote >= 0, 1, -1)
+    agree = jnp.sign(tensors) == jnp.where(jnp.sum(votes, 0, keepdims=True) >= 0, 1, -1)
     return jnp.sum(tensors * broadcast_weights * agree, 0) / jnp.maximum(jnp.sum(agree, 0), 1)
 
 
@@ -137,7 +135,7 @@ _SIGNS = ("total", "frequency")
 
 
 def combine(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[factors.Plain],
     weights: Sequence[Any],
     *,
     method: str = "svd",
@@ -146,7 +144,7 @@ def combine(
     majority_sign_method: str = "total",
     key: Any = None,
     masks: Sequence[Mapping[str, Any]] | None = None,
-) -> Adapter:
+) -> factors.Plain:
     """Combine several LoRA adapters of one base into one, as PEFT's `add_weighted_adapter` does.
 
     For adapters of IA3 the only method is "linear", the weighted sum of their vectors, and all adapt the same modules.
@@ -186,16 +184,11 @@ def combine(
     >>> both.config.r, both.params["q"]["kernel"]["lora_A"].shape
     (4, (4, 4))
     """
-    return combine_plain(
-        list(adapters), list(weights), Options(method, svd_rank, density, majority_sign_method, key, masks)
-    )
-
-
-def combine_plain(adapters: Sequence[factors.Plain], weights: Sequence[Any], options: Options) -> factors.Plain:
-    """Combine adapters as `combine` does, in a model's layout or as PEFT's tensors."""
-    _check_arguments(adapters, weights, options)
+    adapters, weights = list(adapters), list(weights)
+    options = _Options(method, svd_rank, density, majority_sign_method)
+    _check_arguments(adapters, weights, options, key, masks)
     configs: list[Any] = [adapter.config for adapter in adapters]
-    first, method, key = adapters[0], options.method, options.key
+    first = adapters[0]
     if summed_type(configs) is not None:
         summed = _sum_tensors([a.flat() if isinstance(a, Adapter) else a.tensors for a in adapters], weights, method)
         if isinstance(first, Adapter):
@@ -206,28 +199,27 @@ def combine_plain(adapters: Sequence[factors.Plain], weights: Sequence[Any], opt
     _check_sizes(by_adapter, method)
     ranks = [config.largest_rank for config in configs]
     r = sum(ranks) if method == "cat" else max(ranks)
-    r = int(options.svd_rank) if options.svd_rank and method.endswith("svd") else r
-    masks = None
-    if options.masks is not None:
-        given = zip(adapters, by_adapter, options.masks, strict=True)
-        masks = [_given_masks(*each, i, method) for i, each in enumerate(given)]
-    density = 1.0 if options.density is None else float(options.density)
-    static = options._replace(svd_rank=r, density=density, key=None, masks=None)
-    combined = _combine_pairs(by_adapter, weights, static, key, masks)
+    r = int(svd_rank) if svd_rank and method.endswith("svd") else r
+    kept = None
+    if masks is not None:
+        given = zip(adapters, by_adapter, masks, strict=True)
+        kept = [_given_masks(*each, i, method) for i, each in enumerate(given)]
+    options = options._replace(svd_rank=r, density=1.0 if density is None else float(density))
+    combined = _combine_pairs(by_adapter, weights, options, key, kept)
     return factors.build(combined, _combined_config(configs, r, combined), adapters, "combine")
 
 
 def _combine_pairs(
     adapters: Sequence[Mapping[str, Pair]],
     weights: Sequence[Any],
-    options: Options,
+    options: _Options,
     key: Any,
     masks: Sequence[Mapping[str, Pair]] | None,
 ) -> dict[str, Pair]:
     """Return the combined pairs of `{module: pair}` of each adapter, with scale 1.
 
     Args:
-        options: hashable, without `key` and `masks`.
+        options: hashable.
         key, masks: DARE's; the masks are pairs of masks, or have the mask of the weight change for both factors.
     """
     elementwise = options.method in ("cat", "linear")  # joining the parts of one matrix makes no difference
@@ -289,9 +281,11 @@ def _sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any],
 # ---------------------------------------------------------------- checks
 
 
-def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: Options) -> None:
+def _check_arguments(
+    adapters: Sequence[Any], weights: Sequence[Any], options: _Options, key: Any, masks: Sequence[Any] | None
+) -> None:
     """Raise one `ConfigError` that lists all invalid arguments and adapters."""
-    problems = _argument_problems(options, len(weights), len(adapters))
+    problems = _argument_problems(options, key, masks, len(weights), len(adapters))
     problems += [
         f"weights: expected finite numbers, found {w!r}"
         for w in weights
@@ -301,8 +295,9 @@ def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: O
     is_summed = summed_type(known.values()) is not None
     for i, adapter in enumerate(adapters):
         if i not in known:
-            type_name = type(adapter).__name__
-            problems.append(f"adapter {i}: expected an Adapter (jaxadapt.extract takes one out), found {type_name}")
+            problems.append(
+                f"adapter {i}: expected an Adapter (jaxadapt.extract takes one out), found {type(adapter).__name__}"
+            )
         elif not is_summed:
             label = adapter.source if isinstance(adapter, PeftTensors) else f"adapter {i}"
             problems += [f"{label}: {reason}" for reason in lora.reasons_not_a_product(known[i])]
@@ -311,9 +306,9 @@ def _check_arguments(adapters: Sequence[Any], weights: Sequence[Any], options: O
     raise_listed(ConfigError, "cannot combine these adapters:", problems, limit=16)
 
 
-def _argument_problems(options: Options, weights: int, count: int) -> list[str]:
+def _argument_problems(options: _Options, key: Any, masks: Sequence[Any] | None, weights: int, count: int) -> list[str]:
     """Return the problems of the options, and of the numbers of weights and of adapters."""
-    method, svd_rank, density, signs, key, masks = options
+    method, svd_rank, density, signs = options
     is_svd, prunes = method.endswith("svd"), method.startswith(_PRUNING)
     is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
     is_rank = svd_rank is None or (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0)
@@ -409,7 +404,7 @@ def _union(targets: Sequence[Any]) -> Any:
 # ---------------------------------------------------------------- masks
 
 
-def _draw_masks(options: Options, a: Array, b: Array, key: Any) -> tuple[Array, Array]:
+def _draw_masks(options: _Options, a: Array, b: Array, key: Any) -> tuple[Array, Array]:
     """Return DARE's masks of A and B of one matrix, or twice the mask of its weight change."""
     if options.method.endswith("svd"):
         mask = jax.random.bernoulli(key, options.density, (*b.shape[:-1], a.shape[-1]))
@@ -461,7 +456,7 @@ def _given_masks(
 # ---------------------------------------------------------------- rank reduction
 
 
-class Reduced(NamedTuple):
+class Reduced(NamedTuple, Generic[factors.Plain]):
     """A plain LoRA adapter, and the error of its approximation.
 
     Attributes:
@@ -469,11 +464,11 @@ class Reduced(NamedTuple):
         error: `{PyTorch module: ‖ΔW − ΔW'‖ / ‖ΔW‖}` in the Frobenius norm; 0 for an exact result.
     """
 
-    adapter: Adapter
+    adapter: factors.Plain
     error: dict[str, Any]
 
 
-def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
+def resize_rank(adapter: factors.Plain, r: int, *, key: Any = None) -> Reduced[factors.Plain]:
     """Return a LoRA adapter with rank r for every module, its scales multiplied into B.
 
     A smaller rank keeps the best approximation of ΔW = s·B·A: its SVD, with B = U·S and A = Vh. ΔW is never formed; the
@@ -493,11 +488,6 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
     >>> smaller.config.r, smaller.params["q"]["kernel"]["lora_B"].shape, error
     (2, (6, 2), {'q': 0.0})
     """
-    return Reduced(*resize_plain(adapter, r, key))
-
-
-def resize_plain(adapter: factors.Plain, r: int, key: Any = None) -> tuple[factors.Plain, dict[str, Any]]:
-    """Resize a plain LoRA as `resize_rank` does, in a model's layout or as PEFT's tensors; return the errors too."""
     _check_rank(r)
     adapter = factors.normalize(adapter)
     pairs = factors.pairs_of(adapter)
@@ -515,7 +505,7 @@ def resize_plain(adapter: factors.Plain, r: int, key: Any = None) -> tuple[facto
         errors |= _error_by_module(names, error.reshape(-1))
     config: Any = adapter.config
     config = config.with_scale_one(r) if lora.changes_base(config) else config.with_scale_one(r).with_default_init()
-    return factors.build(factors.split_parts(resized, parts_of), config, [adapter], "resize_rank"), errors
+    return Reduced(factors.build(factors.split_parts(resized, parts_of), config, [adapter], "resize_rank"), errors)
 
 
 def _resize_pair(static: tuple[int, float], tree: tuple[Array, Array, Any]) -> tuple[Array, Array, Array]:
@@ -540,7 +530,7 @@ def to_lora(
     target_modules: Any = "all-linear",
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
-) -> Reduced:
+) -> Reduced[Adapter]:
     """Return a plain LoRA that approximates the weight change of `source` as well as rank r allows.
 
     Args:
@@ -567,8 +557,8 @@ def to_lora(
     dtype = None if dtype is None else float_dtype(dtype)
     plain = _as_product(source, params) if isinstance(source, Adapter) else None
     if plain is not None:
-        ranks = [pair.rank for pair in factors.pairs_of(plain).values()]
-        reduced = resize_rank(plain, max(ranks) if r is None else r)
+        largest = max(pair.rank for pair in factors.pairs_of(plain).values())
+        reduced = resize_rank(plain, largest if r is None else r)
         return reduced if dtype is None else _cast(reduced, dtype)
     if r is None:
         raise ConfigError("to_lora: pass r (the rank); a change of weights has no rank of its own")
@@ -620,7 +610,7 @@ def _change_by_adapter(
     return base, tuned, config, adapter.keymap, sites
 
 
-def _cast(reduced: Reduced, dtype: Any) -> Reduced:
+def _cast(reduced: Reduced[Adapter], dtype: Any) -> Reduced[Adapter]:
     return Reduced(finite.cast_tree(reduced.adapter, dtype, "to_lora"), reduced.error)
 
 
@@ -666,7 +656,7 @@ def _from_change(
     keymap: KeyMap,
     sites: Any,
     r: int,
-) -> Reduced:
+) -> Reduced[Adapter]:
     """Return the adapter and its errors, from the difference of two flat trees."""
     raise_listed(
         ConfigError,

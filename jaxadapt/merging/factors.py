@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import experts, peft_tensors, selection
+from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites, make_file_plan
-from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.adapters.peft_tensors import PeftTensors, without_names
 from jaxadapt.adapters.sites import sites_from_shapes, sites_of
 from jaxadapt.arrays import finite
 from jaxadapt.arrays.layout import RANK
@@ -102,7 +102,7 @@ def normalize(source: Plain) -> Plain:
         return source
     if copies := [key for key in source.tensors if key.endswith(".base_layer.weight")]:
         warn(f"{source.source}: the result leaves out these copies of base weights:\n" + paths.bullets(copies))
-    return peft_tensors.without_names(source)
+    return without_names(source)
 
 
 def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[str, Pair]:
@@ -143,8 +143,7 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
         f"{label} has shapes but no values; pass an adapter with arrays:",
         [path for path, x in flat.items() if isinstance(x, jax.ShapeDtypeStruct)],
     )
-    wide = {path: at_least_float32(jnp.asarray(x)) for path, x in flat.items()}
-    return site_pairs(config, sites_of(source), wide)
+    return site_pairs(config, sites_of(source), {path: at_least_float32(jnp.asarray(x)) for path, x in flat.items()})
 
 
 def _read(source: PeftTensors, keys: Iterable[str]) -> dict[str, Any]:
@@ -192,8 +191,7 @@ def _new_shapes(adapters: Sequence[Adapter], pairs: Mapping[str, Pair]) -> dict[
         fused = {axis: range(len(site.match.weight.index_names(axis) or ())) for axis in site.match.roles["fused"]}
         adapted = parts.setdefault(site.leaf, set())
         adapted |= set(site.match.parts or next(iter(fused.values()), ()))
-        rank = max(pairs[name].rank for name in site_keys([site]))
-        sizes = {RANK: rank, **dict.fromkeys(fused, len(adapted))}
+        sizes = {RANK: max(pairs[name].rank for name in site_keys([site])), **dict.fromkeys(fused, len(adapted))}
         shapes[site.leaf] = {
             entry.path.rpartition(".")[2]: tuple(
                 sizes.get(n, size) for n, size in zip(entry.form.left, entry.shape, strict=True)

@@ -413,14 +413,14 @@ def _plain_tensor(
         values = np.asarray(arrays[key])
         if start is not None:
             first = np.asarray(start[key])
-            both = values, first if axis == 0 else -first
-            values = np.concatenate([x.astype(dtype, copy=False) for x in both], axis)
+            values = np.concatenate(
+                [x.astype(dtype, copy=False) for x in (values, first if axis == 0 else -first)], axis
+            )
         if scale != 1:
             wide = values if values.dtype.itemsize >= 4 else values.astype("float32")
             values = (wide * wide.dtype.type(scale)).astype(new.dtype, copy=False)
         missing = new.shape[axis] - values.shape[axis]
-        padding = [(0, missing if i == axis else 0) for i in range(values.ndim)]
-        return np.pad(values, padding) if missing else values
+        return np.pad(values, [(0, missing if i == axis else 0) for i in range(values.ndim)]) if missing else values
 
     return new, read
 

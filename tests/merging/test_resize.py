@@ -218,16 +218,16 @@ def test_resize_takes_keys_with_a_name_and_8_bits_and_leaves_copies_of_the_base_
         f"{P}q.lora_{side}.weight": rng.standard_normal(shape, "f4") for side, shape in (("A", (2, 3)), ("B", (4, 2)))
     }
     named = {key.replace(".weight", ".default.weight"): x for key, x in plain.items()}
-    wanted, _ = combination.resize_plain(jaxadapt.PeftTensors(config, plain), 4)
+    wanted, _ = combination.resize_rank(jaxadapt.PeftTensors(config, plain), 4)
     with pytest.warns(UserWarning, match="'default' is removed from its 2 keys"):
-        found, _ = combination.resize_plain(jaxadapt.PeftTensors(config, named), 4)
+        found, _ = combination.resize_rank(jaxadapt.PeftTensors(config, named), 4)
     assert found.tensors.keys() == plain.keys()
     for key, x in wanted.tensors.items():
         np.testing.assert_array_equal(found.tensors[key], x)
     narrow = {key: x.astype(ml_dtypes.float8_e4m3fn) for key, x in plain.items()}
-    resized, _ = combination.resize_plain(jaxadapt.PeftTensors(config, narrow), 4)
+    resized, _ = combination.resize_rank(jaxadapt.PeftTensors(config, narrow), 4)
     assert {x.dtype.name for x in resized.tensors.values()} == {"float32"}
     copies = plain | {f"{P}q.base_layer.weight": np.ones((4, 3), "f4")}
     with pytest.warns(UserWarning, match="leaves out these copies of base weights"):
-        resized, _ = combination.resize_plain(jaxadapt.PeftTensors(config, copies), 4)
+        resized, _ = combination.resize_rank(jaxadapt.PeftTensors(config, copies), 4)
     assert resized.tensors.keys() == plain.keys()
