@@ -22,7 +22,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -167,14 +167,7 @@ def as_float64(x: Any) -> np.ndarray:
 # ---------------------------------------------------------------- grid
 
 
-class _Measured(Protocol):
-    @property
-    def module(self) -> str:
-        """The path of the module or parameter."""
-        ...
-
-
-_Cell = TypeVar("_Cell", bound=_Measured)
+_Cell = TypeVar("_Cell", Norm, "ModuleDifference")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Generator
 from typing import Any
 
 import click
@@ -76,8 +75,10 @@ class _Commands(click.Group):
         if os.environ.get("NO_COLOR"):
             ctx.color = False
         try:
-            with warnings.catch_warnings(), _escaped_logs():
+            with warnings.catch_warnings(), contextlib.ExitStack() as stack:
                 warnings.showwarning = _print_warning
+                stack.callback(logging.setLogRecordFactory, logging.getLogRecordFactory())
+                logging.setLogRecordFactory(_EscapedRecord)
                 return super().invoke(ctx)
         except jaxadapt.AdapterError as error:
             click.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
@@ -99,17 +100,6 @@ class _EscapedRecord(logging.LogRecord):
 
     def getMessage(self) -> str:
         return escape_text(super().getMessage(), keep="\n")
-
-
-@contextlib.contextmanager
-def _escaped_logs() -> Generator[None]:
-    """Escape every log record made inside the `with` block."""
-    factory = logging.getLogRecordFactory()
-    logging.setLogRecordFactory(_EscapedRecord)
-    try:
-        yield
-    finally:
-        logging.setLogRecordFactory(factory)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -241,14 +241,14 @@ def convert_command(
             raise click.UsageError("several SOURCEs take only --format and --dtype; convert them one by one")
         done = conversion.convert_several(sources, target, format=form, dtype=dtype, progress=True)
         if as_json:
-            output.print_json([each._asdict() for each in done])
+            output.print_json([{k: x for k, x in each._asdict().items() if k != "dialect"} for each in done])
         else:
             for each in done:
                 output.print_line(f"{each.path}: {each.tensors} tensors of {each.method}")
         return
     result = conversion.convert(source, target, conversion.TreeOptions(**tree), format=form, dtype=dtype, progress=True)
     if as_json:
-        output.print_json(result._asdict())
+        output.print_json({name: value for name, value in result._asdict().items() if name != "method"})
         return
     alpha = "" if result.lora_alpha is None else f", rank {result.rank}, alpha {result.lora_alpha:g}"
     output.print_line(f"{result.path}: {result.tensors} tensors{alpha}")

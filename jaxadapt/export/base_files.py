@@ -423,9 +423,7 @@ def import_base(
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)
         tensors = cut(tensors, plan.locate_parts(tensors.shapes, base_plan.keys))
-        is_generic = resolved.name == GENERIC.name
-        describe = functools.partial(families.describe_nearest_family, shapes) if is_generic else str
-        sources = _find_sources(tensors, resolved, base_plan, strict, describe)
+        sources = _find_sources(tensors, resolved, base_plan, strict, shapes)
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
         raise_listed(
@@ -456,7 +454,7 @@ def _find_sources(
     keymap: KeyMap,
     base_plan: plan.Plan,
     strict: bool,
-    describe_nearest: Callable[[], str],
+    leaves: Mapping[str, tuple[int, ...]],
 ) -> dict[str, str]:
     """Return for each key the file tensor that fills it: the tensor of this name or one that it is tied to.
 
@@ -477,7 +475,7 @@ def _find_sources(
     redundant = {key for key in shapes if key not in base_plan.shapes and is_redundant(key)}
     given = {key: shapes[name] for key, name in sources.items()}
     given |= {key: shape for key, shape in shapes.items() if key not in redundant and key not in given}
-    _check_sources(tensors, keymap, base_plan, given, strict, describe_nearest)
+    _check_sources(tensors, keymap, base_plan, given, strict, leaves)
     return sources
 
 
@@ -493,9 +491,12 @@ def _check_sources(
     base_plan: plan.Plan,
     given: Mapping[str, tuple[int, ...]],
     strict: bool,
-    describe_nearest: Callable[[], str],
+    leaves: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raise `MismatchError` with all problems of the shapes that a file gives; warn of tensors that are not used."""
+    """Raise `MismatchError` with all problems of the shapes that a file gives; warn of tensors that are not used.
+
+    `leaves` are the shapes of the model's leaves.
+    """
     wrong_dtypes = [
         f"{key}: {spec.dtype.name}, expected floats"
         for key, spec in tensors.specs.items()
@@ -518,7 +519,7 @@ def _check_sources(
                 if strict
                 else " strict=False does not skip tensors of another shape."
             )
-            + describe_nearest()
+            + (families.describe_nearest_family(leaves) if keymap.name == GENERIC.name else "")
         )
 
 

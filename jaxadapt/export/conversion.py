@@ -37,11 +37,20 @@ from jaxadapt.storage import atomic, location, safetensors
 
 
 class Written(NamedTuple):
-    """One adapter that was written: its path, method, number of tensors, and the rank and alpha of a LoRA."""
+    """One adapter that was written.
+
+    Attributes:
+        path: its folder or file.
+        method: its PEFT type.
+        tensors: the number of its tensors.
+        dialect: the LoRA layout of a tree, whose model must be built with the rank and alpha; None for other files.
+        rank, lora_alpha: those of a LoRA.
+    """
 
     path: str
     method: str
     tensors: int
+    dialect: str | None
     rank: int | None
     lora_alpha: float | None
 
@@ -166,7 +175,7 @@ def _write_parts(
         number = chosen.write(tensors, target, formats.Wanted(style, origin), report)
         alpha = config.get("lora_alpha")
         alpha = None if alpha is None else float(alpha)
-        done.append(Written(os.fspath(target), config.peft_type, number, config.get("r"), alpha))
+        done.append(Written(os.fspath(target), config.peft_type, number, None, config.get("r"), alpha))
     return done
 
 
@@ -199,16 +208,6 @@ def _last_name(source: str | os.PathLike[str]) -> str:
     text = os.fspath(source)
     path = text.rstrip("/") if location.is_address(source) else os.path.abspath(text)  # noqa: PTH100 (keeps links)
     return path.rpartition("/")[2]
-
-
-class ConvertedFile(NamedTuple):
-    """A converted adapter. A tree's model must be built with its rank and alpha."""
-
-    path: str
-    tensors: int
-    dialect: str | None
-    rank: int | None
-    lora_alpha: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +258,7 @@ def convert(
     format: str | None = None,  # noqa: A002 (as in `save`)
     dtype: str | None = None,
     progress: Progress = None,
-) -> ConvertedFile:
+) -> Written:
     """Convert an adapter from a PEFT folder or a tree (`*.safetensors`) to a PEFT folder or a tree.
 
     An Orbax checkpoint written by `save` and mlx-lm's folder are read like a folder. Without a tree, only the format
@@ -288,9 +287,7 @@ def convert(
         if is_adapter or (options.from_keymap is None and options.to_keymap is None):
             options.refuse(source)
             done = convert_format(source, target, format=format, dtype=dtype, progress=progress)
-            return ConvertedFile(
-                str(target), sum(part.tensors for part in done), None, done[0].rank, done[0].lora_alpha
-            )
+            return done[0]._replace(path=str(target), tensors=sum(part.tensors for part in done))
     if dtype is not None:
         raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
     return _convert_layout(source, target, options, from_tree, to_tree, format or "safetensors", progress)
@@ -304,7 +301,7 @@ def _convert_layout(
     to_tree: bool,
     style: str,
     progress: Progress,
-) -> ConvertedFile:
+) -> Written:
     """Convert from a tree, to a tree, or a folder to other names."""
     if style not in FOLDERS or (to_tree and style != "safetensors"):
         raise ConfigError(f"--format {style}: expected safetensors, or bin or orbax with a folder as the target")
@@ -320,7 +317,7 @@ def _convert_layout(
     with reporter(progress) as report:
         tensors = dataclasses.replace(tensors, config=config)
         number = formats.writer(style).write(tensors, location.to_location(target), formats.Wanted(style), report)
-    return ConvertedFile(os.fspath(target), number, None, config.r, config.lora_alpha)
+    return Written(os.fspath(target), config.peft_type, number, None, config.r, config.lora_alpha)
 
 
 def _is_adapter_file(path: str | os.PathLike[str]) -> bool:
@@ -423,7 +420,7 @@ def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensor
     return PeftTensors(config, arrays, tensors.source)
 
 
-def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: TreeOptions) -> ConvertedFile:
+def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: TreeOptions) -> Written:
     """Write a tree of a model family."""
     if options.to_keymap is None:
         raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
@@ -459,7 +456,9 @@ def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: Tre
     safetensors.write(
         path, {p: (x.dtype, x.shape) for p, x in arrays.items()}, arrays.__getitem__, {} if alpha is None else note
     )
-    return ConvertedFile(os.fspath(path), len(arrays), dialect.name, rank, float(rank if alpha is None else alpha))
+    return Written(
+        os.fspath(path), config.peft_type, len(arrays), dialect.name, rank, float(rank if alpha is None else alpha)
+    )
 
 
 def _per_expert(keymap: KeyMap, tensors: PeftTensors, on_shared: str | None) -> tuple[KeyMap, PeftTensors]:

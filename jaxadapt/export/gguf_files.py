@@ -36,6 +36,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source, numpy_dtype
 from jaxadapt.configs import lora
 from jaxadapt.configs.validation import is_int
+from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.merging.pairs import lora_pairs
@@ -266,11 +267,11 @@ class File:
                 "big-endian; convert it to little-endian" if version % 65536 == 0 else f"version {version}"
             )
         tensor_count, field_count = self._numbers(10, 2)
-        fields = dict(self._unique(field_count, lambda: self._field(gguf.GGUFValueType)))
+        fields = self._named(field_count, lambda: self._field(gguf.GGUFValueType))
         alignment = fields.get("general.alignment", Field(32, "UINT32"))
         if alignment.type != "UINT32" or alignment.value.bit_count() != 1:
             raise ValueError(f"general.alignment: {alignment.value!r}")
-        found = dict(self._unique(tensor_count, lambda: self._tensor(gguf)))
+        found = self._named(tensor_count, lambda: self._tensor(gguf))
         begin = self._place + -self._place % alignment.value
         tensors = {name: tensor._replace(start=begin + tensor.start) for name, tensor in found.items()}
         for name, tensor in tensors.items():
@@ -291,15 +292,12 @@ class File:
     def _text(self) -> str:
         return self._take(*self._numbers(10)).decode()
 
-    def _unique(self, count: int, read: Callable[[], Any]) -> Iterator[tuple[str, Any]]:
-        """Yield names with what follows each; a count that is too large ends at the file's end."""
-        names = set[str]()
-        for _ in range(count):
-            name = self._text()
-            if name in names:
-                raise ValueError(f"twice {name!r}")
-            names.add(name)
-            yield name, read()
+    def _named(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
+        """Return names with what follows each; a count that is too large ends at the file's end."""
+        items = [(self._text(), read()) for _ in range(count)]
+        if twice := paths.repeated(name for name, _ in items):
+            raise ValueError(f"twice {twice[0]!r}")
+        return dict(items)
 
     def _field(self, types: Any) -> Field:
         (kind,) = self._numbers(4)
@@ -578,12 +576,12 @@ def write_adapter(
     arrays = as_source(tensors.tensors)
     require_floats(tensors.config, arrays.specs, os.fspath(path))
     plan = _plan(tensors, arrays, base)
-    shapes = {name: tuple(arrays.specs[key].shape)[:: -1 if turned else 1] for name, (key, _, turned) in plan.items()}
-    config: Any = tensors.config
+    kind, shapes = TYPES[dtype or "float32"], arrays.shapes
+    specs = {name: (kind, shapes[key][:: -1 if turned else 1]) for name, (key, _, turned) in plan.items()}
     fields = {
         "general.type": Field("adapter", "STRING"),
         "adapter.type": Field("lora", "STRING"),
-        "adapter.lora.alpha": Field(float(config.lora_alpha), "FLOAT32"),
+        "adapter.lora.alpha": Field(float(tensors.config.get("lora_alpha")), "FLOAT32"),
     }
 
     def get(name: str) -> np.ndarray:
@@ -591,7 +589,6 @@ def write_adapter(
         values = np.asarray(arrays[key])
         return values.T if turned else interleave_rows(values, heads)
 
-    specs = {name: (TYPES[dtype or "float32"], shape) for name, shape in shapes.items()}
     write(path, base.architecture.name, fields, specs, get, report, "export", ahead=True)
     return len(specs)
 

@@ -222,8 +222,8 @@ def convert_variant(tensors: PeftTensors) -> PeftTensors:
             for key, a in arrays.items()
             if key.endswith(".lora_A.weight")
         }
-    unset = dict.fromkeys(("use_bdlora", *_ONLY_IN_TRAINING))
-    return dataclasses.replace(tensors, config=config.replace(**unset, use_qalora=False), tensors=arrays)
+    config = config.replace(use_bdlora=None, use_qalora=False, **dict.fromkeys(_ONLY_IN_TRAINING))
+    return dataclasses.replace(tensors, config=config, tensors=arrays)
 
 
 def _blocks_to_matrix(bdlora: Mapping[str, Any], key: str, x: Array, source: str) -> Array:
