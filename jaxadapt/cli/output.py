@@ -33,7 +33,7 @@ def _console() -> Console:
     from rich.console import Console
 
     has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
-    return Console() if has_width else Console(width=_PIPE_WIDTH)
+    return Console(width=None if has_width else _PIPE_WIDTH, markup=False, emoji=False, highlight=False)
 
 
 def _print(console: Console, *renderables: Any) -> None:
@@ -83,20 +83,18 @@ def _replace_non_finite(value: Any) -> Any:
 def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     """Print names and values, folded to the terminal's width."""
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(escape_text(name)), Text(escape_text(value)))
+        table.add_row(escape_text(name), escape_text(value))
     _print(_console(), table)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
     """Print a table folded to the terminal's width, names at their dots; align the columns in `numbers` right."""
     from rich.table import Table
-    from rich.text import Text
 
     console = _console()
     numbers = [escape_text(name) for name in numbers]
@@ -105,9 +103,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
     widths = _fit_widths(natural, console.width - 2 * (len(columns) - 1))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column, width in zip(columns, widths, strict=True):
-        table.add_column(Text(column), overflow="fold", width=width, justify="right" if column in numbers else "left")
+        table.add_column(column, overflow="fold", width=width, justify="right" if column in numbers else "left")
     for row in rows:
-        table.add_row(*(Text(_fold(cell, width)) for cell, width in zip(row, widths, strict=True)))
+        table.add_row(*map(_fold, row, widths))
     _print(console, table)
 
 
@@ -181,9 +179,9 @@ def print_heat(
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("layer", justify="right", no_wrap=True)
         for column in columns[begin:end]:
-            table.add_column(Text(column), justify="right", overflow="fold")
+            table.add_column(column, justify="right", overflow="fold")
         for name, row in zip(rows, values, strict=True):
-            table.add_row(Text(name), *(Text(number_text(v), style=_shade(v, high)) for v in row[begin:end]))
+            table.add_row(name, *(Text(number_text(v), style=_shade(v, high)) for v in row[begin:end]))
         _print(console, Text(title if begin == 0 else f"{title}, continued", style="bold"), table)
 
 

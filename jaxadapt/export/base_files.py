@@ -220,16 +220,9 @@ def write_folder(
         task: the name of the task in the report.
     """
     total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
-    count = byte_counter(report, task, total)
-
-    def get(key: str) -> Any:
-        value = read(key)
-        count(value.nbytes)
-        return value
-
-    checked = get if not_finite_error is None else finite.check_while_reading(get, len(specs), not_finite_error)
+    checked = read if not_finite_error is None else finite.check_while_reading(read, len(specs), not_finite_error)
     atomic.make_folder(target)
-    hf_model.write_model(target, specs, checked, max_shard_size)
+    hf_model.write_model(target, specs, checked, max_shard_size, byte_counter(report, task, total))
     for name, data in other_files.items():
         atomic.write_bytes(target / name, data)
     return total

@@ -400,7 +400,7 @@ def merge_folder(
         file_dtype = None if dtype is None else float_dtype(dtype)
         specs = {
             key: (dtype_name(file_dtype if file_dtype is not None and is_float(spec.dtype) else spec.dtype), spec.shape)
-            for key, spec in plan.specs.items()
+            for key, spec in plan.base_tensors.specs.items()
         }
 
         def read(key: str) -> Any:
@@ -427,14 +427,12 @@ class MergePlan:
 
     Attributes:
         base_tensors: the model's tensors, with a separate head if the adapter needs one.
-        specs: their shapes and dtypes.
         changed: the changed tensors by key.
         count: the number of changed weights.
         is_untied: True if the head has a separate tensor that the model's files lack.
     """
 
     base_tensors: TensorSource
-    specs: dict[str, jax.ShapeDtypeStruct]
     changed: Mapping[str, base_merge.ChangedLeaf]
     count: int
     is_untied: bool
@@ -478,7 +476,7 @@ def plan_merge(
     keymap = load_adapter.base_keymap(tensors, untied.tensors.shapes, untied.tied)
     params = paths.unflatten(specs | _repeated_weights(tensors, untied.tensors, keymap))
     loaded = load_adapter.from_peft(tensors, params, keymap=keymap)
-    return MergePlan(untied.tensors, specs, base_merge.plan_merge(specs, loaded), len(loaded.sites), untied.is_untied)
+    return MergePlan(untied.tensors, base_merge.plan_merge(specs, loaded), len(loaded.sites), untied.is_untied)
 
 
 # ---------------------------------------------------------------- merge gguf
@@ -536,7 +534,7 @@ def merge_gguf(
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         if plan.is_untied:
             keys["output.weight"] = "lm_head.weight"
-            shapes["output.weight"] = tuple(plan.specs["lm_head.weight"].shape)
+            shapes["output.weight"] = plan.base_tensors.shapes["lm_head.weight"]
         fields = dict(file.fields)
         architecture = fields.pop("general.architecture").value
         fields["general.file_type"] = gguf_files.Field(_FILE_TYPES[kind], "UINT32")
@@ -544,10 +542,9 @@ def merge_gguf(
             fields["general.quantization_version"] = gguf_files.Field(2, "UINT32")
 
         def get(name: str) -> np.ndarray:
-            key = keys.get(name)
+            key = keys.get(name, "")
             if key not in plan.changed and name in file.tensors:
                 return file.read(name)
-            assert key is not None
             values = tensors.to_gguf(key, plan.value(key, unrounded=True))
             if not allow_nan and not np.isfinite(values).all():
                 raise MismatchError(

@@ -138,7 +138,9 @@ def _choose_file_names(folder: Location, count: int) -> list[str]:
     raise AssertionError
 
 
-def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray], limit: int) -> None:
+def write_model(
+    folder: Location, specs: Specs, get: Callable[[str], np.ndarray], limit: int, progress: Callable[[int], None]
+) -> None:
     """Write a model's weights, durably and atomically, holding one tensor at a time.
 
     Args:
@@ -146,6 +148,7 @@ def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray]
         specs: (safetensors dtype name, shape) by key.
         get: returns the array of a key. Called once a key, file by file.
         limit: the largest size of a file in bytes. A larger model becomes several files and an index.
+        progress: called with the number of bytes written since its last call.
 
     Raises:
         FileError, MismatchError: as in `safetensors.write`. The old weights are then still in place.
@@ -157,7 +160,7 @@ def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray]
     index = [folder / INDEX] if len(groups) > 1 else []
     with atomic.replacing_all([*(folder / name for name in names), *index]) as writers:  # the index last
         for writer, keys in zip(writers, groups, strict=False):
-            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, {"format": "pt"})
+            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, {"format": "pt"}, progress=progress)
         if index:
             weight_map = {key: name for name, keys in zip(names, groups, strict=True) for key in keys}
             data = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
