@@ -2,14 +2,14 @@
 
 The change of LoRA is ΔW = s·B·A, which is never computed; each other method measures its own (`Method.measure_change`).
 With B = Qb·Rb and Aᵀ = Qa·Ra, the singular values of ΔW are those of the small matrix s·Rb·Raᵀ. The effective rank is
-exp of the entropy of the normalized singular values (Roy and Vetterli 2007). It is 1 for a rank-one change, and r if r
+exp of the entropy of the normalized singular values (Roy and Vetterli 2007): 1 for a rank-one change, and r if r
 directions have equal weight.
 
-Norms and products of two adapters follow from small Gram matrices, as
-⟨B₁·A₁, B₂·A₂⟩ = tr(B₁ᵀB₂ · A₂A₁ᵀ), and ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. Two steps of one run, whose
-factors are nearly equal, would lose their digits in this sum. With the scales in the As and equal ranks,
-ΔW₁ − ΔW₂ = (B₁ − B₂)·A₁ + B₂·(A₁ − A₂) keeps them. The angles between two subspaces have the cosines σ(Q₁ᵀQ₂), with
-orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well. These are in float64.
+Norms and products of two adapters follow from small Gram matrices, as ⟨B₁·A₁, B₂·A₂⟩ = tr(B₁ᵀB₂ · A₂A₁ᵀ), and
+‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. Two steps of one run, whose factors are nearly equal, would lose their
+digits in this sum. With equal ranks, ΔW₁ − ΔW₂ = (B₁ − B₂)·A₁ + B₂·(A₁ − A₂) keeps them. The angles between two
+subspaces have the cosines σ(Q₁ᵀQ₂), with orthonormal bases Q (Björck and Golub 1973), which follow from the Gram
+matrices as well. These are in float64.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _measure_lora(config: LoraConfig, module: str, arrays: Mapping[str, Any]) ->
     scale = float(config.scale_of(module))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):  # a diverged run, on which decompositions fail
         return Change(math.nan, None, a.shape[1], scale)
-    inner, outer = (np.linalg.qr(x.swapaxes(1, 2), mode="r") for x in (a, b))
+    inner, outer = (np.asarray(np.linalg.qr(x.swapaxes(1, 2), mode="r")) for x in (a, b))
     s = np.linalg.svd(outer @ inner.swapaxes(1, 2), compute_uv=False)
     return Change(float(np.sqrt((s**2).sum())), sum(map(effective_rank, s)) / len(s), a.shape[1], scale)
 
@@ -382,7 +382,7 @@ def _title_text(config: Config, grid: Grid[Norm]) -> str:
     return "\n".join([first, ", ".join(parts)] if base and parts else [", ".join([first, *parts])])
 
 
-# ---------------------------------------------------------------- differences of low rank
+# ---------------------------------------------------------------- differences
 
 
 class _Grams(NamedTuple):
@@ -455,9 +455,6 @@ def _angles(grams: _Grams) -> tuple[float, float] | None:
     return float(angles.min()), float(angles.max())
 
 
-# ---------------------------------------------------------------- differences
-
-
 @dataclasses.dataclass(frozen=True)
 class ModuleDifference:
     """The difference of one module, or of one tensor that has no other meaning.
@@ -485,7 +482,9 @@ class ModuleDifference:
     @property
     def relative(self) -> float:
         """The distance in units of the first adapter's norm: infinite if that is zero and the distance is not."""
-        return _ratio(self.distance, self.norms[0])
+        if self.norms[0]:
+            return self.distance / self.norms[0]
+        return math.inf if self.distance else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -672,13 +671,6 @@ def _compare_tensor(name: str, x: np.ndarray, y: np.ndarray, kind: str) -> Modul
     norms = math.sqrt(float((x * x).sum())), math.sqrt(float((y * y).sum()))
     distance = math.sqrt(float(((x - y) ** 2).sum()))
     return ModuleDifference(name, kind, norms, distance, _cosine(float((x * y).sum()), *norms))
-
-
-def _ratio(distance: float, norm: float) -> float:
-    return distance / norm if norm else (math.inf if distance else 0.0)
-
-
-# ---------------------------------------------------------------- plot
 
 
 def difference_png(difference: Difference, names: tuple[str, str]) -> bytes:
