@@ -400,8 +400,9 @@ def run(
     # CPUs multiply in float32 by default; accelerators would round to fewer bits, and the comparison
     # with PEFT would measure the rounding.
     with jax.default_matmul_precision("highest"):
-        tuned = _tune(model, tokenizer, steps=steps, seed=seed, api=api, method=method, console=console)
-    trained, losses, held_out, passages, probe = tuned
+        trained, losses, held_out, passages, probe = _tune(
+            model, tokenizer, steps=steps, seed=seed, api=api, method=method, console=console
+        )
     for when, passage in zip(("before", "after"), passages, strict=True):
         console.print(Panel(passage, title=f"sampled passage, {when}", title_align="left"), markup=False)
     console.print(f"held-out loss: {held_out[0]:.3f} before, {held_out[1]:.3f} after {steps} steps")
@@ -409,7 +410,7 @@ def run(
     trained.save(out, MODEL_NAME)
     expected, adapter_parameters = trained.logits(probe), trained.adapter_size()
     # Free the base: each process below loads its own.
-    del trained, tuned
+    del trained
     _return_memory()
     file = out / "adapter_model.safetensors"
     base_parameters = model.parameters()

@@ -212,8 +212,7 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for l in range(config.num_layers):
-        for name, shape in {
+    layer: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj": (queries, hidden),
             "self_attn.k_proj": (keys, hidden),
             "self_attn.v_proj": (keys, hidden),
@@ -223,8 +222,10 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             "mlp.down_proj": (hidden, inner),
             "input_layernorm": (hidden,),
             "post_attention_layernorm": (hidden,),
-        }.items():
-            shapes[f"model.layers.{l}.{name}.weight"] = shape
+    }
+    shapes |= {
+        f"model.layers.{l}.{name}.weight": shape for l in range(config.num_layers) for name, shape in layer.items()
+    }
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)

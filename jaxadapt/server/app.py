@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import ipaddress
 import json
 import os
@@ -49,14 +50,10 @@ class Session:
         self._left = 0
         self.jobs: Sequence[Job] = ()
 
-    def emit(self, index: int) -> Callable[[Piece], None]:
-        """Return the function that the engine's thread calls with the pieces of one job."""
-
-        def emit(piece: Piece) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
-
-        return emit
+    def emit(self, index: int, piece: Piece) -> None:
+        """Take a piece of one job; the engine's thread calls this."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs; raise `RequestError` if there is no room."""
@@ -193,8 +190,9 @@ class Server:
             room = self._room(request, ids)
             for index in range(len(jobs), len(jobs) + request.choices):
                 own = dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32)
+                emit = functools.partial(session.emit, index)
                 echo = text if request.echo else None
-                jobs.append(Job(ids, adapter, own, room, request.stop, session.emit(index), request.top, echo))
+                jobs.append(Job(ids, adapter, own, room, request.stop, emit, request.top, echo))
         return jobs
 
     def _encode(self, request: Request, chat: bool) -> list[tuple[str, list[int]]]:

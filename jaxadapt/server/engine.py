@@ -120,11 +120,6 @@ class Job:
     scores: list[TokenScore] = dataclasses.field(default_factory=list[TokenScore])
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
-    @property
-    def subject(self) -> str:
-        """The adapter or the base, for messages."""
-        return self.adapter or "the base"
-
     def piece(self, text: str, reason: str | None) -> Piece:
         """Return the next piece, with all text and scores that were not sent."""
         text, self.unsent = self.unsent + text, ""
@@ -203,11 +198,12 @@ class Engine:
     def gauges(self) -> dict[str, int]:
         """Return the numbers of rows, of requests that have one, of those that wait, and of compiled programs."""
         with self._changed:
-            rows, active, waiting = self._decoder.rows, len(self._active), len(self._waiting)
-        return {
-            "rows": rows, "rows_active": active, "queue_length": waiting,
-            "compiled_programs": self._decoder.compiled(),
-        }  # fmt: skip
+            return {
+                "rows": self._decoder.rows,
+                "rows_active": len(self._active),
+                "queue_length": len(self._waiting),
+                "compiled_programs": self._decoder.compiled(),
+            }
 
     @property
     def healthy(self) -> bool:
@@ -266,7 +262,7 @@ class Engine:
         except Exception:
             if not self._decoder.usable:
                 raise
-            LOGGER.exception("a request for %s failed", self._active[row].subject)
+            LOGGER.exception("a request for %s failed", self._active[row].adapter or "the base")
             failed = RequestError(500, "the request failed; the server's log says why", code="internal_error")
             self._leave(row, Piece(error=failed))
 
@@ -317,7 +313,7 @@ class Engine:
         job = self._active[row]
         assert job.text is not None
         if not finite:
-            message = f"the logits of {job.subject} are not finite; check the adapter's values"
+            message = f"the logits of {job.adapter or 'the base'} are not finite; check the adapter's values"
             self._leave(row, Piece(error=RequestError(400, message, code="adapter_error", param="model")))
             return
         if not job.max_tokens:

@@ -55,20 +55,16 @@ def completion_logprobs(scores: Sequence[TokenScore], spell: Spell, offset: int)
         offset: the place of the first token's text in the choice's text.
     """
     texts = [spell(score.token)[0] for score in scores]
-    offsets = [offset + before for before in itertools.accumulate(map(len, texts[:-1]), initial=0)]
     tops: list[dict[str, float] | None] = []
     for score, text in zip(scores, texts, strict=True):
-        if score.logprob is None:
-            tops.append(None)
-            continue
-        named = {text: score.logprob}
+        named = {} if score.logprob is None else {text: score.logprob}
         for token, logprob in score.top:  # two tokens may have one text; the more probable one is shown
             other = spell(token)[0]
             named[other] = max(logprob, named.get(other, logprob))
-        tops.append(named)
+        tops.append(named or None)
     return {
         "tokens": texts, "token_logprobs": [score.logprob for score in scores], "top_logprobs": tops,
-        "text_offset": offsets,
+        "text_offset": [offset + before for before in itertools.accumulate(map(len, texts[:-1]), initial=0)],
     }  # fmt: skip
 
 

@@ -71,7 +71,8 @@ def _as_int32(ids: Any, slots: int) -> Any:
 
 def _require_grouped(bank: Bank, implementation: Implementation) -> Implementation:
     """Return the grouped product; raise `AttachError` if the bank or the platform does not have one."""
-    if others := sorted({p.row.method.peft_type for p in bank.layout.places if not _is_pair(p)}):
+    rows = [(place.row, place.kept) for place in bank.layout.places]
+    if others := sorted({r.method.peft_type for r, kept in rows if r.method.row_pair(r.hparams, kept) is None}):
         raise AttachError(
             f"sorted segments need low-rank pairs; the bank has room for other forms of {', '.join(others)} (a DoRA, a"
             " bias, a vector). Use implementation='gather' or 'mask'"
@@ -84,10 +85,6 @@ def _require_grouped(bank: Bank, implementation: Implementation) -> Implementati
             " pass a grouped product of your own"
         )
     return jax.lax.ragged_dot
-
-
-def _is_pair(place: Place) -> bool:
-    return place.row.method.row_pair(place.row.hparams, place.kept) is not None
 
 
 def _check_mixture(bank: Bank, ids: Any, weights: Any, implementation: Implementation | None) -> Any:
@@ -289,16 +286,13 @@ def create(
             number = _number_shared(shared, config.peft_type, own) if own else None
             places += [make_place(s, held.leaves[s.leaf], held.shardings.get(s.leaf), dtype, number) for s in sites]
     raise_refused([*problems, *_find_twice(places)], "cannot create the bank")
-    layout = Layout(tuple(places), slots, tuple(shared))
-    on_devices = tuple(_put_everywhere(of, dtype, held.shardings) for _, of in shared)
-    return Bank(tuple(_empty(place, slots) for place in places), layout, on_devices)
-
-
-def _put_everywhere(tensors: Shared, dtype: Any, shardings: Mapping[str, Any]) -> Tensors:
-    """Return tensors on all devices of a base with these shardings."""
-    meshes = [x.mesh for x in shardings.values() if isinstance(x, NamedSharding)]
+    meshes = [x.mesh for x in held.shardings.values() if isinstance(x, NamedSharding)]
     everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    return {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()}
+    on_devices = tuple(
+        {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()} for _, tensors in shared
+    )
+    layout = Layout(tuple(places), slots, tuple(shared))
+    return Bank(tuple(_empty(place, slots) for place in places), layout, on_devices)
 
 
 def _find_twice(places: Sequence[Place]) -> list[Refusal]:

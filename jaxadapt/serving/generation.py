@@ -167,17 +167,28 @@ class Sizes(Protocol):
     """The hyperparameters of a model that a cache and a batch need; a `LlamaConfig` of the demo has them."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """The number of layers."""
+
     @property
-    def num_kv_heads(self) -> int: ...
+    def num_kv_heads(self) -> int:
+        """The heads of keys and values in a layer."""
+
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """The size of a head."""
+
     @property
-    def max_position_embeddings(self) -> int: ...
+    def max_position_embeddings(self) -> int:
+        """The most tokens that a row may have."""
+
     @property
-    def param_dtype(self) -> jax.typing.DTypeLike: ...
+    def param_dtype(self) -> jax.typing.DTypeLike:
+        """The dtype of the cache."""
 
 
 @jax.tree_util.register_dataclass
@@ -484,11 +495,10 @@ def _read(
 ) -> tuple[KVCache, jax.Array, jax.Array, Scores]:
     """Read a padded prompt (1, T) with `count` tokens into a row, and choose the first token."""
 
-    def empty(x: jax.Array) -> jax.Array:  # an earlier answer's NaN would pass through the mask
-        return jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype)
-
     time = tokens.shape[1]
-    alone = KVCache(empty(cache.keys), empty(cache.values), jnp.zeros((1,), jnp.int32), cache.layer)
+    # An empty cache for one row: an earlier answer's NaN would pass through the mask.
+    keys, values = (jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype) for x in (cache.keys, cache.values))
+    alone = KVCache(keys, values, jnp.zeros((1,), jnp.int32), cache.layer)
     logits, alone = forward(state, route, tokens, jnp.arange(time, dtype=jnp.int32)[None], alone, True)
     # Virtual embeddings come first, in the logits as in the cache.
     if logits.shape[1] != virtual_tokens + time:

@@ -147,15 +147,14 @@ def find_shared(bank: Sequence[tuple[str, Shared]], adapter: Adapter) -> int | N
     own = shared_of(adapter)
     if not own:
         return None
-    config, closest = adapter.config, None
+    config = adapter.config
+    differences: list[list[str]] = []
     for number, (peft_type, tensors) in enumerate(bank):
         if peft_type == config.peft_type:
-            found = compare_shared(tensors, own)
-            if not found:
+            differences.append(compare_shared(tensors, own))
+            if not differences[-1]:
                 return number
-            closest = found if closest is None or len(found) < len(closest) else closest
-    if closest is None:
-        closest = [f"the bank has no {name}" for name in own]
+    closest = min(differences, key=len, default=[f"the bank has no {name}" for name in own])
     rank = get_method(config).plain_rank(config)
     plain = (
         "" if rank is None else f", or convert the adapter to a plain LoRA of rank {rank}, which computes the same"
@@ -194,7 +193,6 @@ def compare_shared(bank: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[
 
 
 Shape = tuple[int, ...]
-Index = tuple[Any, ...]
 Tensors = dict[str, Any]
 
 
@@ -296,8 +294,10 @@ def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any, shared: 
     stored = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     place = Place(row, site, spec, stored, stored, {})
     if place.reads:
-        kept = jax.eval_shape(place.prepare, stored, spec)
-        kept = {name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype) for name, x in kept.items()}
+        kept = {
+            name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype)
+            for name, x in jax.eval_shape(place.prepare, stored, spec).items()
+        }
         place = dataclasses.replace(place, kept=kept)
     return dataclasses.replace(place, shardings=_shardings(place, base_sharding))
 
@@ -325,8 +325,7 @@ def _stack_first_order(site: Site, rank: int) -> list[int]:
 
 def _stack_first(site: Site, params: Mapping[str, Any]) -> Tensors:
     """Return the tensors of a site as arrays of numpy, with the stacked axes first."""
-    stack = site.match.stack
-    return {name: np.moveaxis(np.asarray(x), stack, range(len(stack))) for name, x in params.items()}
+    return {name: np.transpose(np.asarray(x), _stack_first_order(site, np.ndim(x))) for name, x in params.items()}
 
 
 def _entries(site: Site, shape: Shape) -> Shape:
@@ -420,9 +419,8 @@ def _find_place(layout: Layout, site: Site, shared: int | None) -> int:
 
 def _fields(hparams: Any, shared: int | None) -> dict[str, Any]:
     """Return by name what adapters of one method must have in common to use the same place."""
-    if not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
-        return {"shared": shared}
-    return dataclasses.asdict(hparams) | {"shared": shared}
+    fields = dataclasses.asdict(hparams) if dataclasses.is_dataclass(hparams) and not isinstance(hparams, type) else {}
+    return fields | {"shared": shared}
 
 
 def _kind(peft_type: str, fields: Mapping[str, Any]) -> str:
@@ -453,21 +451,22 @@ def _row_params(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
     return rows
 
 
-def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, Index]:
+def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Return where the tensors of an adapter are in the bank's: `{tensor: the index into the padded tensor}`.
 
     Raises `AttachError` for sizes that do not fit.
     """
     own, bank, padded = site.axes, place.row.axes, site.method.row_padded
     forms = {tensor.name: entry.form for tensor, entry in zip(site.tensors, site.entries, strict=True)}
-    found: dict[str, Index] = {}
+    found: dict[str, tuple[Any, ...]] = {}
     for name, x in rows.items():
         order = _stack_first_order(site, x.ndim)
         letters = [forms[name].left[axis] for axis in order] if name in forms else ["entry"] * x.ndim
         index: list[Any] = [slice(size) for size in x.shape]
         if own.parts != bank.parts:
             axis = place.layers  # of the fused parts, the first batch axis
-            all_parts = list(range(place.weight.shape[_fused_axis(site)])) if bank.parts is None else list(bank.parts)
+            in_leaf = _stack_first_order(site, len(place.weight.shape))[axis + own.batch_axes[0]]
+            all_parts = list(range(place.weight.shape[in_leaf]) if bank.parts is None else bank.parts)
             if missing := sorted(set(own.parts or range(len(all_parts))) - set(all_parts)):
                 raise AttachError(f"{site.leaf}: the bank lacks the fused parts {missing}")
             index[axis] = np.array([all_parts.index(part) for part in own.parts or range(x.shape[axis])])
@@ -511,9 +510,3 @@ def read_slot(layout: Layout, arrays: Sequence[Mapping[str, Any]], slot: int, li
             problems.append(str(error))
     raise_listed(AttachError, "cannot read the adapter from the bank:", problems)
     return values
-
-
-def _fused_axis(site: Site) -> int:
-    """Return the axis of the base leaf that holds its fused parts."""
-    axes: Sequence[int] = [axis for axis in range(len(site.match.weight.left)) if axis not in site.match.stack]
-    return axes[site.axes.batch_axes[0]]

@@ -193,11 +193,11 @@ def lora_plus(
     labels = _map_leaves(lambda leaf: groups.get(leaf.role, "B") + ("" if leaf.decays else " plain"), tree)
     rates = {"A": learning_rate, "embedding": embedding_learning_rate, "B": _scale_rate(learning_rate, ratio)}
     transforms: dict[Any, optax.GradientTransformation] = {
-        name: make(rate, weight_decay=weight_decay) for name, rate in rates.items()
+        name + plain: make(rate, weight_decay=decay)
+        for plain, decay in (("", weight_decay), (" plain", 0.0))
+        for name, rate in rates.items()
     }
-    transforms |= {f"{name} plain": make(rate, weight_decay=0.0) for name, rate in rates.items()}
-    transforms["frozen plain"] = optax.set_to_zero()
-    return optax.multi_transform(transforms, labels)
+    return optax.multi_transform(transforms | {"frozen plain": optax.set_to_zero()}, labels)
 
 
 def _scale_rate(rate: Any, ratio: float) -> Any:
