@@ -221,7 +221,7 @@ def serve_command(
 
     try:
         from jaxadapt.server import app
-        from jaxadapt.server.base import open_base
+        from jaxadapt.server.engine import open_base
     except ModuleNotFoundError as error:
         raise jaxadapt.FileError(
             f"the server needs {error.name}, which is not installed; run: pip install 'jaxadapt[serve]'"

@@ -1,7 +1,8 @@
 """The HTTP interface, and a server that runs it: OpenAI's completions, chats and models, vLLM's way to load adapters,
 metrics and health.
 
-A session is one request while it runs: the pieces of its jobs, its client's leaving, and its stream of events.
+The names and paths of adapters come from clients: each is a folder inside one root, and nothing else. A session is one
+request while it runs: the pieces of its jobs, its client's leaving, and its stream of events.
 """
 
 from __future__ import annotations
@@ -33,9 +34,97 @@ from jaxadapt import serving
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, warn
 from jaxadapt.core.progress import LOGGER
 from jaxadapt.server import protocol
-from jaxadapt.server.base import END, START, Base, find, is_plain, is_there, make_room, scan
-from jaxadapt.server.engine import Engine, Job, Metrics
+from jaxadapt.server.engine import END, START, Base, Engine, Job, Metrics, make_room
 from jaxadapt.server.protocol import LEFT, Answer, Piece, Request, RequestError
+from jaxadapt.serving.pool import BASE, find_folders, is_adapter
+from jaxadapt.storage import location
+
+# ---------------------------------------------------------------- names
+
+
+MAX_BYTES = 255
+FILES = (location.CONFIG, *location.WEIGHTS, location.MLX_WEIGHTS)
+
+
+def find(root: Path, name: str, given: str | None = None) -> Path:
+    """Return the adapter folder of a name, or the one at a path that a client gave.
+
+    Args:
+        root: the folder of the adapters.
+        name: the name of the adapter.
+        given: a path inside the root, absolute, or from the root or the working folder. None for the folder directly in
+            the root that has the name.
+
+    Raises:
+        FileError: the name is no plain folder name, there is no adapter at the path, or the path, the folder or a file
+            in it is a link that leaves the root.
+
+    >>> find(Path("/adapters"), "../etc")
+    Traceback (most recent call last):
+        ...
+    jaxadapt.core.errors.FileError: '../etc' is not the name of an adapter: expected a folder's name without separators,
+    control characters or a dot at the start
+    """
+    if not is_plain(name):
+        raise FileError(
+            f"{name[:80]!r} is not the name of an adapter: expected a folder's name without separators, control"
+            " characters or a dot at the start"
+        )
+    places = (root / name,) if given is None else (root / given, Path(given)) if given.isprintable() else ()
+    inside = [path for path in places if given is None or _is_inside(root, path)]
+    path = next(filter(is_adapter, inside), None)
+    if path is None:
+        raise FileError(
+            f"there is no adapter {(given or name)[:80]!r}: expected a folder in the adapters' folder, with"
+            f" {location.CONFIG}"
+        )
+    if not all(_is_inside(root, each) for each in (path, *path.rglob("*"))):
+        raise FileError(
+            f"the adapter {name!r} contains links to files outside the adapters' folder; copy the files into it"
+        )
+    return path
+
+
+def is_plain(name: str) -> bool:
+    """Return True for a name that an adapter may have."""
+    return (
+        name not in ("", BASE)
+        and name.isprintable()
+        and not {"/", "\\", os.sep} & {*name}
+        and not name.startswith(".")
+        and len(os.fsencode(name)) <= MAX_BYTES
+    )
+
+
+def is_there(root: Path, path: Path) -> bool:
+    """Return True if a folder that `find` returned is still there, and its adapter's files inside the root.
+
+    It looks at these files only: it is called at each request.
+    """
+    return is_adapter(path) and all(_is_inside(root, path / name) for name in FILES)
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
+
+
+def scan(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return `{name: folder}` of the adapters in a folder, sorted, and the reasons for which others are left out.
+
+    A folder with the name of the base is left out with a warning.
+
+    Raises:
+        FileError: the folder cannot be listed.
+    """
+    found: dict[str, Path] = {}
+    problems: list[str] = []
+    for name in find_folders(root):
+        try:
+            found[name] = find(root, name)
+        except FileError as error:
+            problems.append(str(error))
+    return found, problems
+
 
 # ---------------------------------------------------------------- session
 

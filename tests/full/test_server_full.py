@@ -14,7 +14,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt.demo import llama
 from jaxadapt.server import app
-from jaxadapt.server.base import SMOLLM2, open_base
+from jaxadapt.server.engine import SMOLLM2, open_base
 from tests.server.conftest import LENGTH, alone, base, write_adapter
 from tests.server.test_app import client_of
 from tests.server.test_parts import submit

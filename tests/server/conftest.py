@@ -18,7 +18,7 @@ import jaxadapt
 from jaxadapt.demo import llama
 from jaxadapt.demo.llama import LlamaConfig
 from jaxadapt.server import app
-from jaxadapt.server.base import Base, open_base
+from jaxadapt.server.engine import Base, open_base
 
 CONFIG = LlamaConfig(
     vocab_size=260, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,

@@ -17,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxadapt import ConfigError, FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig, to_nnx
 from jaxadapt.server import app
-from jaxadapt.server.base import open_base, scan
-from jaxadapt.server.engine import Engine, Job, Metrics
+from jaxadapt.server.engine import Engine, Job, Metrics, open_base
 from jaxadapt.server.protocol import Piece, RequestError, TextStream
 from jaxadapt.serving import Sampling
 from tests.server.conftest import CONFIG, write_base
@@ -248,12 +247,12 @@ def test_closing_ends_requests(base):
 def test_scan_leaves_out_links_that_leave(root, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "gone").symlink_to(root / "fr", target_is_directory=True)
-    assert scan(tmp_path / "in") == (
+    assert app.scan(tmp_path / "in") == (
         {}, ["the adapter 'gone' contains links to files outside the adapters' folder; copy the files into it"]
     )  # fmt: skip
-    assert list(scan(root)[0])[:3] == ["broken", "de", "fr"]
+    assert list(app.scan(root)[0])[:3] == ["broken", "de", "fr"]
     with pytest.raises(FileError, match="cannot list the adapters"):
-        scan(tmp_path / "none")
+        app.scan(tmp_path / "none")
 
 
 def test_bases(tmp_path, base, root):

@@ -11,7 +11,7 @@ import jaxadapt
 from jaxadapt import serving
 from jaxadapt.demo import llama
 from jaxadapt.demo.llama import PROJECTIONS
-from jaxadapt.server.base import make_room
+from jaxadapt.server.engine import make_room
 from tests.support.configs import class_of
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {

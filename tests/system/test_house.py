@@ -295,7 +295,7 @@ NAMING = {
     "persistence.formats.image_files": "the methods of kohya-ss and LyCORIS",
     "adapters.peft_tensors": "the types that only pass through, which have no file of their own",
     "persistence.reading": "the method that a file without a configuration may have",
-    "server.base": "IA3's configuration for all modules has a second list of them",
+    "server.engine": "IA3's configuration for all modules has a second list of them",
 }
 
 
