@@ -42,8 +42,8 @@ from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.location import Location
-from jaxadapt.training import snapshot, step_files
-from jaxadapt.training.snapshot import Restored, Snapshot
+from jaxadapt.training import step_files
+from jaxadapt.training.step_files import Restored, Snapshot
 
 # ---------------------------------------------------------------- background
 
@@ -303,7 +303,7 @@ class CheckpointManager(RunFolder):
         """
         self.wait()
         number = run_folder.step_number(step)
-        taken = snapshot.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
+        taken = step_files.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
         last = self._last
         if last is None or number <= last.step:
             best = self._run_on_leader("save", functools.partial(self._check_folder, number))
@@ -459,9 +459,9 @@ class CheckpointManager(RunFolder):
             stored = step_files.select_model(stored)
         with reporter(self.progress) as report:
             read = functools.partial(step_files.read_step_arrays, stored, report=report)
-            filled = snapshot.fill_parts(like, parts, stored.snapshot, stored.specs, read, str(stored.path))
+            filled = step_files.fill_parts(like, parts, stored.snapshot, stored.specs, read, str(stored.path))
         LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.specs))
-        return Restored(step=number, metrics=stored.metrics, **dict.fromkeys(snapshot.PARTS) | filled)
+        return Restored(step=number, metrics=stored.metrics, **dict.fromkeys(step_files.PARTS) | filled)
 
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
@@ -474,7 +474,7 @@ class CheckpointManager(RunFolder):
             )
         if name not in stored.snapshot.recipes:
             raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.snapshot.recipes)}")
-        prefix = snapshot.name_prefix(name)
+        prefix = step_files.name_prefix(name)
         flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith(prefix)})
         recipe = Recipe.from_text(stored.snapshot.recipes[name])
         params = {n.removeprefix(prefix): value for n, value in flat.items()}
@@ -512,7 +512,7 @@ class CheckpointManager(RunFolder):
         if stored.snapshot.foreign:
             flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
-            save(LoraTree(snapshot.stored_foreign_tree(stored.snapshot, leaves), **wrap), path, **options)
+            save(LoraTree(step_files.stored_foreign_tree(stored.snapshot, leaves), **wrap), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.snapshot.recipes:
             save(LoraTree(self.adapter(number, name), **wrap), path, name=name, **options)
 

@@ -1,33 +1,448 @@
-"""The file of one training step: one safetensors file on disk or in an object store, written durably and atomically.
+"""One step of a training run: its state as named arrays and plain values, its file, and the way back into a model.
 
-If several processes share the arrays, each writes its own part of the file. Object stores do not support this: there
-process 0 gathers all arrays and uploads one object.
+    model, opt_state, rng, data ──take_snapshot──► {"adapter/default/q.kernel.lora_A": array, "opt_state/0/count": …}
+                                ◄───fill_parts───
+
+An adapter's arrays are named by their dotted paths, so that Linen and NNX use the same names. Every other part is a
+pytree (an NNX object is replaced by its state) whose leaves are named by key paths.
+
+The file is one safetensors file on disk or in an object store, written durably and atomically. If several processes
+share the arrays, each writes its own part of the file. Object stores do not support this: there process 0 gathers all
+arrays and uploads one object.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import urllib.parse
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import can_hold, numpy_dtype
-from jaxadapt.core.errors import FormatError, raise_listed
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, FormatError, MismatchError, raise_listed
+from jaxadapt.core.paths import Spec, compare
 from jaxadapt.core.progress import Report, byte_counter, no_report
+from jaxadapt.models.carriers import DEFAULT, Carrier, Object, carrier, lora_carrier
+from jaxadapt.models.foreign import dialects
+from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.persistence.run_folder import CRC, META, SCHEMA, StepRecord, head_crc
 from jaxadapt.storage import atomic, local_files, safetensors, sharded_write
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
 from jaxadapt.storage.sharded_write import Group, TensorPart
-from jaxadapt.training.snapshot import PARTS, Snapshot, is_committed, is_key, is_on_device
+
+# ---------------------------------------------------------------- snapshot
+
+
+Specs = Mapping[str, tuple[tuple[int, ...], str]]
+"""`{name: (shape, dtype name)}` of stored arrays."""
+
+PARTS = ("opt_state", "rng", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The content of one checkpoint: arrays by name, and everything else as JSON.
+
+    Attributes:
+        arrays: arrays on the device; typed random keys as their key data.
+        recipes: `{adapter name: Recipe.to_text()}`.
+        foreign: for a tree with LoRA leaves of another library, which are saved unchanged: its dialect, base shapes and
+            scales.
+        values: leaves that are not arrays, `{name: [type, JSON value]}`.
+        keys: `{name: implementation}` of the arrays that are random keys.
+        hosts: the names of the arrays that were numpy arrays.
+        plain: `{part: structure}`; the structure is `[kind, …]` for a part of dicts, lists and tuples only, which can
+            be rebuilt without an example, and None for other parts.
+    """
+
+    arrays: dict[str, Any]
+    recipes: dict[str, str]
+    foreign: dict[str, Any]
+    values: dict[str, Any]
+    keys: dict[str, str]
+    hosts: list[str]
+    plain: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything except the arrays."""
+        return {_json_key(f.name): getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], source: str) -> Snapshot:
+        """Invert `to_json`. Raise `FormatError` if fields are missing or damaged."""
+        kinds = {f.name: list if f.name == "hosts" else dict for f in dataclasses.fields(cls) if f.name != "arrays"}
+        wrong = [_json_key(name) for name, kind in kinds.items() if not isinstance(data.get(_json_key(name)), kind)]
+        if wrong:
+            raise FormatError(f"{source}: not a checkpoint of jaxadapt: {', '.join(wrong)} missing or damaged")
+        return cls(arrays={}, **{name: data[_json_key(name)] for name in kinds})
+
+
+def _json_key(name: str) -> str:
+    """Return the key of a field in a checkpoint's JSON, which stays what it was in the first version."""
+    return "guest" if name == "foreign" else name
+
+
+# ---------------------------------------------------------------- taking
+
+
+def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
+    """Collect the training state of a model and of `parts`.
+
+    Args:
+        model: an NNX model or state, Linen variables, a tree of another library, or an `Adapter`.
+        parts: `{part: value}`, each a pytree, an NNX object or None.
+
+    Raises:
+        AttachError: leaves cannot be saved; the message lists all of them.
+    """
+    held, problems = lora_carrier(model), list[str]()
+    tree, described = held.foreign, dict[str, Any]()
+    if tree is not None:
+        base = {path: list(shape) for path, shape in tree.base.items()}
+        described = {"dialect": tree.dialect.name, "base": base, "stored": tree.stored}
+    adapters = {name: held.extract(name) for name in adapter_names(held)} if tree is None else {}
+    recipes = {name: adapter.recipe.to_text() for name, adapter in adapters.items()}
+    given = {part: value for part, value in parts.items() if value is not None}
+    plain = {part: _plain_structure(value) for part, value in given.items()}
+    snapshot = Snapshot({}, recipes, described, {}, {}, [], plain)
+    leaves = _name_leaves(tree.leaves if tree is not None else {}, adapters, {"model": held.rest(), **given})
+    for name, leaf in leaves.items():
+        _add_leaf(snapshot, name, leaf, problems)
+    raise_listed(AttachError, "cannot save these leaves:", problems)
+    return snapshot
+
+
+def adapter_names(held: Carrier) -> list[str]:
+    """Return the names of all adapters of a tree; ["default"] if there are no names."""
+    return sorted(held.names()) or [DEFAULT]
+
+
+def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Return `[(path, leaf)]` and the structure. Segments of paths are escaped, so that all paths differ."""
+    pytree = carrier(tree).pytree()
+    try:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(pytree)
+    except ValueError as error:  # for example numbers and strings as keys of one dict
+        raise AttachError(f"JAX cannot flatten this tree: {error}") from error
+
+    def name(path: tuple[Any, ...]) -> str:
+        return "/".join(_quote(jax.tree_util.keystr((entry,), simple=True)) for entry in path)
+
+    return [(name(path), leaf) for path, leaf in leaves], structure
+
+
+@functools.lru_cache(4096)  # an adapter has thousands of leaves but few names, and the training loop waits
+def _quote(text: str) -> str:
+    return urllib.parse.quote(text, safe=" ()[]',:")
+
+
+def name_prefix(name: str) -> str:
+    """Return the prefix of the names of one adapter's arrays."""
+    return f"adapter/{_quote(name)}/"
+
+
+def _name_leaves(
+    guests: Mapping[str, Any], adapters: Mapping[str, Adapter], parts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `{name: leaf}` of a tree of another library, of adapters, and of the other parts of a training state.
+
+    Raises `AttachError` if two leaves of a part have one path.
+    """
+    leaves = {f"guest/{path}": leaf for path, leaf in guests.items()}
+    for name, adapter in adapters.items():
+        leaves |= {name_prefix(name) + path: leaf for path, leaf in adapter.flat().items()}
+    for part, tree in parts.items():
+        named = [(f"{part}/{path}" if path else part, leaf) for path, leaf in flatten(tree)[0]]
+        if len(dict(named)) < len(named):
+            raise AttachError(f"{part}: two leaves have the same path; give the nodes of its pytrees distinct keys")
+        leaves |= named
+    return leaves
+
+
+def is_key(leaf: Any) -> bool:
+    """Return True if a leaf is an array of typed random keys."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or isinstance(leaf.dtype, np.dtype):
+        return False  # nearly all leaves have numpy dtypes, which are never keys; this avoids thousands of calls to JAX
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def is_on_device(leaf: Any) -> TypeGuard[Any]:
+    """Return True if a leaf is a JAX array of numbers, concrete or abstract."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not is_key(leaf)
+
+
+def is_committed(like: Any) -> bool:
+    """Return True if an example leaf decides the devices of its value."""
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return like.sharding is not None
+    return isinstance(like, jax.Array) and bool(like.committed)
+
+
+def _add_leaf(snapshot: Snapshot, name: str, leaf: Any, problems: list[str]) -> None:
+    if isinstance(leaf, Tracer):
+        problems.append(f"{name}: traced; save outside jit, grad and vmap")
+    elif isinstance(leaf, jax.Array) and leaf.is_deleted():
+        problems.append(f"{name}: deleted, because it was donated to a jitted function")
+    elif is_key(leaf):
+        snapshot.keys[name] = str(jax.random.key_impl(leaf))
+        snapshot.arrays[name] = jax.random.key_data(leaf)
+    elif isinstance(leaf, jax.Array):
+        snapshot.arrays[name] = leaf
+    elif isinstance(leaf, np.ndarray | np.generic) and _is_plain(leaf.dtype):
+        snapshot.arrays[name] = leaf
+        snapshot.hosts.append(name)
+    elif isinstance(leaf, bytes):
+        snapshot.values[name] = ["bytes", base64.b64encode(leaf).decode()]
+    elif type(leaf) is complex:
+        snapshot.values[name] = ["complex", [leaf.real, leaf.imag]]
+    elif type(leaf) in (bool, int, float, str):
+        snapshot.values[name] = [type(leaf).__name__, leaf]
+    else:
+        problems.append(f"{name}: {type(leaf).__name__}; expected arrays, numbers, strings or bytes")
+
+
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    """Return True if the dtype's name describes it fully: not for objects, texts, dates and records."""
+    return dtype.kind not in "OSUMm" and not issubclass(dtype.type, np.void)
+
+
+def _plain_structure(tree: Any) -> Any:
+    """Return the structure of a tree of dicts, lists, tuples and leaves as JSON; None if it has other nodes."""
+    if type(tree) is dict:
+        inner = [(k, _plain_structure(v)) for k, v in tree.items()]
+        is_plain = all(type(k) in (str, int) and v is not None for k, v in inner)
+        return ["dict", [[k, v] for k, v in inner]] if is_plain else None
+    if type(tree) in (list, tuple):
+        inner = [_plain_structure(v) for v in tree]
+        return [type(tree).__name__, inner] if None not in inner else None
+    if tree is None:
+        return ["none"]
+    return ["leaf"] if jax.tree_util.all_leaves([tree]) and not isinstance(carrier(tree), Object) else None
+
+
+# ---------------------------------------------------------------- restore
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A restored checkpoint.
+
+    Attributes:
+        step: the number of the step.
+        model: the given NNX model or state, filled in place; Linen variables and `Adapter`s as new values.
+        opt_state, rng, data: the saved values; None if there were none.
+        metrics: the metrics given to `save`.
+    """
+
+    step: int
+    model: Any
+    opt_state: Any
+    rng: Any
+    data: Any
+    metrics: dict[str, float]
+
+
+Read = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""A function from `{name: example leaf}` to `{name: value}` with the examples' shardings; numpy for None."""
+
+
+def fill_parts(
+    model: Any, parts: Mapping[str, Any], stored: Snapshot, specs: Specs, read: Read, source: str
+) -> dict[str, Any]:
+    """Return `{"model": …, part: …}` with the stored values. Nothing is changed unless everything fits.
+
+    Args:
+        model: the target, as in `CheckpointManager.restore`.
+        parts: `{part: example}` to fill.
+        stored: the snapshot without its arrays.
+        specs: the shapes and dtypes of its arrays.
+        read: the function that reads them.
+        source: the file's name, for errors.
+
+    Raises:
+        MismatchError: values are missing, unexpected or of another shape or dtype, or an adapter has another
+            configuration; the message lists all problems.
+    """
+    held = lora_carrier(model)
+    others = held.rest()
+    given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
+    guests, adapters, problems = _find_targets(held, stored)
+    examples = _name_leaves(guests, adapters, {"model": others, **given})
+    rebuilt = [part for part in PARTS if part in stored.plain.keys() - given.keys()]
+    examples |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] in rebuilt}
+    problems += [f"{part}: none was saved" for part in given if part not in stored.plain]
+    problems += [
+        f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or restore only"
+        " the model with model_only=True"
+        for part in rebuilt
+        if stored.plain[part] is None
+    ]
+    hosts = set(stored.hosts)
+    raise_listed(
+        MismatchError,
+        f"{source}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):",
+        [*problems, *_find_mismatches(examples, stored, specs), *_unsupported_dtypes(examples, hosts, specs)],
+        limit=16,
+    )
+
+    arrays = read({name: leaf for name, leaf in examples.items() if name in specs})
+    values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}
+    values = {n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v
+              for n, v in values.items()}  # fmt: skip
+    values |= {n: _wrap_keys(values[n], stored.keys[n], examples[n]) for n in values.keys() & stored.keys.keys()}
+    # Rebuild these parts first: they may be damaged, and the model and given parts are filled in place.
+    filled = {part: _rebuild(part, stored.plain[part], values) for part in rebuilt}
+    filled["model"] = _fill_model(held, others, stored, values)
+    return filled | {part: _fill_example(part, example, values) for part, example in given.items()}
+
+
+def _find_targets(held: Carrier, stored: Snapshot) -> tuple[Mapping[str, Any], dict[str, Adapter], list[str]]:
+    """Return the target's LoRA leaves and adapters that were saved, and what keeps them from being filled."""
+    tree, adapters = held.foreign, dict[str, Adapter]()
+    dialect, stored_dialect = tree.dialect.name if tree else None, stored.foreign.get("dialect")
+    guests = tree.leaves if tree is not None and dialect == stored_dialect else {}
+    saved, present = _describe_lora(stored_dialect), _describe_lora(dialect)
+    problems = [] if dialect == stored_dialect else [f"{saved} saved, the target has {present}"]
+    for name, text in stored.recipes.items():
+        if name not in adapter_names(held):
+            problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(held)}: attach it first")
+            continue
+        adapters[name] = held.extract(name)
+        if adapters[name].config != Recipe.from_text(text).config:
+            problems.append(f"the adapter {name!r} has another configuration; attach it with the checkpoint's")
+    return guests, adapters, problems
+
+
+def _unsupported_dtypes(examples: Mapping[str, Any], hosts: Collection[str], specs: Specs) -> Iterable[str]:
+    """Yield a description of every array for a device whose dtype JAX lacks without `jax_enable_x64`."""
+    for name, leaf in examples.items():
+        on_device = name in specs and (name not in hosts if leaf is None else is_on_device(leaf))
+        if on_device and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
+            yield f"{name}: {dtype.name} saved, which JAX supports only with jax_enable_x64"
+
+
+def _describe_lora(dialect: str | None) -> str:
+    return f"{dialect} LoRA leaves" if dialect else "an adapter of jaxadapt"
+
+
+def _find_mismatches(examples: Mapping[str, Any], stored: Snapshot, specs: Specs) -> Iterable[str]:
+    """Yield a description of every value that is missing, unexpected or of another type, shape or dtype."""
+    expected = dict.fromkeys(examples, Spec())
+    saved = dict.fromkeys(stored.values, Spec()) | {name: Spec(*spec) for name, spec in specs.items()}
+    for name, leaf in examples.items():
+        if leaf is None or name not in saved:
+            continue
+        kind = stored.keys.get(name, "") if name in specs else stored.values[name][0]
+        is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+        if is_array != (name in specs):
+            yield f"{name}: expected {type(leaf).__name__}, found {kind or 'an array'}"
+        elif is_key(leaf) != (name in stored.keys):
+            yield f"{name}: expected {'a random key' if is_key(leaf) else 'an array'}, found {kind or 'an array'}"
+        elif is_key(leaf):  # the file has further axes, for the data of each key
+            sizes = saved[name].shape or ()
+            expected[name] = Spec((*leaf.shape, *sizes[len(leaf.shape) :]))
+        elif is_array:
+            expected[name] = Spec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    yield from map(str, compare(expected, saved))
+
+
+def _wrap_keys(data: Any, implementation: str, like: Any) -> jax.Array:
+    keys = jax.random.wrap_key_data(jnp.asarray(data), impl=implementation)
+    return jax.device_put(keys, like.sharding) if is_committed(like) else keys
+
+
+def with_weak_type(value: Any, like: Any) -> Any:
+    """Return the value with the example's weak type, which affects the dtype of further arithmetic."""
+    if is_on_device(like) and like.weak_type and isinstance(value, jax.Array):
+        scalar = {"f": 0.0, "i": 0, "c": 0j}[value.dtype.kind]
+        return jnp.full(value.shape, scalar).at[...].set(value)
+    return value
+
+
+def _fill_example(part: str, example: Any, values: Mapping[str, Any]) -> Any:
+    flat, structure = flatten(example)
+    leaves = [with_weak_type(values[f"{part}/{path}" if path else part], leaf) for path, leaf in flat]
+    return carrier(example).fill(jax.tree.unflatten(structure, leaves))
+
+
+def _fill_model(held: Carrier, others: Any, stored: Snapshot, values: Mapping[str, Any]) -> Any:
+    for name, text in stored.recipes.items():
+        prefix = name_prefix(name)
+        flat = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+        recipe = Recipe.from_text(text)
+        filled = held.inject(Adapter(recipe.config, paths.unflatten(flat), recipe.keymap), name)
+        # An `Adapter` also takes the saved fields that equality ignores, such as base_model_name_or_path.
+        held = carrier(dataclasses.replace(filled, config=recipe.config) if isinstance(filled, Adapter) else filled)
+    if held.foreign is not None:
+        filled = held.foreign.put({n.removeprefix("guest/"): v for n, v in values.items() if n.startswith("guest/")})
+        held = carrier(filled)
+    return held.with_rest(_fill_example("model", others, values))
+
+
+def _rebuild(part: str, plain: Any, values: Mapping[str, Any]) -> Any:
+    """Build a tree from its stored structure and the values by path."""
+    try:
+        return _build_node(plain, part, values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{part}: its stored structure is damaged: {error}") from error
+
+
+def _build_node(node: Any, path: str, values: Mapping[str, Any]) -> Any:
+    kind, *inner = node
+    match kind:
+        case "dict":
+            return {k: _build_node(v, f"{path}/{_quote(str(k))}", values) for k, v in inner[0]}
+        case "list" | "tuple":
+            items = [_build_node(v, f"{path}/{i}", values) for i, v in enumerate(inner[0])]
+            return tuple(items) if kind == "tuple" else items
+        case "none":
+            return None
+        case _:
+            return values[path]
+
+
+_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "bytes": base64.b64decode,
+    "complex": lambda pair: complex(*pair),
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+}
+
+
+def _decode(name: str, stored: Any) -> Any:
+    try:
+        kind, value = stored
+        return _DECODERS[kind](value)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{name}: expected a saved value [type, value], found {stored!r}") from error
+
+
+def stored_foreign_tree(stored: Snapshot, leaves: Mapping[str, Any]) -> foreign.ForeignTree:
+    """Return a saved tree of another library with its leaves only, enough to convert them to PEFT's names."""
+    try:
+        dialect = dialects.get_dialect(stored.foreign["dialect"])
+        base = {path: tuple(shape) for path, shape in stored.foreign["base"].items()}
+        stored_form, given = dict(stored.foreign["stored"]), foreign.LoraTree(None)
+        return foreign.ForeignTree(given, dialect, dict(leaves), lambda new: new, base, stored_form)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error
+
 
 # ---------------------------------------------------------------- step files
 
