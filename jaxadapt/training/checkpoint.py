@@ -458,26 +458,23 @@ class CheckpointManager(RunFolder):
         if model_only:
             stored = step_files.select_model(stored)
         with reporter(self.progress) as report:
-            read = functools.partial(step_files.read_step_arrays, stored, report=report)
-            filled = step_files.fill_parts(like, parts, stored.snapshot, stored.specs, read, str(stored.path))
-        LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.specs))
+            filled = step_files.fill_parts(like, parts, stored, report)
+        LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.arrays))
         return Restored(step=number, metrics=stored.metrics, **dict.fromkeys(step_files.PARTS) | filled)
 
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
         self.wait()
         stored = step_files.read_stored_step(self._path(self._existing_step(step)))
-        if stored.snapshot.foreign:
+        if stored.guest:
             raise AttachError(
-                f"{stored.path}: contains {stored.snapshot.foreign.get('dialect')} LoRA leaves, not an adapter of"
+                f"{stored.path}: contains {stored.guest.get('dialect')} LoRA leaves, not an adapter of"
                 " jaxadapt; use export() or restore()"
             )
-        if name not in stored.snapshot.recipes:
-            raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.snapshot.recipes)}")
-        prefix = step_files.name_prefix(name)
-        flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith(prefix)})
-        recipe = Recipe.from_text(stored.snapshot.recipes[name])
-        params = {n.removeprefix(prefix): value for n, value in flat.items()}
+        if name not in stored.recipes:
+            raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.recipes)}")
+        params = step_files.read_below(stored, step_files.name_prefix(name))
+        recipe = Recipe.from_text(stored.recipes[name])
         return Adapter(recipe.config, paths.unflatten(params), recipe.keymap)
 
     def export(
@@ -509,11 +506,10 @@ class CheckpointManager(RunFolder):
     ) -> None:
         number = self._existing_step(step, "cannot export: ")
         stored = step_files.read_stored_step(self._path(number))
-        if stored.snapshot.foreign:
-            flat = step_files.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
-            leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
-            save(LoraTree(step_files.stored_foreign_tree(stored.snapshot, leaves), **wrap), path, **options)
-        for name in [options.pop("name")] if "name" in options else stored.snapshot.recipes:
+        if stored.guest:
+            tree = step_files.stored_foreign_tree(stored, step_files.read_below(stored, "guest/"))
+            save(LoraTree(tree, **wrap), path, **options)
+        for name in [options.pop("name")] if "name" in options else stored.recipes:
             save(LoraTree(self.adapter(number, name), **wrap), path, name=name, **options)
 
     def _existing_step(self, step: int | None, problem: str = "") -> int:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import keystr
 
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays import regions
@@ -47,9 +48,6 @@ from jaxadapt.storage.sharded_write import Group, TensorPart
 # ---------------------------------------------------------------- snapshot
 
 
-Specs = Mapping[str, tuple[tuple[int, ...], str]]
-"""`{name: (shape, dtype name)}` of stored arrays."""
-
 PARTS = ("opt_state", "rng", "data")
 
 
@@ -58,9 +56,9 @@ class Snapshot:
     """The content of one checkpoint: arrays by name, and everything else as JSON.
 
     Attributes:
-        arrays: arrays on the device; typed random keys as their key data.
+        arrays: arrays on the device; typed random keys as their key data. Of a stored step, (shape, dtype name).
         recipes: `{adapter name: Recipe.to_text()}`.
-        foreign: for a tree with LoRA leaves of another library, which are saved unchanged: its dialect, base shapes and
+        guest: for a tree with LoRA leaves of another library, which are saved unchanged: its dialect, base shapes and
             scales.
         values: leaves that are not arrays, `{name: [type, JSON value]}`.
         keys: `{name: implementation}` of the arrays that are random keys.
@@ -71,7 +69,7 @@ class Snapshot:
 
     arrays: dict[str, Any]
     recipes: dict[str, str]
-    foreign: dict[str, Any]
+    guest: dict[str, Any]
     values: dict[str, Any]
     keys: dict[str, str]
     hosts: list[str]
@@ -79,21 +77,24 @@ class Snapshot:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything except the arrays."""
-        return {_json_key(f.name): getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], source: str) -> Snapshot:
-        """Invert `to_json`. Raise `FormatError` if fields are missing or damaged."""
-        kinds = {f.name: list if f.name == "hosts" else dict for f in dataclasses.fields(cls) if f.name != "arrays"}
-        wrong = [_json_key(name) for name, kind in kinds.items() if not isinstance(data.get(_json_key(name)), kind)]
-        if wrong:
-            raise FormatError(f"{source}: not a checkpoint of jaxadapt: {', '.join(wrong)} missing or damaged")
-        return cls(arrays={}, **{name: data[_json_key(name)] for name in kinds})
+        return {name: value for name, value in vars(self).items() if name != "arrays"}
 
 
-def _json_key(name: str) -> str:
-    """Return the key of a field in a checkpoint's JSON, which stays what it was in the first version."""
-    return "guest" if name == "foreign" else name
+@dataclasses.dataclass(frozen=True)
+class StoredStep(Snapshot):
+    """A step in its file, whose arrays are not read yet.
+
+    Attributes:
+        path: the file.
+        metrics: the metrics given to `save`.
+        byte_dtypes: the dtypes of arrays that are stored as bytes, because safetensors has no type for them.
+        crcs: the CRC-32 of each array by name; empty for a step of older versions.
+    """
+
+    path: Location
+    metrics: dict[str, float]
+    byte_dtypes: dict[str, str]
+    crcs: dict[str, int]
 
 
 # ---------------------------------------------------------------- taking
@@ -115,10 +116,16 @@ def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
         base = {path: list(shape) for path, shape in tree.base.items()}
         described = {"dialect": tree.dialect.name, "base": base, "stored": tree.stored}
     adapters = {name: held.extract(name) for name in adapter_names(held)} if tree is None else {}
-    recipes = {name: adapter.recipe.to_text() for name, adapter in adapters.items()}
     given = {part: value for part, value in parts.items() if value is not None}
-    plain = {part: _plain_structure(value) for part, value in given.items()}
-    snapshot = Snapshot({}, recipes, described, {}, {}, [], plain)
+    snapshot = Snapshot(
+        arrays={},
+        recipes={name: adapter.recipe.to_text() for name, adapter in adapters.items()},
+        guest=described,
+        values={},
+        keys={},
+        hosts=[],
+        plain={part: _plain_structure(value) for part, value in given.items()},
+    )
     leaves = _name_leaves(tree.leaves if tree is not None else {}, adapters, {"model": held.rest(), **given})
     for name, leaf in leaves.items():
         _add_leaf(snapshot, name, leaf, problems)
@@ -138,11 +145,8 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
         leaves, structure = jax.tree_util.tree_flatten_with_path(pytree)
     except ValueError as error:  # for example numbers and strings as keys of one dict
         raise AttachError(f"JAX cannot flatten this tree: {error}") from error
-
-    def name(path: tuple[Any, ...]) -> str:
-        return "/".join(_quote(jax.tree_util.keystr((entry,), simple=True)) for entry in path)
-
-    return [(name(path), leaf) for path, leaf in leaves], structure
+    named = [("/".join(_quote(keystr((entry,), simple=True)) for entry in path), leaf) for path, leaf in leaves]
+    return named, structure
 
 
 @functools.lru_cache(4096)  # an adapter has thousands of leaves but few names, and the training loop waits
@@ -256,24 +260,17 @@ class Restored:
     metrics: dict[str, float]
 
 
-Read = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""A function from `{name: example leaf}` to `{name: value}` with the examples' shardings; numpy for None."""
-
-
-def fill_parts(
-    model: Any, parts: Mapping[str, Any], stored: Snapshot, specs: Specs, read: Read, source: str
-) -> dict[str, Any]:
+def fill_parts(model: Any, parts: Mapping[str, Any], stored: StoredStep, report: Report) -> dict[str, Any]:
     """Return `{"model": …, part: …}` with the stored values. Nothing is changed unless everything fits.
 
     Args:
         model: the target, as in `CheckpointManager.restore`.
         parts: `{part: example}` to fill.
-        stored: the snapshot without its arrays.
-        specs: the shapes and dtypes of its arrays.
-        read: the function that reads them.
-        source: the file's name, for errors.
+        stored: the step.
+        report: as in `read_step_arrays`.
 
     Raises:
+        FileError, FormatError: the file cannot be read, or is damaged.
         MismatchError: values are missing, unexpected or of another shape or dtype, or an adapter has another
             configuration; the message lists all problems.
     """
@@ -283,7 +280,7 @@ def fill_parts(
     guests, adapters, problems = _find_targets(held, stored)
     examples = _name_leaves(guests, adapters, {"model": others, **given})
     rebuilt = [part for part in PARTS if part in stored.plain.keys() - given.keys()]
-    examples |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] in rebuilt}
+    examples |= {name: None for name in [*stored.arrays, *stored.values] if name.partition("/")[0] in rebuilt}
     problems += [f"{part}: none was saved" for part in given if part not in stored.plain]
     problems += [
         f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or restore only"
@@ -294,12 +291,12 @@ def fill_parts(
     hosts = set(stored.hosts)
     raise_listed(
         MismatchError,
-        f"{source}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):",
-        [*problems, *_find_mismatches(examples, stored, specs), *_unsupported_dtypes(examples, hosts, specs)],
+        f"{stored.path}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):",
+        [*problems, *_find_mismatches(examples, stored), *_unsupported_dtypes(examples, hosts, stored.arrays)],
         limit=16,
     )
 
-    arrays = read({name: leaf for name, leaf in examples.items() if name in specs})
+    arrays = read_step_arrays(stored, {n: leaf for n, leaf in examples.items() if n in stored.arrays}, report)
     values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}
     values = {n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v
               for n, v in values.items()}  # fmt: skip
@@ -313,10 +310,13 @@ def fill_parts(
 def _find_targets(held: Carrier, stored: Snapshot) -> tuple[Mapping[str, Any], dict[str, Adapter], list[str]]:
     """Return the target's LoRA leaves and adapters that were saved, and what keeps them from being filled."""
     tree, adapters = held.foreign, dict[str, Adapter]()
-    dialect, stored_dialect = tree.dialect.name if tree else None, stored.foreign.get("dialect")
+    dialect, stored_dialect = tree.dialect.name if tree else None, stored.guest.get("dialect")
     guests = tree.leaves if tree is not None and dialect == stored_dialect else {}
-    saved, present = _describe_lora(stored_dialect), _describe_lora(dialect)
-    problems = [] if dialect == stored_dialect else [f"{saved} saved, the target has {present}"]
+    problems = (
+        []
+        if dialect == stored_dialect
+        else [f"{_describe_lora(stored_dialect)} saved, the target has {_describe_lora(dialect)}"]
+    )
     for name, text in stored.recipes.items():
         if name not in adapter_names(held):
             problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(held)}: attach it first")
@@ -327,7 +327,9 @@ def _find_targets(held: Carrier, stored: Snapshot) -> tuple[Mapping[str, Any], d
     return guests, adapters, problems
 
 
-def _unsupported_dtypes(examples: Mapping[str, Any], hosts: Collection[str], specs: Specs) -> Iterable[str]:
+def _unsupported_dtypes(
+    examples: Mapping[str, Any], hosts: Collection[str], specs: Mapping[str, tuple[tuple[int, ...], str]]
+) -> Iterable[str]:
     """Yield a description of every array for a device whose dtype JAX lacks without `jax_enable_x64`."""
     for name, leaf in examples.items():
         on_device = name in specs and (name not in hosts if leaf is None else is_on_device(leaf))
@@ -339,16 +341,16 @@ def _describe_lora(dialect: str | None) -> str:
     return f"{dialect} LoRA leaves" if dialect else "an adapter of jaxadapt"
 
 
-def _find_mismatches(examples: Mapping[str, Any], stored: Snapshot, specs: Specs) -> Iterable[str]:
+def _find_mismatches(examples: Mapping[str, Any], stored: StoredStep) -> Iterable[str]:
     """Yield a description of every value that is missing, unexpected or of another type, shape or dtype."""
     expected = dict.fromkeys(examples, Spec())
-    saved = dict.fromkeys(stored.values, Spec()) | {name: Spec(*spec) for name, spec in specs.items()}
+    saved = dict.fromkeys(stored.values, Spec()) | {name: Spec(*spec) for name, spec in stored.arrays.items()}
     for name, leaf in examples.items():
         if leaf is None or name not in saved:
             continue
-        kind = stored.keys.get(name, "") if name in specs else stored.values[name][0]
+        kind = stored.keys.get(name, "") if name in stored.arrays else stored.values[name][0]
         is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-        if is_array != (name in specs):
+        if is_array != (name in stored.arrays):
             yield f"{name}: expected {type(leaf).__name__}, found {kind or 'an array'}"
         elif is_key(leaf) != (name in stored.keys):
             yield f"{name}: expected {'a random key' if is_key(leaf) else 'an array'}, found {kind or 'an array'}"
@@ -436,10 +438,10 @@ def _decode(name: str, stored: Any) -> Any:
 def stored_foreign_tree(stored: Snapshot, leaves: Mapping[str, Any]) -> foreign.ForeignTree:
     """Return a saved tree of another library with its leaves only, enough to convert them to PEFT's names."""
     try:
-        dialect = dialects.get_dialect(stored.foreign["dialect"])
-        base = {path: tuple(shape) for path, shape in stored.foreign["base"].items()}
-        stored_form, given = dict(stored.foreign["stored"]), foreign.LoraTree(None)
-        return foreign.ForeignTree(given, dialect, dict(leaves), lambda new: new, base, stored_form)
+        dialect = dialects.get_dialect(stored.guest["dialect"])
+        base = {path: tuple(shape) for path, shape in stored.guest["base"].items()}
+        stored_form = dict(stored.guest["stored"])
+        return foreign.ForeignTree(foreign.LoraTree(None), dialect, dict(leaves), lambda new: new, base, stored_form)
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error
 
@@ -467,22 +469,18 @@ def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray
     On the CPU, JAX arrays are views. This is safe, because JAX copies a donated array if a view of it exists
     (tests/training/test_checkpoint.py checks this). Numpy arrays are copied, because the caller may write to them.
     """
-    shards: dict[str, list[tuple[Any, jax.Array]]] = {}
+    shards: dict[str, list[tuple[Any, Any]]] = {}
     for name, leaf in arrays.items():  # start all transfers before waiting for the first
-        if isinstance(leaf, jax.Array):
-            devices = leaf.sharding.device_set
-            shards[name] = [(None, leaf)] if len(devices) == 1 else _unique_shards(leaf)
-            if next(iter(devices)).platform != "cpu":
-                for _, shard in shards[name]:
-                    shard.copy_to_host_async()
-    values: dict[str, Callable[[], np.ndarray]] = {}
-    for name, leaf in arrays.items():
-        if name in shards:
-            on_host = [(region, np.asarray(shard)) for region, shard in shards[name]]
-            values[name] = functools.partial(_assemble, leaf.shape, on_host)
-        else:
-            values[name] = functools.partial(np.asarray, np.array(leaf))
-    return values
+        if not isinstance(leaf, jax.Array):
+            shards[name] = [(None, np.array(leaf))]
+            continue
+        devices = leaf.sharding.device_set
+        shards[name] = [(None, leaf)] if len(devices) == 1 else _unique_shards(leaf)
+        if next(iter(devices)).platform != "cpu":
+            for _, shard in shards[name]:
+                shard.copy_to_host_async()
+    on_host = {name: [(region, np.asarray(shard)) for region, shard in parts] for name, parts in shards.items()}
+    return {name: functools.partial(_assemble, arrays[name].shape, parts) for name, parts in on_host.items()}
 
 
 def _unique_shards(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
@@ -641,11 +639,10 @@ def _gather_on_leader(arrays: Mapping[str, Any]) -> dict[str, dict[regions.Regio
 
 def _json_digests(document: Mapping[str, Any]) -> dict[str, str]:
     """Return a digest of each value of the document, by name."""
-    items = {part: values if isinstance(values, dict) else {"": values} for part, values in document.items()}
     return {
         f"{part} {name}".strip(): sharded_write.digest(json.dumps(value))
-        for part, values in items.items()
-        for name, value in values.items()
+        for part, values in document.items()
+        for name, value in (values if isinstance(values, dict) else {"": values}).items()
     }
 
 
@@ -663,27 +660,6 @@ def remove_step(path: Location) -> None:
 _JOB_BYTES = 16 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredStep:
-    """A stored step without its arrays.
-
-    Attributes:
-        path: the file.
-        metrics: the metrics given to `save`.
-        snapshot: everything except the arrays.
-        specs: `{name: (shape, dtype name)}` of the arrays.
-        byte_dtypes: the dtypes of arrays that are stored as bytes, because safetensors has no type for them.
-        crcs: the CRC-32 of each array by name; empty for a step of older versions.
-    """
-
-    path: Location
-    metrics: dict[str, float]
-    snapshot: Snapshot
-    specs: dict[str, tuple[tuple[int, ...], str]]
-    byte_dtypes: dict[str, str]
-    crcs: dict[str, int]
-
-
 def read_stored_step(path: Location) -> StoredStep:
     """Read and check the header of a step. Raise `FileError` or `FormatError` if this fails."""
     header = safetensors.read_header(path)
@@ -692,24 +668,32 @@ def read_stored_step(path: Location) -> StoredStep:
     crcs = run_folder.check_document(path, header, document)
     for name, dtype in document["odd"].items():
         specs[name] = (specs[name][0][:-1], dtype)
-    return StoredStep(path, document["metrics"], Snapshot.from_json(document, str(path)), specs, document["odd"], crcs)
+    kinds = {f.name: list if f.name == "hosts" else dict for f in dataclasses.fields(Snapshot) if f.name != "arrays"}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(document.get(name), kind)]:
+        raise FormatError(f"{path}: not a checkpoint of jaxadapt: {', '.join(wrong)} missing or damaged")
+    return StoredStep(
+        arrays=specs,
+        path=path,
+        metrics=document["metrics"],
+        byte_dtypes=document["odd"],
+        crcs=crcs,
+        **{name: document[name] for name in kinds},
+    )
 
 
 def select_model(step: StoredStep) -> StoredStep:
-    """Return the step with the model only."""
-
-    def is_model(name: str) -> bool:
-        return name.partition("/")[0] not in PARTS
-
-    snapshot = dataclasses.replace(
-        step.snapshot,
-        values={name: value for name, value in step.snapshot.values.items() if is_model(name)},
-        keys={name: kind for name, kind in step.snapshot.keys.items() if is_model(name)},
-        hosts=[name for name in step.snapshot.hosts if is_model(name)],
-        plain={},
+    """Return the step without the parts beside the model."""
+    arrays, values = (
+        {name: value for name, value in named.items() if name.partition("/")[0] not in PARTS}
+        for named in (step.arrays, step.values)
     )
-    specs = {name: spec for name, spec in step.specs.items() if is_model(name)}
-    return dataclasses.replace(step, snapshot=snapshot, specs=specs)
+    return dataclasses.replace(step, arrays=arrays, values=values, plain={})
+
+
+def read_below(step: StoredStep, prefix: str) -> dict[str, np.ndarray]:
+    """Read the arrays whose names begin with a prefix; return them by the rest of their names."""
+    found = read_step_arrays(step, {name: None for name in step.arrays if name.startswith(prefix)})
+    return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
 def read_step_arrays(step: StoredStep, wanted: Mapping[str, Any], report: Report = no_report) -> dict[str, Any]:
@@ -749,8 +733,7 @@ def _read_file(
     damaged = _find_damaged(host, step.crcs)
     for name, dtype in step.byte_dtypes.items():
         if name in host:
-            shape = step.specs[name][0]
-            host[name] = np.frombuffer(host[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
+            host[name] = np.frombuffer(host[name].tobytes(), jnp.dtype(dtype)).reshape(step.arrays[name][0])
     names = [n for n, like in examples.items() if n in host and is_on_device(like) and not _is_sharded(like)]
     shardings = [examples[n].sharding if is_committed(examples[n]) else None for n in names]
     on_device = jax.device_put([host[n] for n in names], shardings) if names else []
