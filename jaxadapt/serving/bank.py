@@ -289,7 +289,8 @@ def create(
     meshes = [x.mesh for x in held.shardings.values() if isinstance(x, NamedSharding)]
     everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
     on_devices = tuple(
-        {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()} for _, tensors in shared
+        {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()}
+        for _, tensors in shared
     )
     layout = Layout(tuple(places), slots, tuple(shared))
     return Bank(tuple(_empty(place, slots) for place in places), layout, on_devices)

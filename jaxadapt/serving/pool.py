@@ -133,6 +133,7 @@ _Loaded = TypeVar("_Loaded")
 _NO_SLOT = -1  # its rows are NaN
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Lease(Sequence[int]):
     """The slots of a batch's rows, as integers; they are valid until the lease ends.
 
@@ -142,9 +143,8 @@ class Lease(Sequence[int]):
             the keys of prefix and KV caches.
     """
 
-    def __init__(self, slots: Sequence[int], versions: Sequence[int]) -> None:
-        self.slots = np.array(slots, np.int32)
-        self.versions = tuple(versions)
+    slots: np.ndarray
+    versions: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -311,8 +311,8 @@ class AdapterPool(RowsByName):
             if failed is not None:
                 failed.update(errors)
             yield Lease(
-                [0 if name is None else slots.get(name, _NO_SLOT) for name in names],
-                [wanted[name].id if name in wanted else 0 for name in names],
+                np.array([0 if name is None else slots.get(name, _NO_SLOT) for name in names], np.int32),
+                tuple(wanted[name].id if name in wanted else 0 for name in names),
             )
         finally:
             with self._changed:
@@ -425,9 +425,7 @@ class AdapterPool(RowsByName):
         weights = np.array([[*of.values(), *[0.0] * (width - len(of))] for of in each], np.float32)
         with self.lease(names, wait=wait) as ids:
             slots = ids.slots.reshape(len(each), width)
-            with self._changed:
-                rows = self._bank.select(slots, weights=weights) if mixed else self._bank.select(slots[:, 0])
-            yield rows
+            yield self.select(slots, weights=weights) if mixed else self.select(slots[:, 0])
 
     @contextlib.contextmanager
     def bank(self) -> Generator[Bank]:
