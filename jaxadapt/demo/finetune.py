@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import importlib
 import importlib.util
 import platform
 import subprocess
@@ -39,8 +38,7 @@ import jaxadapt
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
-from jaxadapt.demo import llama
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
+from jaxadapt.demo.llama import PROJECTIONS, LinenLlama, LlamaConfig, to_linen, to_nnx
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
 from jaxadapt.methods.prompt import PromptMethod
 from jaxadapt.methods.registry import COLLECTIONS, get_method
@@ -99,8 +97,7 @@ def _logits(model: Any, config: Any, tokens: jax.Array, variables: Any = None) -
     """
     tasks = task_data(config, tokens.shape[0])
     with jaxadapt.models.invoke(model, task_ids=tasks["task_ids"]) if tasks else contextlib.nullcontext(model) as ready:
-        found = ready(tokens) if variables is None else ready.apply(variables, tokens)
-        return found[:, -tokens.shape[1] :]
+        return (ready(tokens) if variables is None else ready.apply(variables, tokens))[:, -tokens.shape[1] :]
 
 
 def optimizer(method: str, steps: int, decays: Any) -> optax.GradientTransformation:
@@ -197,7 +194,7 @@ def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, s
 
 def _make_nnx(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:
     """Return a trainer of the NNX model."""
-    model = llama.to_nnx(config, weights)
+    model = to_nnx(config, weights)
     if _is_started(adapter):
         jaxadapt.initializers.start(model, adapter, key=key, example=[TOKENS])
     else:
@@ -215,14 +212,13 @@ def _make_nnx(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOpt
 
 def _make_linen(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:
     """Return a trainer of the Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
-    base = llama.to_linen(config, weights)["params"]
-    module: Any = jaxadapt.adapt(llama.LinenLlama(config), adapter)
+    base = to_linen(config, weights)["params"]
+    module: Any = jaxadapt.adapt(LinenLlama(config), adapter)
     if get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
         adapter = jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), TOKENS)).config
-    started = _is_started(adapter)
     lora = (
         jaxadapt.initializers.start(base, adapter, key=key).adapter
-        if started
+        if _is_started(adapter)
         else jaxadapt.init(base, adapter, key=key)
     )
     roles = jaxadapt.optim.roles(lora.collection)
@@ -237,20 +233,24 @@ def _make_linen(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeO
         return {"params": base, **filled}
 
     # Tensors that are not trained (VeRA's projections) get no gradient and no weight decay.
-    trained, fixed = (keep(lora.collection, frozen=frozen) for frozen in (False, True))
-    tx = make(keep(jaxadapt.optim.decay_mask(lora.collection), frozen=False))
-    return Trainer(trained, (base, fixed), tx, join, lambda held, tokens: _logits(module, adapter, tokens, held))
+    return Trainer(
+        keep(lora.collection, frozen=False),
+        (base, keep(lora.collection, frozen=True)),
+        make(keep(jaxadapt.optim.decay_mask(lora.collection), frozen=False)),
+        join,
+        lambda held, tokens: _logits(module, adapter, tokens, held),
+    )
 
 
 def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray) -> np.ndarray:
     """Return the logits (B, T, V) of the base with a saved adapter loaded."""
     found = jaxadapt.read_config(folder)
     if api == "nnx":
-        graphdef, held = nnx.split(jaxadapt.load(folder, llama.to_nnx(config, weights)))
+        graphdef, held = nnx.split(jaxadapt.load(folder, to_nnx(config, weights)))
         compute = jax.jit(lambda held, tokens: _logits(nnx.merge(graphdef, held), found, tokens))
     else:
-        module: Any = jaxadapt.adapt(llama.LinenLlama(config), found)
-        held = jaxadapt.load(folder, llama.to_linen(config, weights))
+        module: Any = jaxadapt.adapt(LinenLlama(config), found)
+        held = jaxadapt.load(folder, to_linen(config, weights))
         compute = jax.jit(lambda held, tokens: _logits(module, found, tokens, held))
     return np.asarray(compute(held, jnp.asarray(tokens)))
 
@@ -481,11 +481,10 @@ def _tune(
     model: SmolLM2, tokenizer: Any, *, steps: int, seed: int, api: str, method: str, console: Console
 ) -> tuple[Trainer, list[float], tuple[float, float], tuple[str, str], np.ndarray]:
     training, held_out = texts(tokenizer)
-    prompt = tokenizer.encode(PROMPT).ids
     tuner = make_trainer(api, model.config, model.weights(), method, steps, seed)
 
     def passage() -> str:
-        return tokenizer.decode(sample(tuner, prompt, PASSAGE, seed))
+        return tokenizer.decode(sample(tuner, tokenizer.encode(PROMPT).ids, PASSAGE, seed))
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -493,10 +492,9 @@ def _tune(
         before = mean_loss(tuner, held_out), passage()
         progress.update(task, description="compiling the step")
         losses: list[float] = []
-        source = batches(training, BATCH, seed)
         every = max(1, steps // 10)
-        for step in range(1, steps + 1):
-            losses.append(tuner.step(next(source)))
+        for step, tokens in zip(range(1, steps + 1), batches(training, BATCH, seed), strict=False):
+            losses.append(tuner.step(tokens))
             progress.update(task, advance=1, description=f"{method}, {api}: loss {losses[-1]:.3f}")
             if progress.disable and step % every == 0:
                 console.print(f"step {step} of {steps}: loss {losses[-1]:.3f}")

@@ -211,7 +211,6 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Return the name and shape (out, in) of every tensor of the model's Hugging Face checkpoint."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     layer: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (queries, hidden),
         "self_attn.k_proj": (keys, hidden),
@@ -223,10 +222,11 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
-    shapes |= {
-        f"model.layers.{l}.{name}.weight": shape for l in range(config.num_layers) for name, shape in layer.items()
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        **{f"model.layers.{l}.{name}.weight": shape for l in range(config.num_layers) for name, shape in layer.items()},
+        "model.norm.weight": (hidden,),
     }
-    shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
@@ -252,9 +252,8 @@ def make_leaves(config: LlamaConfig, weights: Mapping[str, Any]) -> Iterator[tup
     found = given.shapes
     if config.tie_word_embeddings and {head, table} <= found.keys() and np.array_equal(given[head], given[table]):
         del found[head]
-    specs = {name: Spec(shape) for name, shape in expected.items()}
-    findings = compare(specs, {name: Spec(shape) for name, shape in found.items()})
-    raise_listed(MismatchError, "the weights do not fit this LlamaConfig:", map(str, findings), limit=64)
+    wanted, held = ({name: Spec(shape) for name, shape in shapes.items()} for shapes in (expected, found))
+    raise_listed(MismatchError, "the weights do not fit this LlamaConfig:", map(str, compare(wanted, held)), limit=64)
 
     sources: dict[str, list[str]] = {}
     for name in expected:  # in this order, so that layers are stacked by number
@@ -364,8 +363,9 @@ class LlamaModel(nnx.Module):
         embeddings: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        given = embeddings if tokens is None else self.embed_tokens(tokens)
-        x, rope, attended, cache = start_call(self.config, given, mask, positions, cache)
+        x, rope, attended, cache = start_call(
+            self.config, embeddings if tokens is None else self.embed_tokens(tokens), mask, positions, cache
+        )
 
         def layer(block: Block, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
             return block(carry, rope, mask)
@@ -541,8 +541,9 @@ class LinenLlamaModel(nn.Module):
         embeddings: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> Carry:
-        given = embeddings if tokens is None else self.embed_tokens(tokens)
-        x, rope, attended, cache = start_call(self.config, given, mask, positions, cache)
+        x, rope, attended, cache = start_call(
+            self.config, embeddings if tokens is None else self.embed_tokens(tokens), mask, positions, cache
+        )
         (x, cache), _ = self.layers((x, cache), rope, attended)
         return self.norm(x), None if cache is None else cache.advance(x.shape[1])
 

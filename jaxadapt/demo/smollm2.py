@@ -7,7 +7,6 @@ fields. The text of the demo is the language reference in CPython's standard lib
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

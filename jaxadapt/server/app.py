@@ -33,9 +33,17 @@ from starlette.routing import Route
 from jaxadapt import serving
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, warn
 from jaxadapt.core.progress import LOGGER
-from jaxadapt.server import protocol
 from jaxadapt.server.engine import END, START, Base, Engine, Job, Metrics, make_room
-from jaxadapt.server.protocol import LEFT, Answer, Piece, Request, RequestError
+from jaxadapt.server.protocol import (
+    LEFT,
+    Answer,
+    Piece,
+    Request,
+    RequestError,
+    lora_error,
+    parse_adapter,
+    parse_request,
+)
 from jaxadapt.serving.pool import BASE, find_folders, is_adapter
 from jaxadapt.storage import location
 
@@ -227,7 +235,7 @@ class Server:
     async def complete(self, http: HttpRequest, *, chat: bool) -> Response:
         """Answer a completion or a chat, whole or as a stream."""
         seed = int.from_bytes(os.urandom(4), "big")
-        request = protocol.parse_request(await self.read_json(http), chat=chat, seed=seed)
+        request = parse_request(await self.read_json(http), chat=chat, seed=seed)
         adapter = self.adapter_of(request.model)
         session = Session(self.engine, http)
         with contextlib.ExitStack() as stack:
@@ -278,10 +286,17 @@ class Server:
         for text, ids in prompts:
             room = self._room(request, ids)
             for index in range(len(jobs), len(jobs) + request.choices):
-                own = dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32)
-                emit = functools.partial(session.emit, index)
-                echo = text if request.echo else None
-                jobs.append(Job(ids, adapter, own, room, request.stop, emit, request.top, echo))
+                job = Job(
+                    prompt=ids,
+                    adapter=adapter,
+                    sampling=dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32),
+                    max_tokens=room,
+                    stop=request.stop,
+                    emit=functools.partial(session.emit, index),
+                    top=request.top,
+                    echo=text if request.echo else None,
+                )
+                jobs.append(job)
         return jobs
 
     def _encode(self, request: Request, chat: bool) -> list[tuple[str, list[int]]]:
@@ -392,12 +407,12 @@ class Server:
 
     async def load(self, http: HttpRequest) -> Response:
         """Load an adapter inside the folder under a name, with vLLM's request and answers."""
-        name, path, in_place = protocol.parse_adapter(await self.read_json(http))
+        name, path, in_place = parse_adapter(await self.read_json(http))
         if name == self.base.name or not is_plain(name):
-            raise protocol.lora_error(400, f"{name[:80]!r} is the base's name, or cannot be a folder's name")
+            raise lora_error(400, f"{name[:80]!r} is the base's name, or cannot be a folder's name")
         known = self.pool.version(name) if name in self.pool.names() else None
         if known is not None and not in_place:
-            raise protocol.lora_error(
+            raise lora_error(
                 400,
                 f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set"
                 " 'load_inplace' to True.",
@@ -405,7 +420,7 @@ class Server:
         try:
             folder = await asyncio.to_thread(find, self.root, name, path)
         except AdapterError as error:
-            raise protocol.lora_error(
+            raise lora_error(
                 404, f"Loading lora {name} failed: No adapter found for {(path or name)[:80]}: {error}"
             ) from error
         try:
@@ -418,16 +433,16 @@ class Server:
                 self.pool.add(name, known.path)
             if not isinstance(error, AdapterError):
                 raise
-            raise protocol.lora_error(400, f"Loading lora {name} failed: {error}") from error
+            raise lora_error(400, f"Loading lora {name} failed: {error}") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, http: HttpRequest) -> Response:
         """Forget an adapter. Requests that have a row keep it; those that wait for one fail."""
-        name, _, _ = protocol.parse_adapter(await self.read_json(http))
+        name, _, _ = parse_adapter(await self.read_json(http))
         try:
             self.pool.remove(name)
         except AdapterError as error:
-            raise protocol.lora_error(404, f"The lora adapter '{name[:80]}' cannot be found.") from error
+            raise lora_error(404, f"The lora adapter '{name[:80]}' cannot be found.") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
@@ -480,18 +495,20 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
         await asyncio.to_thread(server.engine.close)
         server.pool.close()
 
-    routes = [
-        Route("/v1/completions", counted(lambda http: server.complete(http, chat=False)), methods=["POST"]),
-        Route("/v1/chat/completions", counted(lambda http: server.complete(http, chat=True)), methods=["POST"]),
-        Route("/v1/load_lora_adapter", counted(server.load), methods=["POST"]),
-        Route("/v1/unload_lora_adapter", counted(server.unload), methods=["POST"]),
-        Route("/v1/models", counted(models)),
-        Route("/v1/models/{name:path}", counted(model)),
-        Route("/metrics", metrics),
-        Route("/health", health),
-    ]
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))]
-    return Starlette(routes=routes, middleware=middleware, lifespan=lifespan)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", counted(lambda http: server.complete(http, chat=False)), methods=["POST"]),
+            Route("/v1/chat/completions", counted(lambda http: server.complete(http, chat=True)), methods=["POST"]),
+            Route("/v1/load_lora_adapter", counted(server.load), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", counted(server.unload), methods=["POST"]),
+            Route("/v1/models", counted(models)),
+            Route("/v1/models/{name:path}", counted(model)),
+            Route("/metrics", metrics),
+            Route("/health", health),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        lifespan=lifespan,
+    )
 
 
 # ---------------------------------------------------------------- run

@@ -26,8 +26,7 @@ from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import carrier
 from jaxadapt.persistence.folder import read, read_config
 from jaxadapt.persistence.load_adapter import from_peft
-from jaxadapt.serving import bank as banks
-from jaxadapt.serving.bank import Bank, RowsByName
+from jaxadapt.serving.bank import Bank, RowsByName, prepare, weights_read, write_slot
 from jaxadapt.serving.layout import Tensors
 from jaxadapt.storage import atomic, location
 
@@ -192,7 +191,7 @@ class AdapterPool(RowsByName):
         keymap: KeyMap | str | None = None,
     ) -> None:
         self._bank = bank
-        self._weights = banks.weights_read(bank, base)
+        self._weights = weights_read(bank, base)
         self._shapes, self._keymap = carrier(base).abstract(), keymap
         self._root = None if isinstance(folders, Mapping) else folders
         self._newest: dict[str, Version] = {}  # by name
@@ -390,7 +389,7 @@ class AdapterPool(RowsByName):
         """Write a pinned version into a free slot or that of the least recently used version without a pin."""
         slot = self._free.pop() if self._free else self._slots.pop(next(n for n in self._slots if n not in self._pins))
         try:
-            self._bank = banks.write_slot(self._bank, prepared, slot, self._weights)
+            self._bank = write_slot(self._bank, prepared, slot, self._weights)
         except BaseException:
             self._free.append(slot)
             raise
@@ -479,7 +478,7 @@ class AdapterPool(RowsByName):
         if known is not None:
             return known.result()
         try:
-            mine.set_result(banks.prepare(self._bank, self._read_adapter(version)))
+            mine.set_result(prepare(self._bank, self._read_adapter(version)))
         except BaseException as error:
             with self._changed:
                 self._host.pop(version.id, None)

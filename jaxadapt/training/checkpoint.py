@@ -38,12 +38,8 @@ from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileErr
 from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.persistence import run_folder, save_adapter
-from jaxadapt.persistence.run_folder import RunFolder, StepRecord
-from jaxadapt.persistence.save_adapter import save
 from jaxadapt.storage import atomic, location
-from jaxadapt.storage.location import Location
 from jaxadapt.training import step_files
-from jaxadapt.training.step_files import Restored, Snapshot
 
 # ---------------------------------------------------------------- background
 
@@ -204,10 +200,10 @@ class _LastSave(NamedTuple):
     """The last step passed to `save`."""
 
     step: int
-    record: StepRecord
+    record: run_folder.StepRecord
 
 
-class CheckpointManager(RunFolder):
+class CheckpointManager(run_folder.RunFolder):
     """The checkpoints of one training run in one folder.
 
     `steps`, `latest`, `best` and `metrics` include a step as soon as `save` returns, and exclude the steps that `keep=`
@@ -331,7 +327,9 @@ class CheckpointManager(RunFolder):
         earlier = {s: path for s, path in run_folder.list_steps(self.folder).items() if s < step}
         return next(iter(self._rank_steps(earlier).items()), None) if self._own_objective else None
 
-    def _begin_save(self, step: int, taken: Snapshot, record: StepRecord, is_shared: bool) -> Callable[[], None]:
+    def _begin_save(
+        self, step: int, taken: step_files.Snapshot, record: run_folder.StepRecord, is_shared: bool
+    ) -> Callable[[], None]:
         """Copy the values off the device, and return a function that does the rest of the save."""
         path = run_folder.step_path(self.folder, step)
         if not is_shared:
@@ -363,7 +361,7 @@ class CheckpointManager(RunFolder):
             if step not in kept:
                 step_files.remove_step(path)
 
-    def _select_kept(self, steps: Mapping[int, Location]) -> dict[int, Location]:
+    def _select_kept(self, steps: Mapping[int, location.Location]) -> dict[int, location.Location]:
         """Return the steps that are kept after the save."""
         if self.keep is None:
             return dict(steps)
@@ -374,7 +372,7 @@ class CheckpointManager(RunFolder):
 
     # ------------------------------------------------------------ steps
 
-    def _list_steps(self) -> dict[int, Location]:
+    def _list_steps(self) -> dict[int, location.Location]:
         """Return the steps on disk or, during a save, the steps after it.
 
         With several processes also after a save, because a network file system may show a state that is a minute old.
@@ -389,7 +387,7 @@ class CheckpointManager(RunFolder):
             return steps
         return self._select_kept(dict(sorted({**steps, last_save.step: path}.items())))
 
-    def _read_record(self, step: int, path: Location) -> StepRecord:
+    def _read_record(self, step: int, path: location.Location) -> run_folder.StepRecord:
         last = self._last
         if last is not None and last.step == step and self._saving.running:
             return last.record
@@ -427,7 +425,7 @@ class CheckpointManager(RunFolder):
         opt_state: Any = None,
         rng: Any = None,
         data: Any = None,
-    ) -> Restored:
+    ) -> step_files.Restored:
         """Restore a step, so that training continues bit for bit.
 
         Args:
@@ -460,7 +458,7 @@ class CheckpointManager(RunFolder):
         with reporter(self.progress) as report:
             filled = step_files.fill_parts(like, parts, stored, report)
         LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.arrays))
-        return Restored(step=number, metrics=stored.metrics, **dict.fromkeys(step_files.PARTS) | filled)
+        return step_files.Restored(step=number, metrics=stored.metrics, **dict.fromkeys(step_files.PARTS) | filled)
 
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
@@ -508,9 +506,9 @@ class CheckpointManager(RunFolder):
         stored = step_files.read_stored_step(self._path(number))
         if stored.guest:
             tree = step_files.stored_foreign_tree(stored, step_files.read_below(stored, "guest/"))
-            save(LoraTree(tree, **wrap), path, **options)
+            save_adapter.save(LoraTree(tree, **wrap), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.recipes:
-            save(LoraTree(self.adapter(number, name), **wrap), path, name=name, **options)
+            save_adapter.save(LoraTree(self.adapter(number, name), **wrap), path, name=name, **options)
 
     def _existing_step(self, step: int | None, problem: str = "") -> int:
         number = self.latest if step is None else run_folder.step_number(step)

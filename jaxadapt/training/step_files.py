@@ -33,17 +33,12 @@ from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import can_hold, numpy_dtype
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FormatError, MismatchError, raise_listed
-from jaxadapt.core.paths import Spec, compare
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.models.carriers import DEFAULT, Carrier, Object, carrier, lora_carrier
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import run_folder, save_adapter
-from jaxadapt.persistence.run_folder import CRC, META, SCHEMA, StepRecord, head_crc
-from jaxadapt.storage import atomic, local_files, safetensors, sharded_write
-from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Address, Location
-from jaxadapt.storage.sharded_write import Group, TensorPart
+from jaxadapt.storage import atomic, local_files, location, safetensors, sharded_write
 
 # ---------------------------------------------------------------- snapshot
 
@@ -91,7 +86,7 @@ class StoredStep(Snapshot):
         crcs: the CRC-32 of each array by name; empty for a step of older versions.
     """
 
-    path: Location
+    path: location.Location
     metrics: dict[str, float]
     byte_dtypes: dict[str, str]
     crcs: dict[str, int]
@@ -343,8 +338,10 @@ def _describe_lora(dialect: str | None) -> str:
 
 def _find_mismatches(examples: Mapping[str, Any], stored: StoredStep) -> Iterable[str]:
     """Yield a description of every value that is missing, unexpected or of another type, shape or dtype."""
-    expected = dict.fromkeys(examples, Spec())
-    saved = dict.fromkeys(stored.values, Spec()) | {name: Spec(*spec) for name, spec in stored.arrays.items()}
+    expected = dict.fromkeys(examples, paths.Spec())
+    saved = dict.fromkeys(stored.values, paths.Spec()) | {
+        name: paths.Spec(*spec) for name, spec in stored.arrays.items()
+    }
     for name, leaf in examples.items():
         if leaf is None or name not in saved:
             continue
@@ -356,10 +353,10 @@ def _find_mismatches(examples: Mapping[str, Any], stored: StoredStep) -> Iterabl
             yield f"{name}: expected {'a random key' if is_key(leaf) else 'an array'}, found {kind or 'an array'}"
         elif is_key(leaf):  # the file has further axes, for the data of each key
             sizes = saved[name].shape or ()
-            expected[name] = Spec((*leaf.shape, *sizes[len(leaf.shape) :]))
+            expected[name] = paths.Spec((*leaf.shape, *sizes[len(leaf.shape) :]))
         elif is_array:
-            expected[name] = Spec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
-    yield from map(str, compare(expected, saved))
+            expected[name] = paths.Spec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    yield from map(str, paths.compare(expected, saved))
 
 
 def _wrap_keys(data: Any, implementation: str, like: Any) -> jax.Array:
@@ -504,9 +501,9 @@ def _assemble(shape: tuple[int, ...], shards: list[tuple[Any, np.ndarray]]) -> n
 
 
 def write_step(
-    path: Location,
+    path: location.Location,
     taken: Snapshot,
-    record: StepRecord,
+    record: run_folder.StepRecord,
     values: Mapping[str, Callable[[], np.ndarray]],
     report: Report,
 ) -> None:
@@ -530,12 +527,15 @@ def write_step(
 def _make_metadata(document: Mapping[str, Any], specs: _Specs) -> dict[str, str]:
     """Return the metadata of a step's file, with zeros for the CRCs of its arrays."""
     text = json.dumps(document)
-    return {META: text, CRC: head_crc(text, safetensors.named_specs(specs)) + "0" * 8 * len(specs)}
+    return {
+        run_folder.META: text,
+        run_folder.CRC: run_folder.head_crc(text, safetensors.named_specs(specs)) + "0" * 8 * len(specs),
+    }
 
 
 def _write_crcs(writer: atomic.Writer, crcs: Mapping[str, int]) -> None:
     """Write the CRCs of the arrays in place of the zeros. A header begins with the metadata, sorted by key."""
-    offset = 8 + len('{"__metadata__":{"') + len(CRC) + len('":"') + 8
+    offset = 8 + len('{"__metadata__":{"') + len(run_folder.CRC) + len('":"') + 8
     text = "".join(f"{crcs[name]:08x}" for name in sorted(crcs)).encode()
     atomic.write_at(writer.fd, memoryview(text), offset, writer.path)
 
@@ -543,7 +543,9 @@ def _write_crcs(writer: atomic.Writer, crcs: Mapping[str, int]) -> None:
 _Specs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
-def _describe_file(path: Location, taken: Snapshot, record: StepRecord) -> tuple[_Specs, dict[str, Any]]:
+def _describe_file(
+    path: location.Location, taken: Snapshot, record: run_folder.StepRecord
+) -> tuple[_Specs, dict[str, Any]]:
     """Return the layout of a step's file, and its document, whose "odd" has the dtypes of arrays stored as bytes."""
     specs: _Specs = {}
     byte_dtypes: dict[str, str] = {}
@@ -553,7 +555,7 @@ def _describe_file(path: Location, taken: Snapshot, record: StepRecord) -> tuple
             byte_dtypes[name] = dtype.name
             dtype, shape = np.dtype("uint8"), (*shape, dtype.itemsize)
         specs[name] = (dtype, shape)
-    head = {"schema": SCHEMA, "step": run_folder.number_in(path.name), **record._asdict()}
+    head = {"schema": run_folder.SCHEMA, "step": run_folder.number_in(path.name), **record._asdict()}
     return specs, {**head, "odd": byte_dtypes, **taken.to_json()}
 
 
@@ -563,7 +565,7 @@ def _as_bytes(value: np.ndarray) -> np.ndarray:
 
 
 def prepare_shared_write(
-    path: Location, taken: Snapshot, record: StepRecord, timeout: float
+    path: location.Location, taken: Snapshot, record: run_folder.StepRecord, timeout: float
 ) -> Callable[[Report], None]:
     """Copy this process's part of a step off the device, and return a function that writes it with the others.
 
@@ -577,9 +579,9 @@ def prepare_shared_write(
     """
     local = copy_to_host({name: leaf for name, leaf in taken.arrays.items() if save_adapter.is_local(leaf)})
     distributed = {name: leaf for name, leaf in taken.arrays.items() if name not in local}
-    shared = not isinstance(path, Address)
+    shared = not isinstance(path, location.Address)
     owned = save_adapter.owned_regions(distributed, jax.process_index()) if shared else _gather_on_leader(distributed)
-    group = Group(path, timeout)
+    group = sharded_write.Group(path, timeout)
 
     def finish(report: Report) -> None:
         specs, document = _describe_file(path, taken, record)
@@ -589,13 +591,13 @@ def prepare_shared_write(
         if group.index == 0:
             owned.update({name: {regions.full_region(value().shape): value()} for name, value in local.items()})
 
-        def pieces() -> Iterator[TensorPart]:
+        def pieces() -> Iterator[sharded_write.TensorPart]:
             for name in sorted(owned):
                 for region, values in save_adapter.join_regions(owned[name], tuple(taken.arrays[name].shape)):
                     if name in document["odd"]:
                         values = _as_bytes(values)
                         region = (*region, (0, values.shape[-1]))
-                    yield TensorPart(name, specs[name][1], region, values)
+                    yield sharded_write.TensorPart(name, specs[name][1], region, values)
 
         def compute_shares() -> dict[str, int]:
             computed: dict[str, int] = {}
@@ -606,7 +608,7 @@ def prepare_shared_write(
 
         computing = local_files.start(compute_shares)
 
-        def parts() -> Iterator[TensorPart]:
+        def parts() -> Iterator[sharded_write.TensorPart]:
             yield from pieces()
             shares.update(computing.result())
 
@@ -646,12 +648,12 @@ def _json_digests(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def remove_step(path: Location) -> None:
+def remove_step(path: location.Location) -> None:
     """Remove a step. Raise `FileError` if this fails."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise file_error("delete", str(path), error) from error
+        raise local_files.file_error("delete", str(path), error) from error
 
 
 # ---------------------------------------------------------------- step reading
@@ -660,7 +662,7 @@ def remove_step(path: Location) -> None:
 _JOB_BYTES = 16 << 20
 
 
-def read_stored_step(path: Location) -> StoredStep:
+def read_stored_step(path: location.Location) -> StoredStep:
     """Read and check the header of a step. Raise `FileError` or `FormatError` if this fails."""
     header = safetensors.read_header(path)
     specs = {k: (t.shape, numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
