@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import importlib
 import numbers
@@ -34,11 +35,12 @@ import jax
 from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
+from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError, FormatError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
-from jaxadapt.models.foreign.tree import LoraTree
+from jaxadapt.models.foreign import dialects
+from jaxadapt.models.foreign.tree import ForeignTree, LoraTree
 from jaxadapt.persistence import run_folder, save_adapter
-from jaxadapt.storage import atomic, location
+from jaxadapt.storage import atomic, local_files, location
 from jaxadapt.training import step_files
 
 # ---------------------------------------------------------------- background
@@ -176,6 +178,20 @@ def _synchronized_stop(wait: Callable[[], None]) -> Generator[Callable[[int], bo
 # ---------------------------------------------------------------- manager
 
 
+def is_multi_process(taken: step_files.Snapshot | None) -> bool:
+    """Return True if several processes share the arrays, without starting a JAX backend if no array has done so."""
+    has_arrays = taken is not None and any(isinstance(x, jax.Array) for x in taken.arrays.values())
+    return (has_arrays or jax.distributed.is_initialized()) and jax.process_count() > 1
+
+
+def remove_step(path: location.Location) -> None:
+    """Remove a step. Raise `FileError` if this fails."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise local_files.file_error("delete", str(path), error) from error
+
+
 def _check_counts(keep: int | None, keep_best: int | None, keep_every: int | None, *, ranked: bool) -> None:
     """Raise `ConfigError` for invalid or contradictory numbers of steps; `ranked` says if a metric is given."""
     for name, count in (("keep", keep), ("keep_best", keep_best), ("keep_every", keep_every)):
@@ -194,6 +210,51 @@ def _check_counts(keep: int | None, keep_best: int | None, keep_every: int | Non
     problems = [problem for problem, right in checks.items() if not right]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A restored checkpoint.
+
+    Attributes:
+        step: the number of the step.
+        model: the given NNX model or state, filled in place; Linen variables and `Adapter`s as new values.
+        opt_state, rng, data: the saved values; None if there were none.
+        metrics: the metrics given to `save`.
+    """
+
+    step: int
+    model: Any
+    opt_state: Any
+    rng: Any
+    data: Any
+    metrics: dict[str, float]
+
+
+def _select_model(step: step_files.StoredStep) -> step_files.StoredStep:
+    """Return the step without the parts beside the model."""
+    arrays, values = (
+        {name: value for name, value in named.items() if name.partition("/")[0] not in step_files.PARTS}
+        for named in (step.arrays, step.values)
+    )
+    return dataclasses.replace(step, arrays=arrays, values=values, plain={})
+
+
+def _read_below(step: step_files.StoredStep, prefix: str) -> dict[str, Any]:
+    """Read the arrays whose names begin with a prefix; return them by the rest of their names."""
+    found = step_files.read_step_arrays(step, {name: None for name in step.arrays if name.startswith(prefix)})
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+def _stored_foreign_tree(stored: step_files.Snapshot, leaves: Mapping[str, Any]) -> ForeignTree:
+    """Return a saved tree of another library with its leaves only, enough to convert them to PEFT's names."""
+    try:
+        dialect = dialects.get_dialect(stored.guest["dialect"])
+        base = {path: tuple(shape) for path, shape in stored.guest["base"].items()}
+        stored_form = dict(stored.guest["stored"])
+        return ForeignTree(LoraTree(None), dialect, dict(leaves), lambda new: new, base, stored_form)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error
 
 
 class _LastSave(NamedTuple):
@@ -307,7 +368,7 @@ class CheckpointManager(run_folder.RunFolder):
             best = last.record.best
         record = run_folder.make_record(number, metrics or {}, self._own_objective, best)
         atomic.make_folder(self.folder)
-        finish = self._begin_save(number, taken, record, step_files.is_multi_process(taken))
+        finish = self._begin_save(number, taken, record, is_multi_process(taken))
         self._last = _LastSave(number, record)
         self._saving.start(f"save step {number}", finish, needs_executors=isinstance(self.folder, location.Address))
         if not self.asynchronous:
@@ -347,7 +408,7 @@ class CheckpointManager(run_folder.RunFolder):
                 self._last = None
                 raise
             LOGGER.info("%s: step %d saved, %d arrays", path, step, len(taken.arrays))
-            if not is_shared or step_files.is_leader():
+            if not is_shared or jax.process_index() == 0:
                 self._prune()
 
         return finish
@@ -359,7 +420,7 @@ class CheckpointManager(run_folder.RunFolder):
         kept = self._select_kept(steps)
         for step, path in steps.items():
             if step not in kept:
-                step_files.remove_step(path)
+                remove_step(path)
 
     def _select_kept(self, steps: Mapping[int, location.Location]) -> dict[int, location.Location]:
         """Return the steps that are kept after the save."""
@@ -380,7 +441,7 @@ class CheckpointManager(run_folder.RunFolder):
         # Read this before listing: a save that ends in between is then in the list.
         last_save, is_running = self._last, self._saving.running
         steps = run_folder.list_steps(self.folder)
-        if last_save is None or not (is_running or step_files.is_multi_process(None)):
+        if last_save is None or not (is_running or is_multi_process(None)):
             return steps
         path = run_folder.step_path(self.folder, last_save.step)
         if last_save.step not in steps and not is_running and not path.exists():
@@ -425,7 +486,7 @@ class CheckpointManager(run_folder.RunFolder):
         opt_state: Any = None,
         rng: Any = None,
         data: Any = None,
-    ) -> step_files.Restored:
+    ) -> Restored:
         """Restore a step, so that training continues bit for bit.
 
         Args:
@@ -454,11 +515,11 @@ class CheckpointManager(run_folder.RunFolder):
             raise FileError(f"{self.folder}: cannot restore: no checkpoint found")
         stored = step_files.read_stored_step(self._path(number))
         if model_only:
-            stored = step_files.select_model(stored)
+            stored = _select_model(stored)
         with reporter(self.progress) as report:
             filled = step_files.fill_parts(like, parts, stored, report)
         LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.arrays))
-        return step_files.Restored(step=number, metrics=stored.metrics, **dict.fromkeys(step_files.PARTS) | filled)
+        return Restored(step=number, metrics=stored.metrics, **dict.fromkeys(step_files.PARTS) | filled)
 
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
@@ -471,7 +532,7 @@ class CheckpointManager(run_folder.RunFolder):
             )
         if name not in stored.recipes:
             raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.recipes)}")
-        params = step_files.read_below(stored, step_files.name_prefix(name))
+        params = _read_below(stored, step_files.name_prefix(name))
         recipe = Recipe.from_text(stored.recipes[name])
         return Adapter(recipe.config, paths.unflatten(params), recipe.keymap)
 
@@ -505,7 +566,7 @@ class CheckpointManager(run_folder.RunFolder):
         number = self._existing_step(step, "cannot export: ")
         stored = step_files.read_stored_step(self._path(number))
         if stored.guest:
-            tree = step_files.stored_foreign_tree(stored, step_files.read_below(stored, "guest/"))
+            tree = _stored_foreign_tree(stored, _read_below(stored, "guest/"))
             save_adapter.save(LoraTree(tree, **wrap), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.recipes:
             save_adapter.save(LoraTree(self.adapter(number, name), **wrap), path, name=name, **options)
@@ -526,14 +587,14 @@ class CheckpointManager(run_folder.RunFolder):
         self._path(run_folder.step_number(step))
         for later, path in reversed(run_folder.list_steps(self.folder).items()):
             if later > step:
-                step_files.remove_step(path)
+                remove_step(path)
 
     def _run_on_leader(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work` on process 0 and return its result in all processes.
 
         The other processes may see a state of a network file system that is a minute old.
         """
-        if not step_files.is_multi_process(None):
+        if not is_multi_process(None):
             return work()
         return save_adapter.run_on_leader(f"{self.folder}: {name}", work, self.timeout)
 
