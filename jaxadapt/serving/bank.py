@@ -96,11 +96,14 @@ def _check_mixture(bank: Bank, ids: Any, weights: Any, implementation: Implement
         )
     if implementation not in (None, "gather"):
         raise AttachError(f"implementation={implementation!r} takes no weights; leave the implementation out")
-    rows = bank.layout.rows.sites
     raise_listed(
         AttachError,
         "a row can mix only adapters whose changes add up; the bank has room for others:",
-        [f"{row.leaf}: {row.method.peft_type}" for row in rows if row.method.effects(row.hparams).weight != "adds"],
+        [
+            f"{row.leaf}: {row.method.peft_type}"
+            for row in bank.layout.rows.sites
+            if row.method.effects(row.hparams).weight != "adds"
+        ],
     )
     return weights
 
@@ -288,12 +291,14 @@ def create(
     raise_refused([*problems, *_find_twice(places)], "cannot create the bank")
     meshes = [x.mesh for x in held.shardings.values() if isinstance(x, NamedSharding)]
     everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    on_devices = tuple(
-        {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()}
-        for _, tensors in shared
+    return Bank(
+        arrays=tuple(_empty(place, slots) for place in places),
+        layout=Layout(tuple(places), slots, tuple(shared)),
+        shared=tuple(
+            {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()}
+            for _, tensors in shared
+        ),
     )
-    layout = Layout(tuple(places), slots, tuple(shared))
-    return Bank(tuple(_empty(place, slots) for place in places), layout, on_devices)
 
 
 def _find_twice(places: Sequence[Place]) -> list[Refusal]:

@@ -271,11 +271,6 @@ class Layout:
         return places
 
     @functools.cached_property
-    def shapes(self) -> dict[str, Shape]:
-        """`{base leaf: shape}` of the weights with a place."""
-        return {place.row.leaf: tuple(place.weight.shape) for place in self.places}
-
-    @functools.cached_property
     def slot_bytes(self) -> int:
         """The bytes of one adapter on the devices."""
         return sum(x.size * x.dtype.itemsize for place in self.places for x in place.kept.values())
@@ -374,7 +369,7 @@ def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int
     if not becomes_lora(adapter.config):
         return adapter, sites, find_shared(layout.shared, adapter)
     raise_refused([Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf], _CANNOT_PUT)
-    plain = low_rank_form(adapter, layout.shapes)
+    plain = low_rank_form(adapter, {place.row.leaf: tuple(place.weight.shape) for place in layout.places})
     if plain is None:
         raise AttachError(f"{_CANNOT_PUT}:\n  it adapts experts that one array holds\n{MERGE}")
     return plain, sites_of(plain), None
@@ -490,15 +485,16 @@ def read_slot(layout: Layout, arrays: Sequence[Mapping[str, Any]], slot: int, li
         )
     like, sites, shared = _require_rows(layout, like)
     values: dict[str, Any] = {paths.join(SHARED_NODE, name): x for name, x in like.shared.items()}
+    tensors = like.sites
     problems: list[str] = []
     for site in sites:
         try:
             number = _find_place(layout, site, shared)
             place = layout.places[number]
-            rows = _row_params(place, site, like.sites[site.leaf])
+            rows = _row_params(place, site, tensors[site.leaf])
             names = {tensor.name for tensor in site.tensors if tensor.in_file}
             kept = {tensor.name for tensor in site.tensors if not tensor.in_file}  # it follows from the configuration
-            values |= {paths.join(site.leaf, name): like.sites[site.leaf][name] for name in kept - rows.keys()}
+            values |= {paths.join(site.leaf, name): tensors[site.leaf][name] for name in kept - rows.keys()}
             if place.reads or names - rows.keys():
                 lost = "the magnitude of a DoRA" if place.reads else ", ".join(sorted(names - rows.keys()))
                 raise AttachError(f"{site.leaf}: a slot does not hold {lost}")
