@@ -300,9 +300,8 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
             )
         for name, weight in weights.items():
             parameters[name].copy_(torch.from_numpy(np.array(weight)))  # torch warns of arrays that it may not write
-    adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
-    data = {"input_ids": tokens, **task_data(jaxadapt.read_config(adapter), len(tokens))}
-    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+        data = {"input_ids": tokens, **task_data(jaxadapt.read_config(adapter), len(tokens))}
         logits = adapted(**{name: torch.from_numpy(np.array(x)).long() for name, x in data.items()}).logits.numpy()
     return logits[:, -tokens.shape[1] :]  # those of virtual tokens come first
 

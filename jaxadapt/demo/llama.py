@@ -443,10 +443,14 @@ def _dense(config: LlamaConfig, features: int, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, param_dtype=config.param_dtype, name=name)
 
 
-class LinenRMSNorm(nn.Module):
-    """Root-mean-square normalization with one parameter, ``weight``."""
+class Configured(nn.Module):
+    """A module of the model with these hyperparameters."""
 
     config: LlamaConfig
+
+
+class LinenRMSNorm(Configured):
+    """Root-mean-square normalization with one parameter, ``weight``."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -454,10 +458,8 @@ class LinenRMSNorm(nn.Module):
         return rms_norm(x, weight, self.config.rms_norm_eps)
 
 
-class LinenAttention(nn.Module):
+class LinenAttention(Configured):
     """Causal grouped-query attention with rotary positions."""
-
-    config: LlamaConfig
 
     @nn.compact
     def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
@@ -467,10 +469,8 @@ class LinenAttention(nn.Module):
         return attend(config, [_dense(config, size, name) for name, size in sizes.items()], carry, rope, mask)
 
 
-class LinenMLP(nn.Module):
+class LinenMLP(Configured):
     """SwiGLU feed-forward."""
-
-    config: LlamaConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -479,10 +479,8 @@ class LinenMLP(nn.Module):
         return _dense(self.config, self.config.hidden_size, "down_proj")(jax.nn.silu(gate) * up)
 
 
-class LinenBlock(nn.Module):
+class LinenBlock(Configured):
     """One layer: (x (B, T, D), cache) -> (the same, None), the pair that ``nn.scan`` expects from its body."""
-
-    config: LlamaConfig
 
     @nn.compact
     def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None = None) -> tuple[Carry, None]:
@@ -494,10 +492,8 @@ class LinenBlock(nn.Module):
         return (x + LinenMLP(self.config, name="mlp")(normed), cache), None
 
 
-class LinenLayers(nn.Module):
+class LinenLayers(Configured):
     """The layers as a sequence, named by their numbers."""
-
-    config: LlamaConfig
 
     @nn.compact
     def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None) -> tuple[Carry, None]:
@@ -522,10 +518,8 @@ def _layers(config: LlamaConfig) -> Any:
     )(config)
 
 
-class LinenLlamaModel(nn.Module):
+class LinenLlamaModel(Configured):
     """Embedding, layers and final norm: tokens (B, T) -> ((B, T, D), cache)."""
-
-    config: LlamaConfig
 
     def setup(self) -> None:
         config = self.config
@@ -552,7 +546,7 @@ class LinenLlamaModel(nn.Module):
         return self.embed_tokens.attend(x)
 
 
-class LinenLlama(nn.Module):
+class LinenLlama(Configured):
     """The Linen module with the parameters of `Llama`.
 
     ``module.apply(variables, tokens)`` has the arguments and the result of a call of `Llama`.
@@ -563,8 +557,6 @@ class LinenLlama(nn.Module):
     >>> variables["params"]["model"]["layers"]["1"]["self_attn"]["k_proj"]["kernel"].shape
     (16, 8)
     """
-
-    config: LlamaConfig
 
     @nn.compact
     def __call__(

@@ -441,9 +441,8 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """End a job whose client left; its row is free before the next token."""
-        with self._changed:
-            job.cancelled = True
-            self._changed.notify_all()
+        job.cancelled = True
+        self._wake()
 
     def gauges(self) -> dict[str, int]:
         """Return the numbers of rows, of requests that have one, of those that wait, and of compiled programs."""
@@ -476,7 +475,7 @@ class Engine:
             self._deadline = min(self._deadline, time.monotonic() + seconds)
             self._changed.notify_all()
 
-    def _wake(self, _: Any) -> None:
+    def _wake(self, _: Any = None) -> None:
         with self._changed:
             self._changed.notify_all()
 

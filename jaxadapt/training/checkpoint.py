@@ -16,6 +16,7 @@ last step with a signal handler that is installed for one `with` block.
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -47,26 +48,24 @@ from jaxadapt.training import step_files
 
 
 class Background:
-    """A runner that starts one thread for each task.
+    """A runner that starts one thread for each task, also while the program ends.
 
-    The thread is not a daemon, so the interpreter joins it before it ends. An error is kept until `wait` raises it. If
-    the program ends before that, the error is printed and the exit status is 1.
+    An error is kept until `wait` raises it. If the program ends before that, the error is printed and the exit status
+    is 1.
     """
 
     def __init__(self) -> None:
-        self.thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self.task: concurrent.futures.Future[None] | None = None
         self._joins_early = False
 
     @property
     def running(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
+        return self.task is not None and not self.task.done()
 
-    def start(self, name: str, work: Callable[[], None], needs_executors: bool) -> None:
+    def start(self, work: Callable[[], None], needs_executors: bool) -> None:
         """Wait for the previous task and start a new one.
 
         Args:
-            name: the name of the thread.
             work: the task.
             needs_executors: join the task before executors shut down. Orbax's saves run on executors, and packages of
                 object stores look up host names on one; they accept no work after the main thread has ended.
@@ -82,39 +81,34 @@ class Background:
         atexit.unregister(self._exit)
         atexit.register(self._exit)
         may_begin = threading.Event()
-        thread = threading.Thread(target=self._run, args=(may_begin, work), name=name, daemon=False)
+
+        def run() -> None:
+            may_begin.wait()
+            work()
+
         try:
-            thread.start()
-            self.thread = thread
+            self.task = local_files.start(run)
         finally:
             may_begin.set()  # only now, so that the task does not delay the training loop by sharing the interpreter
-
-    def _run(self, may_begin: threading.Event, work: Callable[[], None]) -> None:
-        may_begin.wait()
-        try:
-            work()
-        except BaseException as error:  # raised by the next call of `wait`
-            self._error = error
 
     def wait(self) -> None:
         """Wait until the task is done. Raise its error, once, if it failed."""
         self._join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        task, self.task = self.task, None
+        if task is not None:
+            task.result()
 
     def _join(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        if self.task is not None:
+            concurrent.futures.wait([self.task])
 
     def _exit(self) -> None:
         """Print an error that was never raised, and exit with status 1."""
-        self._join()
-        if self._error is None:
+        error = None if self.task is None else self.task.exception()
+        if error is None:
             return
         sys.stderr.write("a checkpoint was not saved:\n")
-        traceback.print_exception(self._error)
+        traceback.print_exception(error)
         atexit.unregister(self._exit)
         # Run the other exit functions, which `os._exit` would skip. An exception here would not change the status.
         atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
@@ -132,10 +126,6 @@ def catch_sigterm(wait: Callable[[], None]) -> Generator[Callable[[int], bool]]:
 
     See `CheckpointManager.preemption`.
     """
-    if jax.distributed.is_initialized():  # then JAX has its own handler, outside of Python
-        with _synchronized_stop(wait) as stop:
-            yield stop
-        return
     received: list[int] = []
     try:
         previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
@@ -157,7 +147,7 @@ def catch_sigterm(wait: Callable[[], None]) -> Generator[Callable[[int], bool]]:
 
 
 @contextlib.contextmanager
-def _synchronized_stop(wait: Callable[[], None]) -> Generator[Callable[[int], bool]]:
+def synchronize_stop(wait: Callable[[], None]) -> Generator[Callable[[int], bool]]:
     """Yield `stop(step)`, which becomes True at the same step in all processes."""
     from jax.experimental import multihost_utils
 
@@ -249,10 +239,14 @@ def _read_below(step: step_files.StoredStep, prefix: str) -> dict[str, Any]:
 def _stored_foreign_tree(stored: step_files.Snapshot, leaves: Mapping[str, Any]) -> ForeignTree:
     """Return a saved tree of another library with its leaves only, enough to convert them to PEFT's names."""
     try:
-        dialect = dialects.get_dialect(stored.guest["dialect"])
-        base = {path: tuple(shape) for path, shape in stored.guest["base"].items()}
-        stored_form = dict(stored.guest["stored"])
-        return ForeignTree(LoraTree(None), dialect, dict(leaves), lambda new: new, base, stored_form)
+        return ForeignTree(
+            given=LoraTree(None),
+            dialect=dialects.get_dialect(stored.guest["dialect"]),
+            leaves=dict(leaves),
+            put=lambda new: new,
+            base={path: tuple(shape) for path, shape in stored.guest["base"].items()},
+            stored=dict(stored.guest["stored"]),
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error
 
@@ -370,7 +364,7 @@ class CheckpointManager(run_folder.RunFolder):
         atomic.make_folder(self.folder)
         finish = self._begin_save(number, taken, record, is_multi_process(taken))
         self._last = _LastSave(number, record)
-        self._saving.start(f"save step {number}", finish, needs_executors=isinstance(self.folder, location.Address))
+        self._saving.start(finish, needs_executors=isinstance(self.folder, location.Address))
         if not self.asynchronous:
             self.wait()
 
@@ -618,4 +612,5 @@ class CheckpointManager(run_folder.RunFolder):
         Raises:
             ConfigError: the caller is not in the main thread, the only one that receives signals.
         """
-        return catch_sigterm(self.wait)
+        # In a distributed program, JAX has its own handler, outside of Python.
+        return (synchronize_stop if jax.distributed.is_initialized() else catch_sigterm)(self.wait)

@@ -74,12 +74,11 @@ def _leaves(tree: Any) -> Any:
 def _leaves_by_path(name: str, adapter: Adapter) -> dict[str, _Leaf]:
     """Return `{path: leaf}` of one adapter's parameters."""
     sites = sites_of(adapter)
-    leaves = {
+    return {
         paths.join(site.leaf, tensor): _Leaf(name, adapter.config, site, tensor, len(shape) - len(site.match.stack))
         for site in sites
         for tensor, shape in site.shapes.items()
-    }
-    return leaves | {
+    } | {
         each.entry.path: _Leaf(name, adapter.config, None, each.tensor.name, len(each.entry.shape))
         for each in sites.shared
     }
@@ -348,8 +347,7 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
         return [{name: arrays[name] for name in of} for of, arrays in zip(axes, bank.arrays, strict=True)]
 
     def select(active: Array, new: Array, old: Array, axis: int) -> Array:
-        shape = [-1 if i == axis else 1 for i in range(new.ndim)]
-        return jnp.where(active.reshape(shape), new, old)
+        return jnp.where(active.reshape([-1 if i == axis else 1 for i in range(new.ndim)]), new, old)
 
     def update(updates: Any, state: Any, params: Any = None, *, active: Array, **extra: Any) -> tuple[Any, Any]:
         active = jnp.asarray(active, bool) & (jnp.arange(bank.slots) > 0)

@@ -634,8 +634,7 @@ def _wrap_keys(data: Any, implementation: str, like: Any) -> jax.Array:
 def with_weak_type(value: Any, like: Any) -> Any:
     """Return the value with the example's weak type, which affects the dtype of further arithmetic."""
     if is_on_device(like) and like.weak_type and isinstance(value, jax.Array):
-        scalar = {"f": 0.0, "i": 0, "c": 0j}[value.dtype.kind]
-        return jnp.full(value.shape, scalar).at[...].set(value)
+        return jnp.full(value.shape, {"f": 0.0, "i": 0, "c": 0j}[value.dtype.kind]).at[...].set(value)
     return value
 
 

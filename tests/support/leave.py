@@ -60,8 +60,7 @@ def main() -> None:
         if os.geteuid() == 0:
             os.setuid(65534)  # root may write everywhere
     manager.save(7, adapter(), opt_state={"mu": adapter(0.5).params}, data={"position": 3})
-    thread = manager._saving.thread
-    print("unfinished" if thread is not None and thread.is_alive() else "finished", flush=True)
+    print("unfinished" if manager._saving.running else "finished", flush=True)
     if how == "exception":
         raise RuntimeError("on purpose")
     if how == "sys.exit":

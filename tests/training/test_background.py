@@ -25,7 +25,7 @@ def work():
         return await asyncio.get_running_loop().getaddrinfo("localhost", 80)
     print("found" if asyncio.run(look()) else "nothing")
 
-Background().start("work", work, needs_executors={early})
+Background().start(work, needs_executors={early})
 """
 
 
@@ -51,6 +51,6 @@ def test_an_exit_in_the_background_is_raised_by_wait() -> None:
         raise SystemExit(3)
 
     task = Background()
-    task.start("save", leave, needs_executors=False)
+    task.start(leave, needs_executors=False)
     with pytest.raises(SystemExit):
         task.wait()

@@ -178,8 +178,8 @@ def test_a_step_whose_write_failed_is_gone_before_the_error_is_raised(tmp_path: 
     manager = saved(tmp_path, gate, LOSSES)
     gate.error = True
     gate.open()
-    assert manager._saving.thread is not None
-    manager._saving.thread.join()
+    assert manager._saving.task is not None
+    assert manager._saving.task.exception() is not None  # which waits
     assert (manager.steps, manager.latest, manager.best) == ([1, 2], 2, 2)
     with pytest.raises(jaxadapt.FileError, match=r"no step 3; found \[1, 2\]"):
         manager.metrics(3)
