@@ -358,8 +358,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values for `jaxadapt demo --json`."""
-        values = dataclasses.asdict(self)
-        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+        return {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
+        }
 
 
 def run(

@@ -481,8 +481,9 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
 
     async def metrics(_: HttpRequest) -> Response:
         adapters = {"adapters": len(server.pool.names()), "adapters_resident": len(server.pool.resident())}
-        text = server.metrics.text(server.engine.gauges() | adapters)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(
+            server.metrics.text(server.engine.gauges() | adapters), media_type="text/plain; version=0.0.4"
+        )
 
     async def health(_: HttpRequest) -> Response:
         healthy = server.engine.healthy

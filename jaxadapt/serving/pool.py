@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -42,22 +42,12 @@ _NAMES = (
 )  # other files are not the adapter's
 
 
-class File(NamedTuple):
-    """One file of an adapter at one time, as the file system describes it; all times are in ns.
+Files = tuple[tuple[str, tuple[int, ...]], ...]
+"""Of each file of an adapter at one time: its name, and (bytes, time of writing, time of change, device, inode).
 
-    A file that replaces another one may have its name, size and time of writing, but not all of `changed`, which no
-    program can set, `device` and `inode`.
-    """
-
-    name: str
-    nbytes: int
-    written: int
-    changed: int
-    device: int
-    inode: int
-
-
-Files = tuple[File, ...]
+The times are in ns. A file that replaces another one may have its name, size and time of writing, but not all of the
+time of change, which no program can set, the device and the inode.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +69,7 @@ class Version:
     @property
     def nbytes(self) -> int:
         """The bytes of the adapter's files."""
-        return sum(file.nbytes for file in self.files)
+        return sum(nbytes for _, (nbytes, *_) in self.files)
 
     @functools.cached_property
     def config(self) -> Any:
@@ -111,7 +101,7 @@ def list_files(path: str | os.PathLike[str]) -> Files:
 
     A file that cannot be described counts as missing: reading the adapter says why.
     """
-    found: list[File] = []
+    found: list[tuple[str, tuple[int, ...]]] = []
     try:
         with os.scandir(path) as entries:
             own = [entry for entry in entries if entry.name in _NAMES]
@@ -120,7 +110,7 @@ def list_files(path: str | os.PathLike[str]) -> Files:
     for entry in own:
         with contextlib.suppress(OSError):
             at = entry.stat()
-            found.append(File(entry.name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino))
+            found.append((entry.name, (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_dev, at.st_ino)))
     return tuple(sorted(found))
 
 
