@@ -40,6 +40,7 @@ from jaxadapt.server.protocol import (
     Piece,
     Request,
     RequestError,
+    TextStream,
     lora_error,
     parse_adapter,
     parse_request,
@@ -291,7 +292,7 @@ class Server:
                     adapter=adapter,
                     sampling=dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32),
                     max_tokens=room,
-                    stop=request.stop,
+                    text=TextStream(self.base.decode, request.stop),
                     emit=functools.partial(session.emit, index),
                     top=request.top,
                     echo=text if request.echo else None,
@@ -565,7 +566,7 @@ def make_server(
         decoder.start(0, [0] * min(size, length - 1))
     decoder.step()
     metrics = Metrics()
-    engine = Engine(decoder, pool, base.decode, stop=base.stop, queue=queue, metrics=metrics)
+    engine = Engine(decoder, pool, stop=base.stop, queue=queue, metrics=metrics)
     return Server(base, root, pool, engine, length, metrics)
 
 

@@ -346,7 +346,7 @@ class Job:
         adapter: the adapter's name, None for the base.
         sampling: how tokens are chosen.
         max_tokens: the most tokens; 0 to read the prompt only.
-        stop: strings that end the answer.
+        text: the text of the answer, up to a stop string.
         emit: called in the engine's thread with each piece; it must not block or raise.
         top: with `sampling.scores`, the number of most probable tokens beside each token.
         echo: the prompt's text, to put it and its scores before the answer; None for the answer alone.
@@ -356,7 +356,7 @@ class Job:
     adapter: str | None
     sampling: Sampling
     max_tokens: int
-    stop: Sequence[str]
+    text: TextStream
     emit: Callable[[Piece], None]
     top: int = 0
     echo: str | None = None
@@ -365,7 +365,6 @@ class Job:
     cancelled: bool = False
     count: int = 0
     version: int = 0
-    text: TextStream | None = None
     unsent: str = ""
     scores: list[TokenScore] = dataclasses.field(default_factory=list[TokenScore])
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
@@ -383,7 +382,6 @@ class Engine:
     Args:
         decoder: the batch; it belongs to the engine's thread from now on.
         pool: the adapters, with at least one slot for each row.
-        decode: returns the text of token ids.
         stop: tokens that end an answer.
         queue: the most requests that wait for a row.
         metrics: the counters.
@@ -393,13 +391,12 @@ class Engine:
         self,
         decoder: Decoder,
         pool: AdapterPool,
-        decode: Callable[[Sequence[int]], str],
         *,
         stop: Sequence[int],
         queue: int,
         metrics: Metrics,
     ) -> None:
-        self._decoder, self._pool, self._decode, self._stop = decoder, pool, decode, frozenset(stop)
+        self._decoder, self._pool, self._stop = decoder, pool, frozenset(stop)
         self._queue, self._metrics = queue, metrics
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
@@ -540,7 +537,6 @@ class Engine:
             job.loaded.result()
             lease = job.held.enter_context(self._pool.lease([job.adapter]))
             slot, job.version = lease.slots[0], lease.versions[0]
-        job.text = TextStream(self._decode, job.stop)
         token, finite, scores = self._decoder.start(row, job.prompt, job.sampling, slot)
         self._metrics.count("prompt_tokens_total", len(job.prompt))
         self._metrics.observe("first_token_seconds", time.monotonic() - job.begun)
@@ -560,7 +556,6 @@ class Engine:
     def _take(self, row: int, token: int, finite: bool, scores: Scores | None, place: int) -> None:
         """Add a token to the answer in a row; its scores are at `place`."""
         job = self._active[row]
-        assert job.text is not None
         if not finite:
             message = f"the logits of {job.adapter or 'the base'} are not finite; check the adapter's values"
             self._leave(row, Piece(error=RequestError(400, message, code="adapter_error", param="model")))

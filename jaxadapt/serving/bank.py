@@ -289,16 +289,18 @@ def create(
             number = _number_shared(shared, config.peft_type, own) if own else None
             places += [make_place(s, held.leaves[s.leaf], held.shardings.get(s.leaf), dtype, number) for s in sites]
     raise_refused([*problems, *_find_twice(places)], "cannot create the bank")
-    meshes = [x.mesh for x in held.shardings.values() if isinstance(x, NamedSharding)]
-    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
     return Bank(
         arrays=tuple(_empty(place, slots) for place in places),
         layout=Layout(tuple(places), slots, tuple(shared)),
-        shared=tuple(
-            {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()}
-            for _, tensors in shared
-        ),
+        shared=tuple(_put_everywhere(tensors, dtype, held.shardings) for _, tensors in shared),
     )
+
+
+def _put_everywhere(tensors: Shared, dtype: Any, shardings: Mapping[str, Any]) -> Tensors:
+    """Return tensors on all devices of a base with these shardings."""
+    meshes = [x.mesh for x in shardings.values() if isinstance(x, NamedSharding)]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    return {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()}
 
 
 def _find_twice(places: Sequence[Place]) -> list[Refusal]:

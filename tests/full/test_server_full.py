@@ -42,7 +42,7 @@ def test_the_bank_has_room_for_every_kind_in_the_folder(base, tmp_path):
     server = app.make_server(base, tmp_path, rows=2, length=LENGTH, rank=1)
     try:
         names = ["lora", "dora", "five", "ia3", "road", "prefix"]
-        made = submit(server.engine, names=names, prompt=base.encode("Hello"), count=6)
+        made = submit(server.engine, names=names, prompt=base.encode("Hello"), count=6, decode=base.decode)
         for name, (pieces, ended) in zip(names, made, strict=True):
             assert ended.wait(120)
             if name == "prefix":

@@ -43,7 +43,7 @@ class Held:
 
 
 def with_decoder(server: Any, decoder: Any) -> Any:
-    engine = Engine(decoder, server.pool, server.base.decode, stop=(), queue=4, metrics=Metrics())
+    engine = Engine(decoder, server.pool, stop=(), queue=4, metrics=Metrics())
     return dataclasses.replace(server, engine=engine)
 
 

@@ -89,8 +89,17 @@ class Broken:
         return 0
 
 
+def text_of(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
+
+
 def submit(
-    engine: Engine, *, names: Sequence[str | None] = (None,), prompt: Sequence[int] = (1,), count: int = 50
+    engine: Engine,
+    *,
+    names: Sequence[str | None] = (None,),
+    prompt: Sequence[int] = (1,),
+    count: int = 50,
+    decode: Callable[[Sequence[int]], str] = text_of,
 ) -> list[tuple[list[Piece], threading.Event]]:
     made = []
     for name in names:
@@ -102,17 +111,13 @@ def submit(
             if piece.final:
                 ended.set()
 
-        engine.submit([Job(prompt, name, Sampling(), count, [], emit)])
+        engine.submit([Job(prompt, name, Sampling(), count, TextStream(decode), emit)])
         made.append((pieces, ended))
     return made
 
 
-def text_of(ids: Sequence[int]) -> str:
-    return "".join(map(chr, ids))
-
-
-def make(decoder: Any, pool: Any = None, decode: Callable[[Sequence[int]], str] = text_of) -> Engine:
-    return Engine(decoder, pool, decode, stop=[0], queue=4, metrics=Metrics())
+def make(decoder: Any, pool: Any = None) -> Engine:
+    return Engine(decoder, pool, stop=[0], queue=4, metrics=Metrics())
 
 
 def test_a_failed_step_ends_all_requests_and_is_seen(caplog):
@@ -192,13 +197,13 @@ def test_a_text_that_cannot_be_decoded_fails_its_request_alone(caplog):
         return "A" * len(ids)
 
     decoder = Broken()
-    engine = make(decoder, decode=decode)
+    engine = make(decoder)
     decoder.go.set()
-    (bad, ended), *_ = submit(engine)
+    (bad, ended), *_ = submit(engine, decode=decode)
     assert ended.wait(30)
     assert bad[-1].error is not None
     assert bad[-1].error.code == "internal_error"
-    ((good, ended),) = submit(engine, count=1)
+    ((good, ended),) = submit(engine, count=1, decode=decode)
     assert ended.wait(30)
     assert good[-1].text == "A"
     engine.close()
