@@ -410,15 +410,16 @@ def prepare(bank: Bank, adapter: Adapter | None) -> tuple[Tensors, ...]:
 
 def write_slot(bank: Bank, rows: Sequence[Tensors], slot: int, weights: Mapping[str, Any]) -> Bank:
     """Return the bank with prepared tensors in one slot. The arrays with slots are donated, the shared ones are not."""
-    written = write(dataclasses.replace(bank, shared=()), rows, np.int32(slot), weights)
-    return dataclasses.replace(written, shared=bank.shared)
+    return dataclasses.replace(bank, arrays=write(bank.arrays, bank.layout, rows, np.int32(slot), weights))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def write(bank: Bank, rows: Sequence[Tensors], slot: Any, weights: Mapping[str, Any]) -> Bank:
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def write(
+    slots: Sequence[Mapping[str, Any]], layout: Layout, rows: Sequence[Tensors], slot: Any, weights: Mapping[str, Any]
+) -> tuple[Tensors, ...]:
     """Write one adapter into a slot of every array."""
     written: list[Tensors] = []
-    for place, arrays, new in zip(bank.layout.places, bank.arrays, rows, strict=True):
+    for place, arrays, new in zip(layout.places, slots, rows, strict=True):
         new = place.prepare(new, quantized.to_dense(weights[place.row.leaf])) if place.reads else new
         changed: Tensors = {}
         for name, array in arrays.items():
@@ -426,7 +427,7 @@ def write(bank: Bank, rows: Sequence[Tensors], slot: Any, weights: Mapping[str, 
             target = place.shardings.get(name)
             changed[name] = value if target is None else jax.lax.with_sharding_constraint(value, target)
         written.append(changed)
-    return Bank(tuple(written), bank.layout)
+    return tuple(written)
 
 
 # ---------------------------------------------------------------- routing

@@ -338,8 +338,11 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
     [0.0, -12.0, 0.0]
     """
     places = bank.layout.places
-    if prepared := [place.row.leaf for place in places if place.reads]:
-        raise AttachError("cannot train a DoRA in a bank, where its norm is a constant:\n" + paths.bullets(prepared))
+    raise_listed(
+        AttachError,
+        "cannot train a DoRA in a bank, where its norm is a constant:",
+        [place.row.leaf for place in places if place.reads],
+    )
     trained = [{t.name for t in p.site.tensors if p.row.method.role(p.row.hparams, t.name) != "frozen"} for p in places]
     axes = [dict.fromkeys(sorted(names), place.layers) for place, names in zip(places, trained, strict=True)]
 

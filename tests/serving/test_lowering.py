@@ -53,7 +53,7 @@ def test_put_and_select_lower_for_other_platforms(banked, platform):
     rows = serving.prepare(bank, None)
 
     def write(arrays, rows, slot):
-        return serving.bank.write(serving.Bank(arrays, bank.layout), rows, slot, {}).arrays
+        return serving.bank.write(arrays, bank.layout, rows, slot, {})
 
     def select(arrays, ids):
         return serving.Bank(arrays, bank.layout).select(ids).arrays
