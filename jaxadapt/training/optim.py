@@ -231,11 +231,10 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
 
     scales = _map_leaves(factor, tree)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return jax.tree.map(lambda f, x: jax.tree.map(lambda x: (x * f).astype(x.dtype), x), scales, updates), state
+    def scale(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda f, x: jax.tree.map(lambda x: (x * f).astype(x.dtype), x), scales, updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(scale)
 
 
 def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
