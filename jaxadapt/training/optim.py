@@ -196,7 +196,7 @@ def lora_plus(
         for plain, decay in (("", weight_decay), (" plain", 0.0))
         for name, rate in rates.items()
     }
-    return optax.multi_transform(transforms | {"frozen plain": optax.set_to_zero()}, labels)
+    return optax.multi_transform({**transforms, "frozen plain": optax.set_to_zero()}, labels)
 
 
 def _scale_rate(rate: Any, ratio: float) -> Any:
