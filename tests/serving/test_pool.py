@@ -194,16 +194,16 @@ def test_an_error_belongs_to_its_own_adapter(folders):
     assert not pool._pins
 
 
-@pytest.mark.parametrize("function", ["read", "write_slot"])
-def test_a_lease_that_failed_once_is_followed_by_others(folders, monkeypatch, function):
-    pool, original, errors = make(folders, slots=2), getattr(pools, function), [FileError("once")]
+@pytest.mark.parametrize(("module", "function"), [(pools, "read"), (pools, "write_slot")])
+def test_a_lease_that_failed_once_is_followed_by_others(folders, monkeypatch, module, function):
+    pool, original, errors = make(folders, slots=2), getattr(module, function), [FileError("once")]
 
     def fail_once(*args):
         if errors:
             raise errors.pop()
         return original(*args)
 
-    monkeypatch.setattr(pools, function, fail_once)
+    monkeypatch.setattr(module, function, fail_once)
     with pytest.raises(FileError, match="once"), pool.lease(["a0"]):
         pass
     for number in (0, 1, 0):
