@@ -252,7 +252,7 @@ class Server:
                 chat,
                 int(time.time()),
                 request.model,
-                f"{request.model}-{first[1].version}",
+                f"{request.model}-{session.jobs[first[0]].version}",
                 self.base.spell if request.sampling.scores else None,
             )
             if request.stream:
@@ -295,7 +295,8 @@ class Server:
                     text=TextStream(self.base.decode, request.stop),
                     emit=functools.partial(session.emit, index),
                     top=request.top,
-                    echo=text if request.echo else None,
+                    echo=request.echo,
+                    unsent=text if request.echo else "",
                 )
                 jobs.append(job)
         return jobs
@@ -343,30 +344,29 @@ class Server:
             )
             for pieces in found
         ]
-        return answer.whole(made, self._usage(session, request, [each.tokens for each in made]))
+        return answer.whole(made, self._usage(session, request))
 
     async def _events(
         self, session: Session, first: tuple[int, Piece], answer: Answer, request: Request
     ) -> AsyncGenerator[str]:
-        counts = [0] * len(session.jobs)
         sent: dict[int, int] = {}
         async for index, piece in session.pieces(first):
             if piece.error is not None:
                 yield f"data: {json.dumps(self.body_of(piece.error))}\n\n"
                 break
-            counts[index] = piece.tokens
             event = answer.piece(index, piece, first=index not in sent, offset=sent.get(index, 0))
             yield f"data: {json.dumps(event)}\n\n"
             sent[index] = sent.get(index, 0) + len(piece.text)
         else:
             if request.usage:
-                yield f"data: {json.dumps(answer.last(self._usage(session, request, counts)))}\n\n"
+                yield f"data: {json.dumps(answer.last(self._usage(session, request)))}\n\n"
         yield "data: [DONE]\n\n"
 
-    def _usage(self, session: Session, request: Request, counts: Sequence[int]) -> dict[str, int]:
-        """Return OpenAI's numbers of tokens."""
+    def _usage(self, session: Session, request: Request) -> dict[str, int]:
+        """Return OpenAI's numbers of tokens of the jobs, which have ended."""
         prompts = sum(len(job.prompt) for job in session.jobs[:: request.choices])
-        return {"prompt_tokens": prompts, "completion_tokens": sum(counts), "total_tokens": prompts + sum(counts)}
+        answers = sum(job.count for job in session.jobs)
+        return {"prompt_tokens": prompts, "completion_tokens": answers, "total_tokens": prompts + answers}
 
     async def read_json(self, http: HttpRequest) -> Any:
         """Return the JSON of a request; raise `RequestError` if it is none, too large, or does not arrive in time."""

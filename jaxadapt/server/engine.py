@@ -349,7 +349,8 @@ class Job:
         text: the text of the answer, up to a stop string.
         emit: called in the engine's thread with each piece; it must not block or raise.
         top: with `sampling.scores`, the number of most probable tokens beside each token.
-        echo: the prompt's text, to put it and its scores before the answer; None for the answer alone.
+        echo: True to put the prompt's scores before the answer's.
+        unsent: text to put before the answer, such as the prompt's.
     """
 
     prompt: Sequence[int]
@@ -359,13 +360,13 @@ class Job:
     text: TextStream
     emit: Callable[[Piece], None]
     top: int = 0
-    echo: str | None = None
+    echo: bool = False
+    unsent: str = ""
     begun: float = dataclasses.field(default_factory=time.monotonic)
     loaded: concurrent.futures.Future[Any] | None = None
     cancelled: bool = False
     count: int = 0
     version: int = 0
-    unsent: str = ""
     scores: list[TokenScore] = dataclasses.field(default_factory=list[TokenScore])
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
@@ -373,7 +374,7 @@ class Job:
         """Return the next piece, with all text and scores that were not sent."""
         text, self.unsent = self.unsent + text, ""
         scores, self.scores = self.scores, []
-        return Piece(text, self.count, self.version, reason, scores=scores)
+        return Piece(text, reason, scores=scores)
 
 
 class Engine:
@@ -540,10 +541,8 @@ class Engine:
         token, finite, scores = self._decoder.start(row, job.prompt, job.sampling, slot)
         self._metrics.count("prompt_tokens_total", len(job.prompt))
         self._metrics.observe("first_token_seconds", time.monotonic() - job.begun)
-        if job.echo is not None:
-            job.unsent = job.echo
-            if scores is not None:
-                job.scores += [TokenScore(job.prompt[0]), *token_scores(job.prompt[1:], scores, job.top)]
+        if job.echo and scores is not None:
+            job.scores += [TokenScore(job.prompt[0]), *token_scores(job.prompt[1:], scores, job.top)]
         self._take(row, token, finite, scores, len(job.prompt) - 1)
 
     def _advance(self) -> None:

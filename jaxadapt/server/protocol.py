@@ -326,16 +326,12 @@ class Piece:
 
     Attributes:
         text: the text that is new.
-        tokens: the tokens so far.
-        version: the id of the adapter's version; 0 for the base.
         reason: None while the answer goes on; "stop" or "length" at its end.
         error: why the request failed, at its end.
         scores: of the tokens that are new, and of the prompt's if the job asks for them.
     """
 
     text: str = ""
-    tokens: int = 0
-    version: int = 0
     reason: str | None = None
     error: RequestError | None = None
     scores: Sequence[TokenScore] = ()
