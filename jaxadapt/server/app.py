@@ -33,7 +33,7 @@ from starlette.routing import Route
 from jaxadapt import serving
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, warn
 from jaxadapt.core.progress import LOGGER
-from jaxadapt.server.engine import END, START, Base, Engine, Job, Metrics, make_room
+from jaxadapt.server.engine import END, START, Base, Engine, Job, make_room
 from jaxadapt.server.protocol import (
     LEFT,
     Answer,
@@ -218,7 +218,6 @@ class Server:
         pool: the adapters.
         engine: the running batch.
         length: the tokens of a prompt and its answer together.
-        metrics: the counters.
         upload_seconds: the time in which a request's body must arrive.
     """
 
@@ -227,7 +226,6 @@ class Server:
     pool: serving.AdapterPool
     engine: Engine
     length: int
-    metrics: Metrics
     upload_seconds: float = 10.0
     begun: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -468,7 +466,7 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
                 LOGGER.exception("a request failed")
                 failed = RequestError(500, "the request failed; the server's log says why", code="internal_error")
                 response = JSONResponse(failed.body(), failed.status)
-            server.metrics.count("requests_total", labels=f'status="{response.status_code}"')
+            server.engine.metrics.count("requests_total", labels=f'status="{response.status_code}"')
             return response
 
         return answer
@@ -483,7 +481,7 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
     async def metrics(_: HttpRequest) -> Response:
         adapters = {"adapters": len(server.pool.names()), "adapters_resident": len(server.pool.resident())}
         return PlainTextResponse(
-            server.metrics.text(server.engine.gauges() | adapters), media_type="text/plain; version=0.0.4"
+            server.engine.metrics.text(server.engine.gauges() | adapters), media_type="text/plain; version=0.0.4"
         )
 
     async def health(_: HttpRequest) -> Response:
@@ -565,9 +563,7 @@ def make_server(
     for size in decoder.buckets:
         decoder.start(0, [0] * min(size, length - 1))
     decoder.step()
-    metrics = Metrics()
-    engine = Engine(decoder, pool, stop=base.stop, queue=queue, metrics=metrics)
-    return Server(base, root, pool, engine, length, metrics)
+    return Server(base, root, pool, Engine(decoder, pool, stop=base.stop, queue=queue), length)
 
 
 def is_loopback(host: str) -> bool:

@@ -385,6 +385,8 @@ class Engine:
         pool: the adapters, with at least one slot for each row.
         stop: tokens that end an answer.
         queue: the most requests that wait for a row.
+
+    Attributes:
         metrics: the counters.
     """
 
@@ -395,10 +397,9 @@ class Engine:
         *,
         stop: Sequence[int],
         queue: int,
-        metrics: Metrics,
     ) -> None:
         self._decoder, self._pool, self._stop = decoder, pool, frozenset(stop)
-        self._queue, self._metrics = queue, metrics
+        self._queue, self.metrics = queue, Metrics()
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
         self._active: dict[int, Job] = {}
@@ -539,15 +540,15 @@ class Engine:
             lease = job.held.enter_context(self._pool.lease([job.adapter]))
             slot, job.version = lease.slots[0], lease.versions[0]
         token, finite, scores = self._decoder.start(row, job.prompt, job.sampling, slot)
-        self._metrics.count("prompt_tokens_total", len(job.prompt))
-        self._metrics.observe("first_token_seconds", time.monotonic() - job.begun)
+        self.metrics.count("prompt_tokens_total", len(job.prompt))
+        self.metrics.observe("first_token_seconds", time.monotonic() - job.begun)
         if job.echo and scores is not None:
             job.scores += [TokenScore(job.prompt[0]), *token_scores(job.prompt[1:], scores, job.top)]
         self._take(row, token, finite, scores, len(job.prompt) - 1)
 
     def _advance(self) -> None:
         tokens, finite, scores = self._decoder.step()
-        self._metrics.count("steps_total")
+        self.metrics.count("steps_total")
         for row in list(self._active):
             with self._alone(row):
                 self._take(row, int(tokens[row]), bool(finite[row]), scores, row)
@@ -562,7 +563,7 @@ class Engine:
         if not job.max_tokens:
             self._leave(row, job.piece("", "length"))
             return
-        self._metrics.count("generated_tokens_total")
+        self.metrics.count("generated_tokens_total")
         job.count += 1
         if scores is not None and job.sampling.scores:
             job.scores += token_scores([token], scores, job.top, place)
@@ -586,5 +587,5 @@ class Engine:
     def _end(self, job: Job, last: Piece | None) -> None:
         job.held.close()
         if last is not None:
-            self._metrics.observe("request_seconds", time.monotonic() - job.begun)
+            self.metrics.observe("request_seconds", time.monotonic() - job.begun)
             job.emit(last)

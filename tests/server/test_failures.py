@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxadapt.server.app import make_app
-from jaxadapt.server.engine import Engine, Metrics
+from jaxadapt.server.engine import Engine
 from tests.server.conftest import write_adapter
 from tests.server.test_app import GREEDY, ask, client_of, get
 
@@ -43,7 +43,7 @@ class Held:
 
 
 def with_decoder(server: Any, decoder: Any) -> Any:
-    engine = Engine(decoder, server.pool, stop=(), queue=4, metrics=Metrics())
+    engine = Engine(decoder, server.pool, stop=(), queue=4)
     return dataclasses.replace(server, engine=engine)
 
 

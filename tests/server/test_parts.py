@@ -117,7 +117,7 @@ def submit(
 
 
 def make(decoder: Any, pool: Any = None) -> Engine:
-    return Engine(decoder, pool, stop=[0], queue=4, metrics=Metrics())
+    return Engine(decoder, pool, stop=[0], queue=4)
 
 
 def test_a_failed_step_ends_all_requests_and_is_seen(caplog):
