@@ -38,7 +38,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError, FormatError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
-from jaxadapt.models.foreign import dialects
+from jaxadapt.models.foreign import get_dialect
 from jaxadapt.models.foreign.tree import ForeignTree, LoraTree
 from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.storage import atomic, local_files, location
@@ -241,7 +241,7 @@ def _stored_foreign_tree(stored: step_files.Snapshot, leaves: Mapping[str, Any])
     try:
         return ForeignTree(
             given=LoraTree(None),
-            dialect=dialects.get_dialect(stored.guest["dialect"]),
+            dialect=get_dialect(stored.guest["dialect"]),
             leaves=dict(leaves),
             put=lambda new: new,
             base={path: tuple(shape) for path, shape in stored.guest["base"].items()},
