@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.full_rank import BOFTConfig
 from jaxadapt.core.errors import warn
+from jaxadapt.methods.families import Rotation, cayley, check_window, turn
 from jaxadapt.methods.matrix import (
     CALL_KEY,
     Array,
@@ -37,7 +38,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.rotation import Rotation, cayley, check_window, turn
 
 
 class Boft(Rotation):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays.products import transform
 from jaxadapt.configs.fixed_bases import FourierFTConfig
+from jaxadapt.methods.families import Spectrum, SpectrumHparams, positions, used_values
 from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, at_least_float32, tensor_roles
-from jaxadapt.methods.spectrum import Spectrum, SpectrumHparams, positions, used_values
 
 
 class FourierFt(Spectrum):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.full_rank import HRAConfig
 from jaxadapt.core.errors import ConfigError
+from jaxadapt.methods.families import Rotation, check_window
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -34,7 +35,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.rotation import Rotation, check_window
 
 
 @dataclasses.dataclass(frozen=True)

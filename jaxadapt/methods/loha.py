@@ -15,7 +15,7 @@ import math
 import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import LoHaConfig
-from jaxadapt.methods.lycoris import DroppedHparams, Lycoris, kept_rows
+from jaxadapt.methods.families import DroppedHparams, Lycoris, kept_rows
 from jaxadapt.methods.matrix import (
     Array,
     Draw,

@@ -33,6 +33,7 @@ from jaxadapt.arrays import products
 from jaxadapt.configs.full_rank import OFTConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, warn
+from jaxadapt.methods.families import Rotation, cayley, check_window, turn
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -50,7 +51,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.rotation import Rotation, cayley, check_window, turn
 
 
 @dataclasses.dataclass(frozen=True)

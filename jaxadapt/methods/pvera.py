@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
+from jaxadapt.methods.families import draw_projections, projections
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -35,7 +36,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.projections import draw_projections, projections
 
 NOISE = "noise"
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxadapt.configs.fixed_bases import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
+from jaxadapt.methods.families import check_projections
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -33,7 +34,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.projections import check_projections
 
 
 class Randlora(MatrixMethod):

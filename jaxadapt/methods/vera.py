@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxadapt.configs.fixed_bases import VeraConfig
+from jaxadapt.methods.families import draw_projections, projections
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -24,7 +25,6 @@ from jaxadapt.methods.matrix import (
     axes_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.projections import draw_projections, projections
 
 
 class Vera(FactoredMethod):

@@ -1,0 +1,239 @@
+"""The parts that several methods share: projections, rotations of inputs, spectra, and the factors of LyCORIS."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.core.errors import MismatchError, raise_listed
+from jaxadapt.methods.matrix import (
+    CALL_KEY,
+    Array,
+    Effects,
+    MatrixMethod,
+    MethodTensor,
+    Params,
+    Shapes,
+    Target,
+    Targets,
+    TorchRandom,
+    at_least_float32,
+    axes_tensor,
+    own_tensor,
+)
+
+# ---------------------------------------------------------------- random projections
+
+
+def draw_projections(seed: int, a: Sequence[int], b: Sequence[int]) -> tuple[Array, Array]:
+    """Return projections of these shapes by PyTorch's Kaiming-uniform of the last axis; B's numbers follow A's."""
+    random = TorchRandom(seed)
+    first, second = (random.uniform(x, -math.sqrt(6 / x[-1]), math.sqrt(6 / x[-1])) for x in (a, b))
+    return first, second
+
+
+def projections(prefix: str, config: Any, targets: Targets, found: Shapes, rows: int) -> tuple[MethodTensor, ...]:
+    """Return the specifications of A (rows, inputs) and B (outputs, r), for the largest modules of a new adapter."""
+    names, saved = (f"{prefix}_A", f"{prefix}_B"), config.save_projection
+    a, b = (found.get(name) for name in names)
+    inputs = max(target.in_size for target in targets) if a is None else a[-1]
+    outputs = max(target.out_size for target in targets) if b is None else b[0]
+    check_projections(
+        targets,
+        (
+            (names[0], inputs, "inputs", lambda target: target.in_size),
+            (names[1], outputs, "outputs", lambda target: target.out_size),
+        ),
+    )
+    shapes = zip(names, ((rows, inputs), (outputs, config.r)), strict=True)
+    return tuple(own_tensor(name, x, trained=False, optional=True, in_file=saved) for name, x in shapes)
+
+
+def check_projections(targets: Targets, needs: Sequence[tuple[str, int, str, Callable[[Target], int]]]) -> None:
+    """Raise `MismatchError` if shared projections are too small for a module of the base.
+
+    Args:
+        needs: `(tensor, size, name of the size, function of the size that a module needs)`.
+    """
+    raise_listed(
+        MismatchError,
+        "the adapter's shared tensors are too small for these modules, so the adapter is of another base model:",
+        [
+            f"{next(iter(target.modules))} has {needed} {axis}, {name} has {size}"
+            for target in targets
+            if target.is_known
+            for name, size, axis, need in needs
+            if (needed := need(target)) > size
+        ],
+    )
+
+
+# ---------------------------------------------------------------- rotations
+
+
+def check_window(target: Target, method: str) -> None:
+    """Raise `ConfigError` for the convolutions whose inputs PEFT does not rotate."""
+    window, groups = target.window, target.match.weight.groups
+    if window and (len(window) != 2 or window[0] != window[1] or groups > 1):
+        raise target.refuse(
+            f"{method} adapts 2-D convolutions with a square window and one group; found window {window} and"
+            f" {groups} groups. Remove the module from target_modules"
+        )
+
+
+def cayley(k: Array) -> Array:
+    """Return the orthogonal blocks (I − K)·(I + K)⁻¹ of skew-symmetric blocks (blocks, b, b)."""
+    eye = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), k.shape)
+    return jnp.linalg.solve(eye + k, eye - k)
+
+
+def turn(rows: Array, blocks: Array) -> Array:
+    """Return the rows (…, n) times the block-diagonal matrix of blocks (n/b, b, b)."""
+    split = rows.reshape(*rows.shape[:-1], len(blocks), -1).astype(blocks.dtype)
+    return jnp.einsum("...rk,rkc->...rc", split, blocks).reshape(rows.shape)
+
+
+class Rotation(MatrixMethod):
+    """A rotation of the inputs. A convolution's kernel is one matrix (out, channels·window)."""
+
+    kinds = frozenset({"linear", "conv"})
+
+    def effect(self, own: Any) -> Effects:
+        return Effects("changes", form="use", reads=True)
+
+    @abc.abstractmethod
+    def turned(self, own: Any, params: Params, flat: Array, undo: bool) -> Array:
+        """Return the effective weight of a weight (out, in), or with `undo` the weight of an effective one."""
+
+    def matrix(self, own: Any, params: Params, w: Array) -> Array:
+        return self.turned(own, params, w.reshape(len(w), -1), undo=False).reshape(w.shape)
+
+    def unmatrix(self, own: Any, params: Params, w: Array) -> Array:
+        return self.turned(own, params, w.reshape(len(w), -1), undo=True).reshape(w.shape)
+
+
+# ---------------------------------------------------------------- spectra
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectrumHparams:
+    """The hyperparameters of a site.
+
+    Attributes:
+        count: the number of values, a number or a `PerEntry`.
+        scaling: the factor of the change.
+        seed: the seed of the positions.
+        order: half the length of the wavelet's filters; 0 for no wavelet.
+    """
+
+    count: Any
+    scaling: float
+    seed: int
+    order: int = 0
+
+
+class Spectrum(MatrixMethod):
+    """A change with trained values at few random positions of its spectrum; `scaled` is the tensor of the values."""
+
+    row_numbers = frozenset({"count", "scaling"})
+    row_padded = frozenset({"r"})
+
+    def count(self, config: Any, target: Target, module: str) -> int:
+        """Return the number of values of a module."""
+        return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
+
+    def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]:
+        count = functools.partial(self.count, config, target)
+        size = target.rank(count)
+        if target.is_known and size > target.in_size * target.out_size:
+            raise target.refuse(
+                f"expected an n_frequency of at most {target.in_size * target.out_size}, the number of entries of the"
+                f" weight, found {size}"
+            )
+        return target.with_ranks([axes_tensor(name, "r", (("r", size),)) for name in self.scaled], count)
+
+    def own(self, config: Any, target: Target) -> SpectrumHparams:
+        count = target.value(functools.partial(self.count, config, target))
+        return SpectrumHparams(count, config.scaling, config.random_loc_seed)
+
+
+@functools.lru_cache(maxsize=64)
+def positions(seed: int, outputs: int, inputs: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows and columns of the first `count` entries of PyTorch's permutation of a weight's entries."""
+    return np.divmod(TorchRandom(seed).permutation(outputs * inputs, count), inputs)
+
+
+def used_values(values: Array, count: Any) -> Array:
+    """Return the values of one module in float32; those beyond its own number are zero and get no gradient."""
+    return jnp.where(np.arange(len(values)) < count, at_least_float32(values), 0)
+
+
+# ---------------------------------------------------------------- lycoris
+
+
+@dataclasses.dataclass(frozen=True)
+class DroppedHparams:
+    """The hyperparameters of a site.
+
+    Attributes:
+        scale: the scale s, a number or a `PerEntry`.
+        rank_dropout: the probability of a row of the change to be 0.
+        module_dropout: the probability of the whole change to be 0.
+        unscaled_dropout: True if the rows that are kept are not divided by their share.
+    """
+
+    scale: Any
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    unscaled_dropout: bool = False
+
+    @property
+    def dropout(self) -> float:
+        """The larger rate, 0 if nothing is dropped."""
+        return max(self.rank_dropout, self.module_dropout)
+
+
+def kept_rows(own: DroppedHparams, params: Params, rows: int) -> Array | float:
+    """Return the factor of each row of the change in this call (rows); 1 without dropout."""
+    if CALL_KEY not in params:
+        return 1.0
+    row_key, module_key = jax.random.split(params[CALL_KEY])
+    kept = jax.random.bernoulli(row_key, 1 - own.rank_dropout, (rows,)).astype("float32")
+    kept = kept if own.unscaled_dropout else kept / jnp.maximum(kept.mean(), 1 / rows)
+    return kept * jax.random.bernoulli(module_key, 1 - own.module_dropout)
+
+
+class Lycoris(MatrixMethod):
+    """A method whose training drops rows of the change, or the whole change of a module."""
+
+    drops = "change"
+    kinds = frozenset({"linear", "conv"})
+
+    def own(self, config: Any, target: Target) -> DroppedHparams:
+        def scale(module: str) -> float:
+            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
+
+        is_unscaled = not config.get("rank_dropout_scale", True)
+        return DroppedHparams(target.value(scale), config.rank_dropout, config.module_dropout, is_unscaled)
+
+
+def split_size(size: int, factor: int = -1) -> tuple[int, int]:
+    """Return PEFT's two factors of a size, the smaller one first unless `factor` divides the size.
+
+    >>> split_size(4096), split_size(4096, 16), split_size(576, 7), split_size(6, 3)
+    ((64, 64), (16, 256), (6, 96), (3, 2))
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = min(math.isqrt(size), size if factor == -1 else factor)
+    first = max([m for m in range(2, limit + 1) if size % m == 0], default=1)
+    return first, size // first
