@@ -18,11 +18,15 @@ from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.methods.matrix import (
     CALL_KEY,
     Array,
+    Draw,
     Effects,
+    FactoredMethod,
     MatrixMethod,
     MethodTensor,
+    OwnHparams,
     Params,
     Shapes,
+    Start,
     Target,
     Targets,
     TorchRandom,
@@ -34,28 +38,58 @@ from jaxadapt.methods.matrix import (
 # ---------------------------------------------------------------- random projections
 
 
-def draw_projections(seed: int, a: Sequence[int], b: Sequence[int]) -> tuple[Array, Array]:
-    """Return projections of these shapes by PyTorch's Kaiming-uniform of the last axis; B's numbers follow A's."""
-    random = TorchRandom(seed)
-    first, second = (random.uniform(x, -math.sqrt(6 / x[-1]), math.sqrt(6 / x[-1])) for x in (a, b))
-    return first, second
+class Projected(FactoredMethod):
+    """A change from random projections that all modules share, W + (b∘B)·(d∘A), with the vectors b and d of a module.
 
+    A has `parts` times r rows, and d as many values; the first r of them give the change.
+    """
 
-def projections(prefix: str, config: Any, targets: Targets, found: Shapes, rows: int) -> tuple[MethodTensor, ...]:
-    """Return the specifications of A (rows, inputs) and B (outputs, r), for the largest modules of a new adapter."""
-    names, saved = (f"{prefix}_A", f"{prefix}_B"), config.save_projection
-    a, b = (found.get(name) for name in names)
-    inputs = max(target.in_size for target in targets) if a is None else a[-1]
-    outputs = max(target.out_size for target in targets) if b is None else b[0]
-    check_projections(
-        targets,
-        (
-            (names[0], inputs, "inputs", lambda target: target.in_size),
-            (names[1], outputs, "outputs", lambda target: target.out_size),
-        ),
-    )
-    shapes = zip(names, ((rows, inputs), (outputs, config.r)), strict=True)
-    return tuple(own_tensor(name, x, trained=False, optional=True, in_file=saved) for name, x in shapes)
+    parts = 1
+
+    def shared(self, config: Any, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
+        a, b = (found.get(self._name(side)) for side in "AB")
+        inputs = max(target.in_size for target in targets) if a is None else a[-1]
+        outputs = max(target.out_size for target in targets) if b is None else b[0]
+        check_projections(
+            targets,
+            (
+                (self._name("A"), inputs, "inputs", lambda target: target.in_size),
+                (self._name("B"), outputs, "outputs", lambda target: target.out_size),
+            ),
+        )
+        shapes, saved = {"A": (self.parts * config.r, inputs), "B": (outputs, config.r)}, config.save_projection
+        return tuple(
+            own_tensor(self._name(side), shape, trained=False, optional=True, in_file=saved)
+            for side, shape in shapes.items()
+        )
+
+    def init(self, config: Any, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if tensor.name == self._name("lambda_b"):
+            return Draw("constant", 0.0 if config.init_weights else 1.0)
+        if tensor.name == self._name("lambda_d"):
+            return Draw("constant", config.d_initial) if config.init_weights else Draw("normal", 1.0)
+        random, shapes = TorchRandom(config.projection_prng_key), {n: start.shared[n] for n in map(self._name, "AB")}
+        drawn = {name: random.uniform(x, -math.sqrt(6 / x[-1]), math.sqrt(6 / x[-1])) for name, x in shapes.items()}
+        return drawn[tensor.name]  # B's numbers follow A's
+
+    def factors(self, own: OwnHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+        out, inputs = shape
+        b = params[self._name("B")][:out]
+        d = params[self._name("lambda_d")][: b.shape[1], None]
+        return d * params[self._name("A")][: len(d), :inputs], params[self._name("lambda_b")][:, None] * b
+
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
+        b = params[self._name("B")][: y.shape[-1]]
+        h = self.hidden(params, x, b.shape[1])
+        return y + params[self._name("lambda_b")] * jnp.einsum("...r,or->...o", h, b)
+
+    def hidden(self, params: Params, x: Array, rows: int) -> Array:
+        """Return the first values of d∘(A·x), (…, rows)."""
+        d, a = params[self._name("lambda_d")][:rows], params[self._name("A")][:rows, : x.shape[-1]]
+        return d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), a)
+
+    def _name(self, end: str) -> str:
+        return f"{self.peft_type.lower()}_{end}"
 
 
 def check_projections(targets: Targets, needs: Sequence[tuple[str, int, str, Callable[[Target], int]]]) -> None:

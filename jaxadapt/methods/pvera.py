@@ -19,19 +19,15 @@ import numpy as np
 
 from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
-from jaxadapt.methods.families import draw_projections, projections
+from jaxadapt.methods.families import Projected
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
-    FactoredMethod,
     MatrixHparams,
     MethodTensor,
-    OwnHparams,
     Params,
-    Shapes,
     Start,
     Target,
-    Targets,
     axes_tensor,
     own_tensor,
     tensor_roles,
@@ -40,10 +36,11 @@ from jaxadapt.methods.matrix import (
 NOISE = "noise"
 
 
-class Pvera(FactoredMethod):
+class Pvera(Projected):
     """Shared random projections, scaled by two vectors per module; one is the mean of a distribution."""
 
     peft_type = "PVERA"
+    parts = 2
     scaled = frozenset({"pvera_lambda_b"})
     roles = tensor_roles(vector="pvera_lambda_b pvera_lambda_d", frozen="pvera_A pvera_B pvera_place")
     examples = ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
@@ -63,42 +60,22 @@ class Pvera(FactoredMethod):
             own_tensor("pvera_place", (1,), trained=False, in_file=False, dtype="int32"),
         )
 
-    def shared(self, config: PveraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
-        return projections("pvera", config, targets, found, 2 * config.r)
-
     def init(self, config: PveraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
-        if tensor.name == "pvera_lambda_b":
-            return Draw("constant", 0.0 if config.init_weights else 1.0)
-        if tensor.name == "pvera_lambda_d":
-            if start.module in start.modules[:1]:  # once for an adapter
-                warn(
-                    "this PVERA adapter is trained without noise unless each step runs in"
-                    " jaxadapt.models.invoke(model, noise=key): without it the variances keep their initial values"
-                )
-            return Draw("constant", config.d_initial) if config.init_weights else Draw("normal", 1.0)
         if tensor.name == "pvera_place":
             return np.array([zlib.crc32(start.module.encode()) >> 1], np.int32)
-        a, b = draw_projections(config.projection_prng_key, start.shared["pvera_A"], start.shared["pvera_B"])
-        return a if tensor.name == "pvera_A" else b
+        if tensor.name == "pvera_lambda_d" and start.module in start.modules[:1]:  # once for an adapter
+            warn(
+                "this PVERA adapter is trained without noise unless each step runs in"
+                " jaxadapt.models.invoke(model, noise=key): without it the variances keep their initial values"
+            )
+        return super().init(config, tensor, start)
 
-    def factors(self, own: OwnHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
-        out, inputs = shape
-        b = params["pvera_B"][:out]
-        r = b.shape[1]
-        mean = params["pvera_lambda_d"][:r, None] * params["pvera_A"][:r, :inputs]
-        return mean, params["pvera_lambda_b"][:, None] * b
-
-    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
-        b = params["pvera_B"][: y.shape[-1]]
-        r = b.shape[1]
-        d, rows = params["pvera_lambda_d"], params["pvera_A"][:, : x.shape[-1]]
-        if NOISE in params:
-            h, log_variance = jnp.split(d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), rows), 2, axis=-1)
-            key = jax.random.fold_in(jax.random.wrap_key_data(params[NOISE]), params["pvera_place"][0])
-            h = h + jnp.exp(0.5 * log_variance) * jax.random.normal(key, h.shape, h.dtype)
-        else:
-            h = d[:r] * jnp.einsum("...i,ri->...r", x.astype(d.dtype), rows[:r])
-        return y + params["pvera_lambda_b"] * jnp.einsum("...r,or->...o", h, b)
+    def hidden(self, params: Params, x: Array, rows: int) -> Array:
+        if NOISE not in params:
+            return super().hidden(params, x, rows)
+        mean, log_variance = jnp.split(super().hidden(params, x, self.parts * rows), 2, axis=-1)
+        key = jax.random.fold_in(jax.random.wrap_key_data(params[NOISE]), params["pvera_place"][0])
+        return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
 
     def row_params(self, hparams: MatrixHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
         found = super().row_params(hparams, params, entries)
