@@ -1,8 +1,8 @@
 """The initializations of LoRA, and the decompositions that give the initial factors.
 
 `KINDS` lists the initializations that read the base, data or gradients: what each needs, computes and leaves of the
-base. A new one is a function from `SiteValues` to factors, and its entry. `Initialization` in `start_adapter.py`
-computes A and B at each site, and the changed base weights.
+base. A new one is a function from `ModuleValues` to factors, and its entry. `Initialization` in `start_adapter.py`
+computes A and B of each module, and the changed base weights.
 
 The decompositions are pure functions from one float32 weight W (out, in) to A (r, in) and B (out, r), in PyTorch's
 layout; `s` is the scale. They follow PEFT 0.21.2 (`tuners/lora/layer.py`, `corda.py`), up to signs and random numbers.
@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +56,13 @@ def pissa_fast(w: Array, s: float, steps: int, omega: Array) -> Factors:
     return _balanced(u, sigma / s, vh)
 
 
-@_static("r")
-def mica(w: Array, r: int) -> Factors:
-    """Return A = 0, and as B the left singular vectors of the r smallest singular values of W (arXiv:2604.01694)."""
-    u = jnp.linalg.svd(w, full_matrices=False)[0]
-    return Factors(jnp.zeros((r, w.shape[1])), u[:, -r:])
+@_static("r", "dtype")
+def mica(w: Array, r: int, dtype: Any) -> Factors:
+    """Return A = 0, and as B the left singular vectors of the r smallest singular values of W (arXiv:2604.01694).
+
+    B is rounded to `dtype`, the base weight's.
+    """
+    return Factors(jnp.zeros((r, w.shape[1])), jnp.linalg.svd(w, full_matrices=False)[0][:, -r:].astype(dtype))
 
 
 @_static("r")
@@ -207,34 +209,36 @@ def _balanced(u: Array, sigma: Array, vh: Array) -> Factors:
 
 
 @dataclasses.dataclass(frozen=True)
-class SiteValues:
-    """The values of one site that an initialization reads; the matrices are PyTorch's, one for each module.
+class ModuleValues:
+    """The values of one module that an initialization reads; the matrices are PyTorch's.
 
     Attributes:
         config: the configuration.
-        read: returns W (modules, out, in) in float32.
+        read: returns W (out, in) of each module of the leaf, in float32.
+        module: the module.
         out: the number of outputs.
         dtype: the dtype of the base leaf.
         r, s: the rank and the scale.
-        keys: one random key for each module; None if there is no key.
-        data: one array for each module: covariances (in, in), gradients (out, in) or components (r, in).
+        key: the module's own random key; None if there is no key.
+        data: the module's covariance (in, in), gradient (out, in) or components (r, in); None if there are no data.
         fan_in_fan_out: True if PyTorch stores the weight as (in, out).
     """
 
     config: lora.LoraConfig
-    read: Callable[[], Array]
+    read: Callable[[], Mapping[str, Array]]
+    module: str
     out: int
     dtype: Any
     r: int
     s: float
-    keys: Array
-    data: Sequence[Array]
+    key: Array
+    data: Array
     fan_in_fan_out: bool
 
-    @functools.cached_property
-    def weights(self) -> Array:
-        """W (modules, out, in) in float32, read on first use."""
-        return self.read()
+    @property
+    def w(self) -> Array:
+        """W (out, in) in float32."""
+        return self.read()[self.module]
 
 
 def init_settings(config: lora.LoraConfig, field: str, known: Iterable[str]) -> dict[str, Any]:
@@ -253,8 +257,8 @@ class InitKind:
     Attributes:
         name: the name in messages; "" for initializations that need only random numbers.
         needs: what it needs of `start`: "key", and as `data` "batches" or "gradients".
-        factors: returns A (r, in) and B (out, r) of each module; None if they are random.
-        base: returns the base weight of each module, from its values and factors. By default the base becomes
+        factors: returns A (r, in) and B (out, r) of a module; None if they are random.
+        base: returns the base weight of a module, from its values and factors. By default the base becomes
             W − s·B·A if the initialization changes it, and stays W if not.
         kinds: the kinds of weight that it supports.
         only_matrices: True to refuse adapters that have other weights.
@@ -266,9 +270,9 @@ class InitKind:
     """
 
     name: str
-    factors: Callable[[SiteValues], list[Factors]] | None = None
+    factors: Callable[[ModuleValues], Factors] | None = None
     needs: tuple[str, ...] = ()
-    base: Callable[[SiteValues, Sequence[Factors]], list[Array]] | None = None
+    base: Callable[[ModuleValues, Factors | None], Array] | None = None
     kinds: tuple[str, ...] = ("linear",)
     only_matrices: bool = True
     in_8_bits: bool = False
@@ -278,37 +282,35 @@ class InitKind:
     from_run: str = ""
 
 
-def _pissa_fast(x: SiteValues) -> list[Factors]:
+def _pissa_fast(x: ModuleValues) -> Factors:
     steps = int(str(x.config.init_lora_weights).rpartition("_")[2])
-    omegas = [jax.random.normal(key, (min(x.weights.shape[1:]), x.r)) for key in x.keys]
-    return [pissa_fast(w, x.s, steps, omega) for w, omega in zip(x.weights, omegas, strict=True)]
+    return pissa_fast(x.w, x.s, steps, jax.random.normal(x.key, (min(x.w.shape), x.r)))
 
 
-def _loftq(x: SiteValues) -> list[Factors]:
+def _loftq(x: ModuleValues) -> Factors:
     options = {"loftq_bits": 4, "loftq_iter": 1} | init_settings(x.config, "loftq_config", ("loftq_bits", "loftq_iter"))
     bits, steps = options.values()
     if bits not in (4, 8) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"loftq_config: expected 4 or 8 bits and a positive number of iterations, found {options}")
-    return [loftq(w, x.r, x.s, bits, steps) for w in x.weights]
+    return loftq(x.w, x.r, x.s, bits, steps)
 
 
-def _orthogonal(x: SiteValues) -> list[Factors]:
-    _, out, inputs = x.weights.shape
+def _orthogonal(x: ModuleValues) -> Factors:
+    out, inputs = x.w.shape
     shapes = ((x.r, x.r), (inputs, x.r // 2), (x.r // 2, out))
-    draws = [map(jax.random.normal, jax.random.split(key, 3), shapes) for key in x.keys]
-    pairs = (orthogonal(*normals) for normals in draws)
-    return [Factors(pair.a.astype(x.dtype), pair.b.astype(x.dtype)) for pair in pairs]
+    pair = orthogonal(*map(jax.random.normal, jax.random.split(x.key, 3), shapes))
+    return Factors(pair.a.astype(x.dtype), pair.b.astype(x.dtype))
 
 
-def _corda(x: SiteValues) -> list[Factors]:
+def _corda(x: ModuleValues) -> Factors:
     options: Any = x.config.corda_config or {}
     method = options.get("corda_method", "ipm")
     if method not in ("ipm", "kpm"):
         raise ConfigError(f"corda_config: corda_method: expected 'ipm' or 'kpm', found {method!r}")
-    return [corda(w, covariance, x.r, x.s, method == "kpm") for w, covariance in zip(x.weights, x.data, strict=True)]
+    return corda(x.w, x.data, x.r, x.s, method == "kpm")
 
 
-def _lora_ga(x: SiteValues) -> list[Factors]:
+def _lora_ga(x: ModuleValues) -> Factors:
     how = Gradient(**init_settings(x.config, "lora_ga_config", Gradient._fields))
     if how.direction not in GA_DIRECTIONS or how.scale not in GA_SCALES:
         raise ConfigError(
@@ -316,32 +318,29 @@ def _lora_ga(x: SiteValues) -> list[Factors]:
             f" {GA_SCALES}, found {how.direction!r} and {how.scale!r}"
         )
     # PEFT takes the first axis of the stored weight, which is the input axis of a Conv1D.
-    width = x.weights.shape[2 if x.fan_in_fan_out else 1]
-    return [
-        lora_ga(w, gradient, x.r, x.s, how, width, x.dtype, key)
-        for w, gradient, key in zip(x.weights, x.data, x.keys, strict=True)
-    ]
+    width = x.w.shape[1 if x.fan_in_fan_out else 0]
+    return lora_ga(x.w, x.data, x.r, x.s, how, width, x.dtype, x.key)
 
 
 KINDS: Mapping[str, InitKind] = {
     kind.name: kind
     for kind in (
         InitKind("", needs=("key",)),
-        InitKind("pissa", lambda x: [pissa(w, x.r, x.s) for w in x.weights]),
+        InitKind("pissa", lambda x: pissa(x.w, x.r, x.s)),
         InitKind("pissa_niter", _pissa_fast, ("key",), from_run="a randomised SVD, which differs in each run"),
-        InitKind("olora", lambda x: [olora(w, x.r) for w in x.weights], conv1d=False),
+        InitKind("olora", lambda x: olora(x.w, x.r), conv1d=False),
         InitKind(
             "mica",
-            lambda x: [Factors(a, b.astype(x.dtype)) for a, b, _ in (mica(w, x.r) for w in x.weights)],
+            lambda x: mica(x.w, x.r, x.dtype),
             kinds=("linear", "embedding"),
             in_8_bits=True,
         ),
-        InitKind("loftq", _loftq, base=lambda x, pairs: [pair.left for pair in pairs], conv1d=False),
+        InitKind("loftq", _loftq, base=lambda x, pair: None if pair is None else pair.left, conv1d=False),
         InitKind("orthogonal", _orthogonal, ("key",), limit=None),
         InitKind("corda", _corda, ("batches",), from_run="the initialization's data"),
         InitKind(
             "eva",
-            lambda x: [Factors(a, jnp.zeros((x.out, len(a)))) for a in x.data],
+            lambda x: Factors(x.data, jnp.zeros((x.out, len(x.data)))),
             ("batches",),
             in_8_bits=True,
             per_entry=True,
@@ -357,7 +356,7 @@ KINDS: Mapping[str, InitKind] = {
         InitKind(
             "kasa",
             needs=("key",),
-            base=lambda x, pairs: [truncated(w, x.r) for w in x.weights],
+            base=lambda x, pair: truncated(x.w, x.r),
             limit=lambda size: size - 1,
         ),
     )

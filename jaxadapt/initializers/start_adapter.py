@@ -27,7 +27,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.initializers import statistics
-from jaxadapt.initializers.kinds import Array, Factors, InitKind, SiteValues, init_kind
+from jaxadapt.initializers.kinds import Array, Factors, InitKind, ModuleValues, init_kind
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.pairs import Pair
@@ -75,11 +75,15 @@ class Initialization:
     def __post_init__(self) -> None:
         if not self.kind.name:
             return
-        others = (b for b in self.sites if self.kind.only_matrices and b.effects.weight != "replaces")
-        problems = [f"{b.leaf}: PEFT supports it for linear layers only" for b in others if not self._has_matrices(b)]
+        problems = [
+            f"{b.leaf}: PEFT supports it for linear layers only"
+            for b in self.sites
+            if self.kind.only_matrices and b.effects.weight != "replaces" and not self._has_matrices(b)
+        ]
         problems += [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)]
-        option = lora.init_field(self.recipe.config)
-        raise_listed(ConfigError, f"{option} is not supported for these weights:", problems)
+        raise_listed(
+            ConfigError, f"{lora.init_field(self.recipe.config)} is not supported for these weights:", problems
+        )
 
     def _obstacles(self, b: Site) -> list[str]:
         """Return the reasons why the initialisation does not support a site."""
@@ -108,26 +112,24 @@ class Initialization:
         return [_pair(b) for b in self.sites if self._has_matrices(b)]
 
     def _has_matrices(self, b: Site) -> bool:
-        replaces = b.effects.weight == "replaces"
-        return not replaces and b.match.weight.kind in self.kind.kinds and factors.has_one_pair(_pair(b))
+        is_matrix = b.effects.weight != "replaces" and b.match.weight.kind in self.kind.kinds
+        return is_matrix and factors.has_one_pair(_pair(b))
 
-    def site_values(self, b: Site, data: Mapping[str, Array] = MappingProxyType({})) -> SiteValues:
-        """Return the values of a site that the initialization reads; `data` are those of each module."""
-        leaf, config, keymap, keys = self.weights[b.leaf], self.recipe.config, self.recipe.keymap, None
+    def module_values(self, b: Site, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, ModuleValues]:
+        """Return the values of each module of a site that the initialization reads; `data` are those of each module."""
+        leaf, config, keymap, modules = self.weights[b.leaf], self.recipe.config, self.recipe.keymap, list(b.modules)
         assert isinstance(config, lora.LoraConfig)
-        if self.key is not None:  # independent of the other sites
-            keys = jax.random.split(jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode())), len(b.modules))
-        return SiteValues(
-            config,
-            lambda: jnp.stack(list(factors.site_weights(keymap, b, at_least_float32(jnp.asarray(leaf))).values())),
-            factors.matrix_sizes(b)[0],
-            leaf.dtype,
-            _rank(b),
-            b.hparams.scale,
-            keys,
-            [data[module] for module in b.modules if module in data],
-            b.match.weight.fan_in_fan_out,
+        # The keys are independent of the other sites.
+        one = None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode()))
+        keys = [None] * len(modules) if one is None else jax.random.split(one, len(modules))
+        weights = functools.cache(
+            lambda: factors.site_weights(keymap, b, at_least_float32(jnp.asarray(leaf)))  # read on first use
         )
+        shared = factors.matrix_sizes(b)[0], leaf.dtype, _rank(b), b.hparams.scale
+        return {
+            module: ModuleValues(config, weights, module, *shared, key, data.get(module), b.match.weight.fan_in_fan_out)
+            for module, key in zip(modules, keys, strict=True)
+        }
 
     def factors(self, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, Factors]:
         """Compute the factors of each module; empty if they are random.
@@ -143,7 +145,7 @@ class Initialization:
             return out
         for b in self.pairs:
             try:
-                out |= zip(b.modules, compute(self.site_values(b, data)), strict=True)
+                out |= {module: compute(values) for module, values in self.module_values(b, data).items()}
             except AttachError as error:
                 raise AttachError(f"{b.leaf}: {error}") from error
         return out
@@ -170,21 +172,22 @@ class Initialization:
         config: Any = self.recipe.config
         init = True if self.kind.factors is not None else config.init_lora_weights
         plain = config.replace(init_lora_weights=init, kasa_config=None)
-        key = jax.random.key(0) if self.key is None else self.key  # all random values are replaced below
-        values = initial_values.init_values(plain, self.sites, key, dtype, base=self.weights, base_shardings=shardings)
+        key = jax.random.key(0) if self.key is None else self.key  # then all random values are given
+        init_values = functools.partial(
+            initial_values.init_values, plain, self.sites, key, dtype, base_shardings=shardings
+        )
+        specs, started = init_values(abstract=True, base=self.weights), self.pairs if computed else []
         pairs = {
             module: Pair(*factors.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), config.rank_of(module)), 1.0)
             for module, f in computed.items()
         }
-        started = self.pairs if computed else []
-        new = {path: x.astype(values[path].dtype) for path, x in factors.pair_leaves(started, pairs).items()}
-        values |= regions.put_on_devices(new, initial_values.adapter_shardings(started, dict(shardings)))
-        base = self._changed_base(plain, computed, paths.unflatten({path: values[path] for path in new}))
-        for b, tensor in [(site, t) for site in self.sites for t in site.tensors if computed and t.from_base]:
-            # DoRA's magnitudes follow from the changed base
-            pair = {e.path: values[e.path] for t, e in b.bound if not t.from_base}
-            path, w = paths.join(b.leaf, tensor.name), jnp.asarray(base.get(b.leaf, self.weights[b.leaf]))
-            values[path] = initial_values.derive_tensor(config, b, tensor, pair, w).astype(values[path].dtype)
+        given = regions.put_on_devices(
+            {path: x.astype(specs[path].dtype) for path, x in factors.pair_leaves(started, pairs).items()},
+            initial_values.adapter_shardings(started, dict(shardings)),
+        )
+        base = self._changed_base(plain, computed, paths.unflatten(given))
+        # DoRA's magnitudes follow from the changed base.
+        values = init_values(base={**self.weights, **base}, given=given)
         return Adapter(config, paths.unflatten(values), self.recipe.keymap), base
 
     def _changed_base(
@@ -194,8 +197,8 @@ class Initialization:
         keymap, base = self.recipe.keymap, dict[str, Any]()
         if self.kind.base is not None:
             for b in self.pairs:
-                own = [computed[module] for module in b.modules if module in computed]
-                weights = dict(zip(b.modules, self.kind.base(self.site_values(b), own), strict=True))
+                values = self.module_values(b).items()
+                weights = {module: self.kind.base(x, computed.get(module)) for module, x in values}
                 base[b.leaf] = factors.with_site_weights(keymap, b, self.weights[b.leaf], weights)
         elif lora.changes_base(self.recipe.config):
             removed = Adapter(plain.replace(use_dora=False), pairs, keymap)
@@ -381,8 +384,8 @@ def _prompt_values(
     given = StartData(jax.random.fold_in(key, 1), table, tokens, _source_tensors(source))
     shapes = {each.tensor.name: each.entry.shape for each in adapter_sites.shared}
     own, where = initial_values.new_dtype(dtype), initial_values.adapter_shardings(adapter_sites, base.shardings)
-    started = {paths.join(SHARED_NODE, name): x for name, x in method.start_values(config, shapes, given).items()}
-    cast = {path: x.astype(own) for path, x in started.items()}
+    started = method.start_values(config, shapes, given).items()
+    cast = {paths.join(SHARED_NODE, name): x.astype(own) for name, x in started}
     return {path: regions.move_to(x, where[path]) if path in where else x for path, x in cast.items()}
 
 

@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.initializers import kinds
 from jaxadapt.keymaps import plan
 from jaxadapt.methods.base import Array, Drop, Effects, Method, MethodTensor, Operation, Params, Use
-from jaxadapt.models import attachment, nnx_adapters, trees
+from jaxadapt.models import attachment, nnx_adapters
 from jaxadapt.models.carriers import carrier
-from jaxadapt.models.linen_call import SEP, LeafAdapter, intercept, key_paths
+from jaxadapt.models.linen_call import Overlay, intercept, key_paths
 
 # ---------------------------------------------------------------- statistics
 
@@ -255,30 +255,18 @@ def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
 
 def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[str, Statistic], forward: Any) -> Any:
     known = key_paths(params)
-    adapters: dict[tuple[str, ...], dict[str, list[LeafAdapter]]] = {}
-    probes: dict[str, tuple[str, ...]] = {}
-    for site in adapter_sites:
-        *path, leaf = known[site.leaf]
-        probe = dataclasses.replace(site, method=_Probe(), hparams=statistics[site.leaf].update)
-        probes[site.leaf] = (*path, f"{leaf}{SEP}observed")
-        adapters.setdefault(tuple(path), {})[leaf] = [LeafAdapter(probe, probes[site.leaf][-1])]
+    observing = [dataclasses.replace(b, method=_Probe(), hparams=statistics[b.leaf].update) for b in adapter_sites]
 
-    def loss(states: Mapping[str, Array], masks: Mapping[str, Array], params: Any, batch: Any) -> Array:
-        tensors = {
-            keys: {"own": {"state": states[paths.join(leaf, "state")], "mask": masks[paths.join(leaf, "mask")]}}
-            for leaf, keys in probes.items()
-        }
-        with intercept(adapters):
-            return sum_outputs(forward(trees.overlay(params, tensors), batch))
+    def loss(values: Mapping[str, Array], params: Any, batch: Any) -> Array:
+        overlay = Overlay({"params": params})
+        for b in observing:
+            tensors = {name: values[paths.join(b.leaf, name)] for name in ("state", "mask")}
+            overlay.add(known[b.leaf], b, (), _NAME, tensors, {})
+        with intercept(overlay):
+            return sum_outputs(forward(overlay.module_variables()["params"], batch))
 
     gradient = jax.jit(jax.grad(loss))
-
-    def run(probes: Sequence[Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
-        states = {path: x for path, x in values.items() if path.endswith(".state")}
-        masks = {path: x for path, x in values.items() if path not in states}
-        return gradient(states, masks, params, batch)
-
-    return run
+    return lambda probes, values, batch: gradient(values, params, batch)
 
 
 # ---------------------------------------------------------------- eva
@@ -287,8 +275,7 @@ def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[s
 _LIMIT = 1000  # batches; PEFT has no limit
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """PEFT's `EvaConfig`."""
 
     rho: float = 2.0
@@ -315,8 +302,7 @@ def find_components(
 
     Raises `AttachError` if the components do not converge.
     """
-    fields = [field.name for field in dataclasses.fields(Settings)]
-    settings = Settings(**kinds.init_settings(config, "eva_config", fields))
+    settings = Settings(**kinds.init_settings(config, "eva_config", Settings._fields))
     batches = list(batches)
     if not batches:
         raise AttachError("EVA needs at least one batch: data has none")
@@ -332,7 +318,12 @@ def find_components(
     found, ranks = _iterate(
         observe, batches, tokens, group_sites, states, groups, most, sum(wanted.values()), settings.tau
     )
-    components = _select_components(groups, found, ranks, settings)
+    # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
+    components = {
+        m: found[head][: ranks[m]] / (np.sqrt(found[head][-4, : ranks[m], None]) if settings.whiten else 1)
+        for head, group in groups.items()
+        for m in group
+    }
     return _with_ranks(config, components, settings), {m: jnp.asarray(x) for m, x in components.items()}
 
 
@@ -348,11 +339,11 @@ def _iterate(
     tau: float,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Observe batches until the components converge; return the state of each group and the rank of each module."""
-    places = {m: (site, layer) for site in group_sites for m, layer in site.layers.items()}
+    places = {m: (site.leaf, layer) for site in group_sites for m, layer in site.layers.items()}
+    state_of = {m: states[places[m][0]][places[m][1]] for m in groups}  # parts of the same arrays
     converged = {m: np.zeros(most[m], bool) for m in groups}
     ranks = dict(most)
     for batch in itertools.islice(itertools.cycle(batches), _LIMIT):
-        state_of = {m: states[places[m][0].leaf][places[m][1]] for m in groups}
         if all(state[-1, 1] > 0 for state in state_of.values()):
             ranks = _distribute_ranks(groups, most, budget, state_of)
         going_on = [m for m in groups if not converged[m][: ranks[m]].all()]
@@ -360,11 +351,11 @@ def _iterate(
             return state_of, ranks
         after = _next_states(observe, group_sites, states, batch, tokens(batch))
         for module in going_on:
-            site, layer = places[module]
-            before, state = state_of[module], after[site.leaf][layer]
+            leaf, layer = places[module]
+            before, state = state_of[module], after[leaf][layer]
             if 0 < before[-1, 1] < state[-1, 1]:
                 converged[module] = _cosines(before, state, most[module]) >= tau
-            states[site.leaf][layer] = state
+            before[:] = state
     raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
 
 
@@ -436,18 +427,6 @@ def _distribute_ranks(
         if counts[head[m]] < counts[m]:
             counts[head[m]], counts[m] = counts[m], counts[head[m]]
     return counts
-
-
-def _select_components(
-    groups: Mapping[str, Sequence[str]], states: Mapping[str, np.ndarray], ranks: Mapping[str, int], settings: Settings
-) -> dict[str, np.ndarray]:
-    """Return {module: components (rank, in)}, from the state of each group."""
-    # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
-    return {
-        m: states[head][: ranks[m]] / (np.sqrt(states[head][-4, : ranks[m], None]) if settings.whiten else 1)
-        for head, group in groups.items()
-        for m in group
-    }
 
 
 def _token_mask(batch: Any, settings: Settings) -> Any:

@@ -285,9 +285,9 @@ class Overlay:
         return Drop(rate, lambda: key)
 
 
-def intercept(sites: dict[Keys, dict[str, list[LeafAdapter]]]) -> AbstractContextManager[None]:
-    """Return a context in which the calls of Linen modules apply these adapters."""
-    return nn.intercept_methods(Overlay(sites=sites).intercept)
+def intercept(overlay: Overlay) -> AbstractContextManager[None]:
+    """Return a context in which the calls of Linen modules apply the overlay's adapters."""
+    return nn.intercept_methods(overlay.intercept)
 
 
 def build_overlay(
