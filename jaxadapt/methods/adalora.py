@@ -40,10 +40,9 @@ __all__ = ["Allocation", "allocate_ranks", "orthogonality_loss", "prune"]
 _PREFIX = "base_model.model."
 
 
-class Adalora(MatrixMethod):
+class Adalora(MatrixMethod, peft_type="ADALORA"):
     """A singular value decomposition of the change; training removes its least important parts."""
 
-    peft_type = "ADALORA"
     row_numbers = frozenset({"scale"})
     row_padded = frozenset({"r"})
     kinds = frozenset({"linear", "conv"})

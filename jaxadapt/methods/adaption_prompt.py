@@ -31,10 +31,9 @@ KEYS, VALUES, OUTPUT = "k_proj", "v_proj", "o_proj"
 _WEIGHT = MethodTensor("copy", "", (), (), is_copy=True, scale_power=1)
 
 
-class AdaptionPrompt(PromptMethod):
+class AdaptionPrompt(PromptMethod, peft_type="ADAPTION_PROMPT"):
     """Trained tokens that the attention of the last layers reads through a gate."""
 
-    peft_type = "ADAPTION_PROMPT"
     adds = "attention"
     key_prefix = PEFT_PREFIX
     examples = ({"adapter_len": 4, "adapter_layers": 1},)

@@ -386,6 +386,12 @@ class Method(abc.ABC):
     drops: ClassVar[Literal["input", "change"]] = "input"
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
 
+    def __init_subclass__(cls, peft_type: str = "") -> None:
+        """Set PEFT's name of the method; a class without one is the base of others, or states it in its body."""
+        super().__init_subclass__()
+        if peft_type:
+            cls.peft_type = peft_type
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 

@@ -23,10 +23,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class Beft(MatrixMethod):
+class Beft(MatrixMethod, peft_type="BEFT"):
     """A trained bias."""
 
-    peft_type = "BEFT"
     scaled = frozenset({"beft_bias"})
     roles = tensor_roles(bias="beft_bias")
 

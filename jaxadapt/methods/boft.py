@@ -40,10 +40,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class Boft(Rotation):
+class Boft(Rotation, peft_type="BOFT"):
     """A rotation of blocks of the inputs, and a scale of the outputs."""
 
-    peft_type = "BOFT"
     drops = "change"
     roles = tensor_roles(other="boft_R", vector="boft_s")
     examples = ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})

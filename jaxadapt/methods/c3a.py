@@ -35,10 +35,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class C3a(MatrixMethod):
+class C3a(MatrixMethod, peft_type="C3A"):
     """A matrix of circulant blocks."""
 
-    peft_type = "C3A"
     scaled = frozenset({"c3a_kernel"})
     roles = tensor_roles(vector="c3a_kernel")
     examples = (

@@ -16,10 +16,9 @@ from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMetho
 _FROZEN, _TRAINED = "frozen_embedding", "trainable_embedding"
 
 
-class Cartridge(PromptMethod):
+class Cartridge(PromptMethod, peft_type="CARTRIDGE"):
     """Keys and values before those of every attention layer; the first tokens are fixed."""
 
-    peft_type = "CARTRIDGE"
     adds = "keys"
     roles = tensor_roles(frozen=_FROZEN)
     examples = ({"num_virtual_tokens": 3, "num_frozen_tokens": 2},)

@@ -27,10 +27,9 @@ IGNORED = -100
 """The label of a token without loss."""
 
 
-class Cpt(EmbeddingPrompt):
+class Cpt(EmbeddingPrompt, peft_type="CPT"):
     """Embeddings of examples before those of the tokens, each moved by a short vector."""
 
-    peft_type = "CPT"
     roles = tensor_roles(frozen=FIXED)
     examples = (
         {

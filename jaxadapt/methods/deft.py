@@ -9,8 +9,6 @@ the input. Several active adapters each project the output of the base weight.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax.nn as functions
 import jax.numpy as jnp
 
@@ -21,6 +19,7 @@ from jaxadapt.methods.matrix import (
     Effects,
     MatrixMethod,
     MethodTensor,
+    OwnHparams,
     Params,
     Start,
     Target,
@@ -30,19 +29,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class DeftHparams:
-    """The hyperparameters of a site: the factor s, the decomposition "relu" or "qr", the dropout rate."""
-
-    scale: float
-    decomposition: str
-    dropout: float
-
-
-class Deft(MatrixMethod):
+class Deft(MatrixMethod, peft_type="DEFT"):
     """The removal of a subspace, and a trained matrix in its place."""
 
-    peft_type = "DEFT"
     row_numbers = frozenset({"scale"})
     roles = tensor_roles(B="deft_P", A="deft_R")
     examples = (
@@ -61,11 +50,11 @@ class Deft(MatrixMethod):
     def starts_unchanged(self, config: DeftConfig) -> bool:
         return config.init_weights and not config.para
 
-    def own(self, config: DeftConfig, target: Target) -> DeftHparams:
+    def own(self, config: DeftConfig, target: Target) -> OwnHparams:
         scale = config.alpha / _rank(config, target) if config.alpha else 1.0
-        return DeftHparams(scale, config.decomposition_method, config.deft_dropout)
+        return OwnHparams(scale, dropout=config.deft_dropout, variant=config.decomposition_method)
 
-    def effect(self, own: DeftHparams) -> Effects:
+    def effect(self, own: OwnHparams) -> Effects:
         return Effects("adds", form="use", reads=True, sees="product")
 
     def init(self, config: DeftConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
@@ -76,12 +65,12 @@ class Deft(MatrixMethod):
         _, right = _sides(start.hparams, start.params)
         return right.T @ at_least_float32(start.w) / start.hparams.scale
 
-    def delta(self, own: DeftHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         left, right = _sides(own, params)
         removed = right.T @ w
         return left @ (own.scale * params["deft_R"] - removed if "deft_R" in params else -removed)
 
-    def after(self, own: DeftHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         left, right = _sides(own, params)
         h = -jnp.einsum("...o,or->...r", y.astype(right.dtype), right)
         if "deft_R" in params:
@@ -93,10 +82,10 @@ def _rank(config: DeftConfig, target: Target) -> int:
     return target.own_size("deft_P", -1, lambda: target.cap_rank("DEFT", config.r, target.out_size))
 
 
-def _sides(own: DeftHparams, params: Params) -> tuple[Array, Array]:
+def _sides(own: OwnHparams, params: Params) -> tuple[Array, Array]:
     """Return L and G (out, r) in float32."""
     p = at_least_float32(params["deft_P"])
-    if own.decomposition == "relu":
+    if own.variant == "relu":
         return p, functions.relu(p)
     q = jnp.linalg.qr(p)[0]
     return q, q

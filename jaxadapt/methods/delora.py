@@ -37,10 +37,9 @@ class DeloraHparams:
     dropout: float
 
 
-class Delora(MatrixMethod):
+class Delora(MatrixMethod, peft_type="DELORA"):
     """A low-rank change of unit components, with one strength."""
 
-    peft_type = "DELORA"
     row_numbers = frozenset({"rank"})
     row_padded = frozenset({"r"})
     scaled = frozenset({"delora_lambda"})

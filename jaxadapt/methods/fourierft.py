@@ -16,10 +16,9 @@ from jaxadapt.methods.families import Spectrum, SpectrumHparams, positions, used
 from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, at_least_float32, tensor_roles
 
 
-class FourierFt(Spectrum):
+class FourierFt(Spectrum, peft_type="FOURIERFT"):
     """A change with a sparse spectrum."""
 
-    peft_type = "FOURIERFT"
     scaled = frozenset({"fourierft_spectrum"})
     roles = tensor_roles(vector="fourierft_spectrum")
     examples = (

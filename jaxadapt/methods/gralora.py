@@ -27,10 +27,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class Gralora(MatrixMethod):
+class Gralora(MatrixMethod, peft_type="GRALORA"):
     """A low-rank change of each block of the weight."""
 
-    peft_type = "GRALORA"
     row_numbers = frozenset({"scale"})
     scaled = frozenset({"gralora_B", "gralora_B_general"})
     roles = tensor_roles(A="gralora_A gralora_A_general", B="gralora_B gralora_B_general")

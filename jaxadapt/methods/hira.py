@@ -39,10 +39,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class Hira(MatrixMethod):
+class Hira(MatrixMethod, peft_type="HIRA"):
     """The elementwise product of the weight and a low-rank matrix."""
 
-    peft_type = "HIRA"
     kinds = frozenset({"linear", "embedding", "conv"})
     scaled = frozenset({"hira_B", "hira_embedding_B"})
     roles = tensor_roles(A="hira_A", B="hira_B", embedding="hira_embedding_A hira_embedding_B")

@@ -13,7 +13,6 @@ products with U. The arithmetic follows PEFT's `tuners/hra/layer.py`, with its f
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from types import MappingProxyType
 
@@ -27,6 +26,7 @@ from jaxadapt.methods.matrix import (
     Array,
     Draw,
     MethodTensor,
+    OwnHparams,
     Params,
     Start,
     Target,
@@ -37,17 +37,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class HraHparams:
-    """The hyperparameters of a site: whether the vectors become orthogonal."""
-
-    orthogonal: bool
-
-
-class Hra(Rotation):
+class Hra(Rotation, peft_type="HRA"):
     """A chain of reflections of the inputs."""
 
-    peft_type = "HRA"
     roles = tensor_roles(A="hra_u")
     row_neutral = MappingProxyType({"hra_u": 1.0})  # a vector of length 0 has no direction
     examples = ({"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True, "init_weights": False})
@@ -65,8 +57,8 @@ class Hra(Rotation):
     def starts_unchanged(self, config: HRAConfig) -> bool:
         return config.init_weights and config.r % 2 == 0
 
-    def own(self, config: HRAConfig, target: Target) -> HraHparams:
-        return HraHparams(config.apply_GS)
+    def own(self, config: HRAConfig, target: Target) -> OwnHparams:
+        return OwnHparams(variant="orthogonal" if config.apply_GS else "")
 
     def init(self, config: HRAConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if not self.starts_unchanged(config):
@@ -80,20 +72,20 @@ class Hra(Rotation):
         half = jax.random.uniform(start.key, (inputs, config.r // 2), minval=-bound, maxval=bound)
         return jnp.repeat(half, 2, axis=1)
 
-    def before(self, own: HraHparams, params: Params, x: Array) -> Array:
+    def before(self, own: OwnHparams, params: Params, x: Array) -> Array:
         u, ut = _reflections(own, params["hra_u"])
         x = x.astype(u.dtype)
         return x - (x @ u) @ ut.T
 
-    def turned(self, own: HraHparams, params: Params, flat: Array, undo: bool) -> Array:
+    def turned(self, own: OwnHparams, params: Params, flat: Array, undo: bool) -> Array:
         u, ut = _reflections(own, params["hra_u"])
         return flat - (flat @ u) @ ut.T if undo else flat - (flat @ ut) @ u.T
 
 
-def _reflections(own: HraHparams, u: Array) -> tuple[Array, Array]:
+def _reflections(own: OwnHparams, u: Array) -> tuple[Array, Array]:
     """Return U and U·T, both (in, r)."""
     u = at_least_float32(u)
-    if own.orthogonal:
+    if own.variant == "orthogonal":
         q, _ = jnp.linalg.qr(u)
         return q, 2 * q
     u = u / jnp.linalg.norm(u, axis=0)

@@ -55,10 +55,9 @@ class IA3Hparams:
     used: PerEntry | None
 
 
-class IA3(Method):
+class IA3(Method, peft_type="IA3"):
     """Multiplication of W by a vector over its outputs or (feedforward) its inputs."""
 
-    peft_type = "IA3"
     kinds = frozenset({"linear", "conv"})
     roles = tensor_roles(vector="ia3_l")
     sums = True

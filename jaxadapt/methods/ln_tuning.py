@@ -12,10 +12,9 @@ from jaxadapt.methods.base import Method
 from jaxadapt.methods.copies import CopyingMethod, FullCopy
 
 
-class LnTuning(CopyingMethod):
+class LnTuning(CopyingMethod, peft_type="LN_TUNING"):
     """Full training of norms."""
 
-    peft_type = "LN_TUNING"
     examples = ({"target_modules": ["input_layernorm", "norm"]}, {"target_modules": r".*(layernorm|v_proj)"})
 
     def copy_of(self, config: LNTuningConfig, parameter: str) -> Method:

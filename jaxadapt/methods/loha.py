@@ -31,10 +31,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class Loha(Lycoris, FactoredMethod):
+class Loha(Lycoris, FactoredMethod, peft_type="LOHA"):
     """The elementwise product of two low-rank matrices."""
 
-    peft_type = "LOHA"
     scaled = frozenset({"hada_w1_a"})
     roles = tensor_roles(B="hada_w1_a hada_w2_a", A="hada_w1_b hada_w2_b hada_t1 hada_t2")
     examples = (

@@ -29,10 +29,9 @@ class _Form:
     has_t2: bool
 
 
-class Lokr(Lycoris):
+class Lokr(Lycoris, peft_type="LOKR"):
     """The Kronecker product of two matrices."""
 
-    peft_type = "LOKR"
     row_numbers = frozenset({"scale"})
     scaled = frozenset({"lokr_w1", "lokr_w1_a"})
     roles = tensor_roles(A="lokr_w1_b lokr_w2 lokr_w2_b lokr_t2", B="lokr_w1 lokr_w1_a lokr_w2_a")

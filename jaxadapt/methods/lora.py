@@ -295,10 +295,9 @@ class LoraHparams:
     used: PerEntry | None
 
 
-class Lora(Method):
+class Lora(Method, peft_type="LORA"):
     """LoRA and its variants: W + s·B·A."""
 
-    peft_type = "LORA"
     kinds = frozenset({"linear", "embedding", "conv", "attention"})
     scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
     row_neutral = MappingProxyType({MAGNITUDE: 1.0})

@@ -84,11 +84,19 @@ class MatrixHparams:
 
 @dataclasses.dataclass(frozen=True)
 class OwnHparams:
-    """Own hyperparameters of a method: the scale s, a number or a `PerEntry`; the weight's kind; the dropout rate."""
+    """Own hyperparameters of a method.
+
+    Attributes:
+        scale: the scale s, a number or a `PerEntry`.
+        kind: the weight's kind.
+        dropout: the dropout rate.
+        variant: the variant of the computation, for methods with several.
+    """
 
     scale: Any = None
     kind: str = ""
     dropout: float = 0.0
+    variant: str = ""
 
 
 class MatrixMethod(Method):

@@ -11,8 +11,6 @@ A sum over the blocks of the input replaces the effective weight, except with "b
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import MissConfig
@@ -23,6 +21,7 @@ from jaxadapt.methods.matrix import (
     Effects,
     MatrixMethod,
     MethodTensor,
+    OwnHparams,
     Params,
     Start,
     Target,
@@ -32,18 +31,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class MissHparams:
-    """The hyperparameters of a site: the variant ("", "bat" or "mini") and the dropout rate."""
-
-    variant: str
-    dropout: float
-
-
-class Miss(MatrixMethod):
+class Miss(MatrixMethod, peft_type="MISS"):
     """One matrix for all blocks of inputs."""
 
-    peft_type = "MISS"
     roles = tensor_roles(B="miss_block")
     examples = ({"r": 3}, {"r": 4, "init_weights": "bat"}, {"r": 2, "mini_r": 4, "init_weights": "mini"})
 
@@ -58,11 +48,11 @@ class Miss(MatrixMethod):
             return (own_tensor("miss_block", (r, config.mini_r)),)
         return (axes_tensor("miss_block", "r out", (("r", r),)),)
 
-    def own(self, config: MissConfig, target: Target) -> MissHparams:
+    def own(self, config: MissConfig, target: Target) -> OwnHparams:
         variant = config.init_weights if isinstance(config.init_weights, str) else ""
-        return MissHparams(variant, 0.0 if variant == "bat" else config.miss_dropout)
+        return OwnHparams(dropout=0.0 if variant == "bat" else config.miss_dropout, variant=variant)
 
-    def effect(self, own: MissHparams) -> Effects:
+    def effect(self, own: OwnHparams) -> Effects:
         return Effects("changes", form="weight", reads=True) if own.variant == "bat" else Effects("adds", form="use")
 
     def init(self, config: MissConfig, tensor: MethodTensor, start: Start) -> Draw:
@@ -75,23 +65,23 @@ class Miss(MatrixMethod):
             return Draw("constant", 0.0)
         return Draw.kaiming(start.shape[-1])
 
-    def delta(self, own: MissHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         d = _over_outputs(params["miss_block"], w.shape[0])
         return jnp.tile(d.T, (1, -(-w.shape[1] // len(d))))[:, : w.shape[1]]
 
-    def after(self, own: MissHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         d = _over_outputs(params["miss_block"], y.shape[-1])
         r, rest = len(d), -x.shape[-1] % len(d)
         x = jnp.pad(x.astype(d.dtype), [(0, 0)] * (x.ndim - 1) + [(0, rest)])
         return y + x.reshape(*x.shape[:-1], -1, r).sum(-2) @ d
 
-    def matrix(self, own: MissHparams, params: Params, w: Array) -> Array:
+    def matrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
         if own.variant != "bat":
             return w + self.delta(own, params, w)
         d, v = params["miss_block"], _blocks(w, params["miss_block"])
         return (v + jnp.einsum("apcq,aqs->apcs", v, d) + d[:, :, None]).reshape(w.shape)
 
-    def unmatrix(self, own: MissHparams, params: Params, w: Array) -> Array:
+    def unmatrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
         if own.variant != "bat":
             return w - self.delta(own, params, w)
         d, v = params["miss_block"], _blocks(w, params["miss_block"])

@@ -19,10 +19,9 @@ from jaxadapt.methods.prompt import EMBEDDINGS, TASKS, Array, Draw, EmbeddingPro
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
-class MultitaskPromptTuning(EmbeddingPrompt):
+class MultitaskPromptTuning(EmbeddingPrompt, peft_type="MULTITASK_PROMPT_TUNING"):
     """Embeddings before those of the tokens, shared by all tasks and scaled by a matrix of each."""
 
-    peft_type = "MULTITASK_PROMPT_TUNING"
     in_decoder = True
     examples = ({"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2},)
 

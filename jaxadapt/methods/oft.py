@@ -70,10 +70,9 @@ class OftHparams:
     window: int = dataclasses.field(default=0, compare=False)
 
 
-class Oft(Rotation):
+class Oft(Rotation, peft_type="OFT"):
     """A rotation of blocks of the inputs."""
 
-    peft_type = "OFT"
     kinds = frozenset({"linear", "conv", "embedding"})
     roles = tensor_roles(vector="oft_R oft_embedding_R")
     examples = (

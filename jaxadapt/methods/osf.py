@@ -38,10 +38,9 @@ from jaxadapt.methods.matrix import (
 _P = "osf_svd_params_"
 
 
-class Osf(MatrixMethod):
+class Osf(MatrixMethod, peft_type="OSF"):
     """Training of the small singular directions."""
 
-    peft_type = "OSF"
     roles = tensor_roles(A=f"{_P}V_low", B=f"{_P}U_low", vector=f"{_P}S_low", frozen="osf_U_high osf_V_high")
     examples = ({}, {"effective_rank": 3, "init_weights": False})
 

@@ -19,10 +19,9 @@ from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, EmbeddingPrompt, Pa
 _DIRECTIONS = ("forward", "reverse")
 
 
-class PTuning(EmbeddingPrompt):
+class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
     """Embeddings before those of the tokens, computed by a trained network."""
 
-    peft_type = "P_TUNING"
     from_base = False
     examples = (
         {"num_virtual_tokens": 3, "encoder_hidden_size": 5},

@@ -8,7 +8,6 @@ transformers that is not in `ACTIVATIONS` is refused, such as those with paramet
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -23,6 +22,7 @@ from jaxadapt.methods.matrix import (
     Effects,
     MatrixMethod,
     MethodTensor,
+    OwnHparams,
     Params,
     Start,
     Target,
@@ -59,19 +59,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
 """The activation functions by their names in transformers."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PeanutHparams:
-    """The hyperparameters of a site: the number of encoders, the name of the activation, the factor."""
-
-    depth: int
-    activation: str
-    scaling: float
-
-
-class Peanut(MatrixMethod):
+class Peanut(MatrixMethod, peft_type="PEANUT"):
     """A network that computes the change from the weight."""
 
-    peft_type = "PEANUT"
     scaled = frozenset({"peanut_B"})
     roles = tensor_roles(A="peanut_A", B="peanut_B")
     examples = ({"r": 3}, {"r": 4, "depth": 2, "act_fn": "silu", "scaling": 0.5, "init_weights": False})
@@ -91,10 +81,10 @@ class Peanut(MatrixMethod):
             axes_tensor("peanut_B", "out r", r, suffix=".peanut_B.weight"),
         )
 
-    def own(self, config: PeanutConfig, target: Target) -> PeanutHparams:
-        return PeanutHparams(config.depth, config.act_fn, config.scaling)
+    def own(self, config: PeanutConfig, target: Target) -> OwnHparams:
+        return OwnHparams(config.scaling, variant=config.act_fn)
 
-    def effect(self, own: PeanutHparams) -> Effects:
+    def effect(self, own: OwnHparams) -> Effects:
         return Effects("adds", form="weight", reads=True)
 
     def init(self, config: PeanutConfig, tensor: MethodTensor, start: Start) -> Draw:
@@ -102,13 +92,13 @@ class Peanut(MatrixMethod):
             return Draw("constant", 0.0)
         return Draw.kaiming(start.shape[1])
 
-    def delta(self, own: PeanutHparams, params: Params, w: Array) -> Array:
-        f = ACTIVATIONS[own.activation]
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
+        f = ACTIVATIONS[own.variant]
         h = f(w.T @ params["peanut_A"].T)
         inputs: list[Array] = []
-        for i in range(own.depth):
+        while (name := f"peanut_encoders_{len(inputs)}") in params:
             inputs.append(h)
-            h = f(h @ params[f"peanut_encoders_{i}"].T)
-        for i in range(own.depth):
+            h = f(h @ params[name].T)
+        for i in range(len(inputs)):
             h = f(h @ params[f"peanut_decoders_{i}"].T) + inputs.pop()
-        return own.scaling * (h @ params["peanut_B"].T).T
+        return own.scale * (h @ params["peanut_B"].T).T

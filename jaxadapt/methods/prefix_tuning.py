@@ -22,10 +22,9 @@ import jax.numpy as jnp
 from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMethod, dense, draw_dense
 
 
-class PrefixTuning(PromptMethod):
+class PrefixTuning(PromptMethod, peft_type="PREFIX_TUNING"):
     """Trained keys and values before those of every attention layer."""
 
-    peft_type = "PREFIX_TUNING"
     adds = "keys"
     examples = (
         {"num_virtual_tokens": 3},

@@ -8,8 +8,7 @@ from __future__ import annotations
 from jaxadapt.methods.prompt import EmbeddingPrompt
 
 
-class PromptTuning(EmbeddingPrompt):
+class PromptTuning(EmbeddingPrompt, peft_type="PROMPT_TUNING"):
     """Trained embeddings before those of the tokens."""
 
-    peft_type = "PROMPT_TUNING"
     examples = ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"})

@@ -36,10 +36,9 @@ from jaxadapt.methods.matrix import (
 NOISE = "noise"
 
 
-class Pvera(Projected):
+class Pvera(Projected, peft_type="PVERA"):
     """Shared random projections, scaled by two vectors per module; one is the mean of a distribution."""
 
-    peft_type = "PVERA"
     parts = 2
     scaled = frozenset({"pvera_lambda_b"})
     roles = tensor_roles(vector="pvera_lambda_b pvera_lambda_d", frozen="pvera_A pvera_B pvera_place")

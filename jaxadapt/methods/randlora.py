@@ -36,10 +36,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class Randlora(MatrixMethod):
+class Randlora(MatrixMethod, peft_type="RANDLORA"):
     """Shared random bases of full rank, scaled by a matrix and a vector per basis."""
 
-    peft_type = "RANDLORA"
     row_numbers = frozenset({"scale"})
     scaled = frozenset({"randlora_lambda"})
     roles = tensor_roles(other="randlora_lambda randlora_gamma", frozen="randlora_A randlora_B")

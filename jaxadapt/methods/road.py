@@ -41,10 +41,9 @@ class RoadHparams:
     group: int
 
 
-class Road(MatrixMethod):
+class Road(MatrixMethod, peft_type="ROAD"):
     """A rotation and scaling of pairs of outputs."""
 
-    peft_type = "ROAD"
     roles = tensor_roles(vector="road_theta road_alpha")
     examples = (
         {"group_size": 4},

@@ -32,10 +32,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class Shira(MatrixMethod):
+class Shira(MatrixMethod, peft_type="SHIRA"):
     """A sparse change at positions that stay fixed."""
 
-    peft_type = "SHIRA"
     scaled = frozenset({"shira_weight"})
     roles = tensor_roles(other="shira_weight", frozen="shira_indices")
     examples = ({"r": 2, "random_seed": 3}, {"r": 1, "init_weights": False})

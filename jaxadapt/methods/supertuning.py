@@ -31,10 +31,9 @@ from jaxadapt.methods.matrix import (
 VALUES, INDICES, LORA_A, LORA_B = (f"supertuning_{name}" for name in ("values", "indices", "lora_A", "lora_B"))
 
 
-class Supertuning(MatrixMethod):
+class Supertuning(MatrixMethod, peft_type="SUPERTUNING"):
     """A change of the largest entries of a weight, optionally with LoRA's."""
 
-    peft_type = "SUPERTUNING"
     scaled = frozenset({VALUES, LORA_B})
     roles = tensor_roles(A=LORA_A, B=LORA_B, other=VALUES, frozen=INDICES)
     examples = (

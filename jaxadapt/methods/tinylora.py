@@ -38,10 +38,9 @@ from jaxadapt.methods.matrix import (
 )
 
 
-class TinyLora(FactoredMethod):
+class TinyLora(FactoredMethod, peft_type="TINYLORA"):
     """A change between the weight's own singular vectors."""
 
-    peft_type = "TINYLORA"
     ordered = True
     kinds = frozenset({"linear", "embedding"})
     roles = tensor_roles(vector="tinylora_v", frozen="tinylora_A tinylora_B tinylora_P tinylora_group")

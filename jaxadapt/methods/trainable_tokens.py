@@ -14,10 +14,9 @@ from jaxadapt.methods.base import Method
 from jaxadapt.methods.copies import ROWS, CopyingMethod, RowCopy
 
 
-class TrainableTokens(CopyingMethod):
+class TrainableTokens(CopyingMethod, peft_type="TRAINABLE_TOKENS"):
     """Training of single rows of the targets."""
 
-    peft_type = "TRAINABLE_TOKENS"
     as_head = MappingProxyType({ROWS: ROWS})
     ties_heads = True
     examples = ({"target_modules": ["embed_tokens"], "token_indices": [3, 1, 20]},)

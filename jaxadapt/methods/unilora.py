@@ -34,10 +34,9 @@ from jaxadapt.methods.matrix import (
 THETA = "unilora_theta_d"
 
 
-class UniLora(FactoredMethod):
+class UniLora(FactoredMethod, peft_type="UNILORA"):
     """Low-rank matrices of the entries of one vector."""
 
-    peft_type = "UNILORA"
     ordered = True
     roles = tensor_roles(
         vector=THETA, frozen=" ".join(f"unilora_{name}_{side}" for name in ("indices", "scales") for side in "AB")

@@ -42,10 +42,9 @@ class VbloraHparams:
     dropout: float
 
 
-class Vblora(FactoredMethod):
+class Vblora(FactoredMethod, peft_type="VBLORA"):
     """Low-rank matrices whose parts are mixes of vectors from one bank."""
 
-    peft_type = "VBLORA"
     roles = tensor_roles(
         other=f"vblora_logits_A vblora_logits_B {BANK}",
         frozen=" ".join(f"vblora_logits_{side}_{name}" for side in "AB" for name in (INDICES, WEIGHTS)),

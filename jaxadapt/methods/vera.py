@@ -12,10 +12,9 @@ from jaxadapt.methods.families import Projected
 from jaxadapt.methods.matrix import MethodTensor, Target, axes_tensor, tensor_roles
 
 
-class Vera(Projected):
+class Vera(Projected, peft_type="VERA"):
     """Shared random projections, scaled by two vectors per module."""
 
-    peft_type = "VERA"
     row_padded = frozenset({"rank"})
     scaled = frozenset({"vera_lambda_b"})
     roles = tensor_roles(vector="vera_lambda_b vera_lambda_d", frozen="vera_A vera_B")

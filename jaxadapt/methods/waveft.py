@@ -29,10 +29,9 @@ from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, Ta
 _ORDERS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
 
 
-class WaveFt(Spectrum):
+class WaveFt(Spectrum, peft_type="WAVEFT"):
     """A change with few wavelet coefficients."""
 
-    peft_type = "WAVEFT"
     scaled = frozenset({"waveft_spectrum"})
     roles = tensor_roles(vector="waveft_spectrum")
     examples = (
