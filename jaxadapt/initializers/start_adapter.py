@@ -444,18 +444,16 @@ def _call_model(model: Any, batch: Any) -> Any:
 
 def _covariances(initialization: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, Array]:
     """Return {module: covariance (in, in)}, averaged over the calls."""
-    observed = {b.leaf: statistics.Statistic(statistics.gram, b.fan_in + 1) for b in initialization.pairs}
-    observe = statistics.make_observer(base, initialization.recipe, initialization.pairs, observed, forward)
+    sites = initialization.pairs
+    rows = {b.leaf: b.fan_in + 1 for b in sites}
+    observe = statistics.make_observer(base, initialization.recipe, sites, statistics.gram, rows, forward)
     sums: dict[str, Array] = {}
     for batch in batches:
         sums = {leaf: sums[leaf] + x if sums else x for leaf, x in observe({}, batch).items()}
     if not sums:
         raise AttachError("CorDA needs at least one batch: data has none")
-    out: dict[str, Array] = {}
-    for b in initialization.pairs:
-        rows = statistics.split_layers(b, sums[b.leaf])
-        out |= {m: rows[layer, :-1] / rows[layer, -1, 0] for m, layer in b.layers.items()}
-    return out
+    found = ((b, statistics.split_layers(b, sums[b.leaf])) for b in sites)
+    return {m: x[layer, :-1] / x[layer, -1, 0] for b, x in found for m, layer in b.layers.items()}
 
 
 # ---------------------------------------------------------------- original base

@@ -38,21 +38,16 @@ from jaxadapt.models.linen_call import Overlay, intercept, key_paths
 
 
 Update = Callable[[Array, Array, Array], Array]
-"""`(state, inputs (tokens, in) in float32, mask (tokens,)) -> state`, for one call of the layer."""
+"""`(state, inputs (tokens, in) in float32, mask (tokens,)) -> state`, for one call of the layer.
+
+A state is a matrix (rows, in); the first entry of its last row counts the calls.
+"""
 
 _NAME = "~observed"
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistic:
-    """A matrix (rows, in) computed from a layer's inputs; the first entry of its last row counts the calls."""
-
-    update: Update
-    rows: int
-
-
 class _Probe(Method):
-    """A method that observes inputs; its hyperparameter is the `update` of a `Statistic`.
+    """A method that observes inputs; its hyperparameter is the `Update` of its state.
 
     No configuration selects it, so it defines no tensors, hyperparameters or initial values.
     """
@@ -127,35 +122,28 @@ def _moments(x: Array, mask: Array) -> tuple[Array, Array, Array]:
     return count, mean, mask @ (x - mean[None]) ** 2 / jnp.maximum(count, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Components:
-    """One step of incremental PCA, following PEFT's `utils/incremental_pca.py`.
+def components(state: Array, x: Array, mask: Array) -> Array:
+    """Return the state after one step of incremental PCA, following PEFT's `utils/incremental_pca.py`.
 
-    The state consists of `k` components, then singular values, mean, variance, and (calls, tokens seen). A call with
+    The state consists of k components, then singular values, mean, variance, and (calls, tokens seen). A call with
     fewer tokens than components changes nothing, as in PEFT.
     """
-
-    k: int
-
-    def __call__(self, state: Array, x: Array, mask: Array) -> Array:
-        k, width = self.k, state.shape[-1]
-        old, sigma, mean, variance, seen = state[:k], state[k, :k], state[k + 1], state[k + 2], state[-1, 1]
-        count, batch_mean, batch_variance = _moments(x, mask)
-        total = jnp.maximum(seen + count, 1)
-        new_mean = (seen * mean + count * batch_mean) / total
-        new_variance = (
-            seen * variance + count * batch_variance + seen * count / total * (mean - batch_mean) ** 2
-        ) / total
-        shift = jnp.sqrt(seen / total * count) * (mean - batch_mean)
-        rows = jnp.concatenate([sigma[:, None] * old, (x - batch_mean[None]) * mask[:, None], shift[None]])
-        q = min(2 * k, *rows.shape)
-        omega = jax.random.normal(jax.random.key(42), (min(rows.shape), q))
-        _, singular_values, v = kinds.svd_lowrank(rows, 4, omega)
-        v = v * jnp.sign(jnp.take_along_axis(v, jnp.argmax(jnp.abs(v), 1)[:, None], 1))
-        empty = jnp.zeros(width)
-        info = empty.at[0].set(1).at[1].set(seen + count)
-        rest = jnp.stack([empty.at[:k].set(singular_values[:k]), new_mean, new_variance, info])
-        return jnp.where(count < k, state.at[-1, 0].set(1), jnp.concatenate([v[:k], rest]))
+    k, width = len(state) - 4, state.shape[-1]
+    old, sigma, mean, variance, seen = state[:k], state[k, :k], state[k + 1], state[k + 2], state[-1, 1]
+    count, batch_mean, batch_variance = _moments(x, mask)
+    total = jnp.maximum(seen + count, 1)
+    new_mean = (seen * mean + count * batch_mean) / total
+    new_variance = (seen * variance + count * batch_variance + seen * count / total * (mean - batch_mean) ** 2) / total
+    shift = jnp.sqrt(seen / total * count) * (mean - batch_mean)
+    rows = jnp.concatenate([sigma[:, None] * old, (x - batch_mean[None]) * mask[:, None], shift[None]])
+    q = min(2 * k, *rows.shape)
+    omega = jax.random.normal(jax.random.key(42), (min(rows.shape), q))
+    _, singular_values, v = kinds.svd_lowrank(rows, 4, omega)
+    v = v * jnp.sign(jnp.take_along_axis(v, jnp.argmax(jnp.abs(v), 1)[:, None], 1))
+    empty = jnp.zeros(width)
+    info = empty.at[0].set(1).at[1].set(seen + count)
+    rest = jnp.stack([empty.at[:k].set(singular_values[:k]), new_mean, new_variance, info])
+    return jnp.where(count < k, state.at[-1, 0].set(1), jnp.concatenate([v[:k], rest]))
 
 
 # ---------------------------------------------------------------- running a model with probes
@@ -168,7 +156,8 @@ def make_observer(
     base: Any,
     recipe: Recipe,
     adapter_sites: Sequence[Site],
-    statistics: Mapping[str, Statistic],
+    update: Update,
+    rows: Mapping[str, int],
     forward: Callable[[Any, Any], Any],
 ) -> Observer:
     """Return `observe(states, batch, mask=None)`, which runs the model on a batch and returns the new statistics.
@@ -178,18 +167,17 @@ def make_observer(
 
     Args:
         base: an NNX model, which stays unchanged, or Linen's base parameters.
-        statistics: the statistic of each leaf's inputs.
+        update: computes the statistic of a leaf's inputs.
+        rows: `{leaf: the rows of its statistic}`.
         forward: `forward(base, batch)`; its outputs must depend on all these layers.
     """
     run = (
-        _run_nnx(base, recipe, forward)
-        if carrier(base).in_place
-        else _run_linen(base, adapter_sites, statistics, forward)
+        _run_nnx(base, recipe, forward) if carrier(base).in_place else _run_linen(base, adapter_sites, update, forward)
     )
 
     def observe(states: Mapping[str, Array], batch: Any, mask: Array | None = None) -> dict[str, Array]:
         flat = jnp.ones((1, 1)) if mask is None else jnp.asarray(mask, jnp.float32).reshape(1, -1)
-        probes = [_probe(recipe, b, statistics[b.leaf], flat.size) for b in adapter_sites]
+        probes = [_probe(recipe, b, update, rows[b.leaf], flat.size) for b in adapter_sites]
         values: dict[str, Array] = {}
         for site, probe in zip(adapter_sites, probes, strict=True):
             state, token_mask = probe.entries
@@ -221,14 +209,14 @@ def stack_layers(site: Site, rows: Array) -> Array:
     return jnp.asarray(rows[0]) if not stack else jnp.moveaxis(jnp.asarray(rows), 0, stack[0])
 
 
-def _probe(recipe: Recipe, site: Site, statistic: Statistic, tokens: int) -> Site:
-    shapes = {"state": (statistic.rows, site.fan_in), "mask": (1, tokens)}
+def _probe(recipe: Recipe, site: Site, update: Update, rows: int, tokens: int) -> Site:
+    shapes = {"state": (rows, site.fan_in), "mask": (1, tokens)}
     tensors = tuple(
         MethodTensor(name, f".{name}", ("k", "n"), (("k",), ("n",)), (("k", k), ("n", n)), scale_power=0)
         for name, (k, n) in shapes.items()
     )
     entries = tuple(plan.plan_entry(recipe.keymap, site.match, t, site.axis_sizes) for t in tensors)
-    return dataclasses.replace(site, method=_Probe(), hparams=statistic.update, tensors=tensors, entries=entries)
+    return dataclasses.replace(site, method=_Probe(), hparams=update, tensors=tensors, entries=entries)
 
 
 def sum_outputs(out: Any) -> Array:
@@ -253,9 +241,9 @@ def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
     return run
 
 
-def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[str, Statistic], forward: Any) -> Any:
+def _run_linen(params: Any, adapter_sites: Sequence[Site], update: Update, forward: Any) -> Any:
     known = key_paths(params)
-    observing = [dataclasses.replace(b, method=_Probe(), hparams=statistics[b.leaf].update) for b in adapter_sites]
+    observing = [dataclasses.replace(b, method=_Probe(), hparams=update) for b in adapter_sites]
 
     def loss(values: Mapping[str, Array], params: Any, batch: Any) -> Array:
         overlay = Overlay({"params": params})
@@ -290,14 +278,14 @@ def find_components(
     config: LoraConfig,
     adapter_sites: Sequence[Site],
     batches: Iterable[Any],
-    watch: Callable[[Sequence[Site], Mapping[str, Statistic]], Observer],
+    watch: Callable[[Sequence[Site], Update, Mapping[str, int]], Observer],
     mask: Callable[[Any], Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Array]]:
     """Return the configuration with EVA's ranks, and {module: components (rank, in)}; rank 0 for some.
 
     Args:
         batches: at least one; iterated over several times if necessary.
-        watch: makes an `Observer` of the given sites.
+        watch: makes an `Observer` of the given sites, as `make_observer` does.
         mask: selects the tokens of a batch that count; by default from its "attention_mask" and "labels", as in PEFT.
 
     Raises `AttachError` if the components do not converge.
@@ -308,23 +296,23 @@ def find_components(
         raise AttachError("EVA needs at least one batch: data has none")
     tokens = mask or (lambda batch: _token_mask(batch, settings))
     wanted = {m: config.rank_of(m) for b in adapter_sites for m in b.modules}
-    observe_moments = watch(adapter_sites, {b.leaf: Statistic(moments, 3) for b in adapter_sites})
+    observe_moments = watch(adapter_sites, moments, {b.leaf: 3 for b in adapter_sites})
     groups = _group_equal_inputs(adapter_sites, observe_moments({}, batches[0], tokens(batches[0])))
     most = {m: max(round(wanted[other] * settings.rho) for other in group) for group in groups.values() for m in group}
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
-    k = _component_counts(group_sites, most)
-    observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
-    states = {b.leaf: np.zeros((math.prod(b.stack_sizes), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
+    rows = {leaf: count + 4 for leaf, count in _component_counts(group_sites, most).items()}
+    observe = watch(group_sites, components, rows)
+    states = {b.leaf: np.zeros((math.prod(b.stack_sizes), rows[b.leaf], b.fan_in), "float32") for b in group_sites}
     found, ranks = _iterate(
         observe, batches, tokens, group_sites, states, groups, most, sum(wanted.values()), settings.tau
     )
     # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
-    components = {
+    chosen = {
         m: found[head][: ranks[m]] / (np.sqrt(found[head][-4, : ranks[m], None]) if settings.whiten else 1)
         for head, group in groups.items()
         for m in group
     }
-    return _with_ranks(config, components, settings), {m: jnp.asarray(x) for m, x in components.items()}
+    return _with_ranks(config, chosen, settings), {m: jnp.asarray(x) for m, x in chosen.items()}
 
 
 def _iterate(

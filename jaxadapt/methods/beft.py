@@ -28,12 +28,10 @@ class Beft(MatrixMethod, peft_type="BEFT"):
 
     scaled = frozenset({"beft_bias"})
     roles = tensor_roles(bias="beft_bias")
+    changes = Effects("adds", form="use", bias="adds")
 
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (axes_tensor("beft_bias", "1 out"),)
-
-    def effect(self, own: OwnHparams) -> Effects:
-        return Effects("adds", form="use", bias="adds")
 
     def init(self, config: BeftConfig, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)

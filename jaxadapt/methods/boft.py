@@ -46,6 +46,7 @@ class Boft(Rotation, peft_type="BOFT"):
     drops = "change"
     roles = tensor_roles(other="boft_R", vector="boft_s")
     examples = ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
+    changes = Effects("changes", form="use", reads=True, sees="product")
 
     def tensors(self, config: BOFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, found = target.window, target.found.get("boft_R")
@@ -68,9 +69,6 @@ class Boft(Rotation, peft_type="BOFT"):
             number, block = (size // given, given) if config.boft_block_size else (given, size // given)
             found = (1, number, block, block)
         return own_tensor("boft_R", found), axes_tensor("boft_s", "1 out" if window else "out 1")
-
-    def effect(self, own: OwnHparams) -> Effects:
-        return Effects("changes", form="use", reads=True, sees="product")
 
     def init(self, config: BOFTConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         mean = 1.0 if tensor.name == "boft_s" else 0.0

@@ -41,6 +41,7 @@ class Deft(MatrixMethod, peft_type="DEFT"):
         {"r": 2, "para": True, "decomposition_method": "qr"},
         {"r": 2, "init_weights": False},
     )
+    changes = Effects("adds", form="use", reads=True, sees="product")
 
     def tensors(self, config: DeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         r = (("r", _rank(config, target)),)
@@ -53,9 +54,6 @@ class Deft(MatrixMethod, peft_type="DEFT"):
     def own(self, config: DeftConfig, target: Target) -> OwnHparams:
         scale = config.alpha / _rank(config, target) if config.alpha else 1.0
         return OwnHparams(scale, dropout=config.deft_dropout, variant=config.decomposition_method)
-
-    def effect(self, own: OwnHparams) -> Effects:
-        return Effects("adds", form="use", reads=True, sees="product")
 
     def init(self, config: DeftConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         if tensor.name == "deft_P":

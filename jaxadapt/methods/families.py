@@ -140,9 +140,7 @@ class Rotation(MatrixMethod):
     """A rotation of the inputs. A convolution's kernel is one matrix (out, channels·window)."""
 
     kinds = frozenset({"linear", "conv"})
-
-    def effect(self, own: Any) -> Effects:
-        return Effects("changes", form="use", reads=True)
+    changes = Effects("changes", form="use", reads=True)
 
     @abc.abstractmethod
     def turned(self, own: Any, params: Params, flat: Array, undo: bool) -> Array:

@@ -40,6 +40,7 @@ class Loha(Lycoris, FactoredMethod, peft_type="LOHA"):
         {"r": 2, "alpha": 3},
         {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
     )
+    changes = Effects("adds", form="weight")
 
     def tensors(self, config: LoHaConfig, target: Target) -> tuple[MethodTensor, ...]:
         r, is_conv = (("r", target.rank(config.rank_of)),), target.kind == "conv"
@@ -68,9 +69,6 @@ class Loha(Lycoris, FactoredMethod, peft_type="LOHA"):
         if tensor.name == "hada_w2_b" and config.init_weights:
             return Draw("constant", 0.0)
         return Draw.kaiming(math.prod(start.shape[1:]))
-
-    def effect(self, own: DroppedHparams) -> Effects:
-        return Effects("adds", form="weight")
 
     def plain_rank(self, config: LoHaConfig) -> int:
         return max([config.r, *(config.rank_pattern or {}).values()]) ** 2

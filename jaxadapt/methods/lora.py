@@ -83,8 +83,7 @@ def output_norms(axes: Axes, w: Array) -> Array:
     kept = axes.batch_axes + axes.out_axes
     # The squares of small weights underflow in 16 bits.
     lengths = jnp.sqrt(jnp.sum(jnp.square(at_least_float32(w)), axis=axes.in_axes)).astype(w.dtype)
-    remaining_axes = [i for i in range(axes.rank) if i not in axes.in_axes]
-    return lengths.transpose([remaining_axes.index(i) for i in kept])
+    return lengths.transpose([sorted(kept).index(i) for i in kept])
 
 
 def magnitude_factor(axes: Axes, params: Params, used: PerEntry | None, changed: Array) -> Array:
@@ -93,32 +92,32 @@ def magnitude_factor(axes: Axes, params: Params, used: PerEntry | None, changed:
     return products.mask_unadapted(used, params, params[MAGNITUDE] / length, 1.0)
 
 
-def effective_weight(axes: Axes, magnitude: Array, changed: Array) -> Array:
-    """Return the effective weight.
-
-    Args:
-        magnitude: the result of `magnitude_factor`.
-        changed: W + s·B·A.
-    """
-    return products.expand_over_weight(axes, magnitude) * changed
-
-
-def output(
-    use: Use | Operation, magnitude: Array, w: Array, changed: Array, delta: Array, x: Array, y: Array, dropped: bool
+def dora_output(
+    hparams: LoraHparams,
+    params: Params,
+    use: Use | Operation,
+    delta: Array,
+    x: Array,
+    y: Array,
+    w: Array,
+    dropped: bool,
 ) -> Array:
     """Return the layer's output without its bias.
 
     Args:
-        magnitude: the result of `magnitude_factor`.
-        w: the base weight.
-        changed: W + s·B·A.
         delta: s·B·A·x.
         x: the input, after dropout.
         y: the base layer's output without dropout.
+        w: the base weight.
         dropped: True if dropout changed x.
     """
-    if isinstance(use, Use) and use.transposed:
-        return products.run_use(use, x, effective_weight(use.axes, magnitude, changed))
+    w = as_computable(w)
+    transposed = isinstance(use, Use) and use.transposed
+    in_rows = hparams.scale is None  # `prepare_rows` computed the factor; only a transposed use needs the weight
+    changed = w if in_rows and not transposed else _changed_weight(hparams, params, use.axes, w)
+    magnitude = params[MAGNITUDE] if in_rows else magnitude_factor(use.axes, params, hparams.used, changed)
+    if transposed:
+        return products.run_use(use, x, products.expand_over_weight(use.axes, magnitude) * changed)
     scale = products.expand_over_outputs(use, magnitude, y.ndim)
     base = products.run_use(use, x.astype(w.dtype), w) if dropped else y
     return y + (scale - 1) * base + scale * delta
@@ -435,18 +434,10 @@ class Lora(Method, peft_type="LORA"):
         if hparams.kind == "embedding" and not hparams.tied and isinstance(use, Use):
             return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted
         x = x if drop is None else drop(x)
-        scale = _scale(hparams, params)
-        delta = products.low_rank_delta(use, scale, hparams.groups, *_factors(hparams, params), x, y)
+        factors = _factors(hparams, params)
+        delta = products.low_rank_delta(use, _scale(hparams, params), hparams.groups, *factors, x, y)
         if hparams.dora:
-            w = as_computable(w)
-            if hparams.scale is None:  # `prepare_rows` computed the factor; only a transposed use needs the weight
-                transposed = isinstance(use, Use) and use.transposed
-                changed = _changed_weight(hparams, params, use.axes, w) if transposed else w
-                magnitude = params[MAGNITUDE]
-            else:
-                changed = _changed_weight(hparams, params, use.axes, w)
-                magnitude = magnitude_factor(use.axes, params, hparams.used, changed)
-            return output(use, magnitude, w, changed, delta, x, y, drop is not None).astype(y.dtype)
+            return dora_output(hparams, params, use, delta, x, y, w, drop is not None).astype(y.dtype)
         if hparams.bias:
             delta = delta + products.expand_over_outputs(use, _bias(hparams, params), y.ndim)
         if hparams.invoked:
@@ -470,7 +461,8 @@ class Lora(Method, peft_type="LORA"):
         _check_single_weight(hparams)
         changed = change(hparams, params, axes, w)
         if hparams.dora:
-            changed = effective_weight(axes, magnitude_factor(axes, params, hparams.used, changed), changed)
+            magnitude = magnitude_factor(axes, params, hparams.used, changed)
+            changed = products.expand_over_weight(axes, magnitude) * changed
         return changed.astype(w.dtype)
 
     def unweight(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:

@@ -112,6 +112,9 @@ class MatrixMethod(Method):
     row_numbers: frozenset[str] = frozenset()
     """The fields of the method's own hyperparameters that are numbers, and may differ between the rows of a batch."""
 
+    changes: Effects | None = None
+    """What the method changes, if that is the same at each site; by default see `effect`."""
+
     def own(self, config: Any, target: Target) -> Hashable:
         """Return the hyperparameters of a site: a frozen dataclass, or None.
 
@@ -122,8 +125,11 @@ class MatrixMethod(Method):
         return OwnHparams(dropout=getattr(config, f"{self.peft_type.lower()}_dropout", 0.0))
 
     def effect(self, own: Any) -> Effects:
-        """Return what the method changes at a site; by default it adds to the weight, at each use if it has `after`."""
-        return Effects("adds", form="weight" if type(self).after is MatrixMethod.after else "use")
+        """Return what the method changes at a site.
+
+        By default that is `changes`; without it the method adds to the weight, at each use if it has `after`.
+        """
+        return self.changes or Effects("adds", form="weight" if type(self).after is MatrixMethod.after else "use")
 
     def delta(self, own: Any, params: Params, w: Array) -> Array:
         """Return the change of the weight, (out, in), for methods that add to the weight."""

@@ -43,6 +43,7 @@ class Osf(MatrixMethod, peft_type="OSF"):
 
     roles = tensor_roles(A=f"{_P}V_low", B=f"{_P}U_low", vector=f"{_P}S_low", frozen="osf_U_high osf_V_high")
     examples = ({}, {"effective_rank": 3, "init_weights": False})
+    changes = Effects("changes", form="use", reads=True, sees="product")
 
     def tensors(self, config: OSFConfig, target: Target) -> tuple[MethodTensor, ...]:
         smaller = min(_sizes(target))
@@ -66,9 +67,6 @@ class Osf(MatrixMethod, peft_type="OSF"):
 
     def starts_unchanged(self, config: OSFConfig) -> bool:
         return config.init_weights is not False
-
-    def effect(self, own: OwnHparams) -> Effects:
-        return Effects("changes", form="use", reads=True, sees="product")
 
     def init(self, config: OSFConfig, tensor: MethodTensor, start: Start) -> Array:
         if config.init_weights is False and tensor.trained:

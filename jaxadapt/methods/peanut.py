@@ -65,6 +65,7 @@ class Peanut(MatrixMethod, peft_type="PEANUT"):
     scaled = frozenset({"peanut_B"})
     roles = tensor_roles(A="peanut_A", B="peanut_B")
     examples = ({"r": 3}, {"r": 4, "depth": 2, "act_fn": "silu", "scaling": 0.5, "init_weights": False})
+    changes = Effects("adds", form="weight", reads=True)
 
     def check(self, config: PeanutConfig) -> None:
         if config.act_fn not in ACTIVATIONS:
@@ -83,9 +84,6 @@ class Peanut(MatrixMethod, peft_type="PEANUT"):
 
     def own(self, config: PeanutConfig, target: Target) -> OwnHparams:
         return OwnHparams(config.scaling, variant=config.act_fn)
-
-    def effect(self, own: OwnHparams) -> Effects:
-        return Effects("adds", form="weight", reads=True)
 
     def init(self, config: PeanutConfig, tensor: MethodTensor, start: Start) -> Draw:
         if tensor.name == "peanut_B" and config.init_weights:

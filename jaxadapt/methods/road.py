@@ -50,6 +50,7 @@ class Road(MatrixMethod, peft_type="ROAD"):
         {"variant": "road_2", "group_size": 8},
         {"variant": "road_4", "group_size": 2, "init_weights": False},
     )
+    changes = Effects("changes", form="use", reads=True, bias="scales")
 
     def tensors(self, config: RoadConfig, target: Target) -> tuple[MethodTensor, ...]:
         ratio = math.prod(_SHAPES[config.variant]) / 2  # values for each output
@@ -66,9 +67,6 @@ class Road(MatrixMethod, peft_type="ROAD"):
 
     def own(self, config: RoadConfig, target: Target) -> RoadHparams:
         return RoadHparams(config.variant, config.group_size)
-
-    def effect(self, own: RoadHparams) -> Effects:
-        return Effects("changes", form="use", reads=True, bias="scales")
 
     def init(self, config: RoadConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         mean = 1.0 if tensor.name == "road_alpha" else 0.0
