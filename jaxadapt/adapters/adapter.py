@@ -522,7 +522,7 @@ def repeats_heads(config: Config, keymap: KeyMap, leaves: Iterable[str] | None) 
 def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:
     """Return the tensors of a target; an entry that is not adapted has none in the file."""
     tensors, names = method.tensors(config, target), target.modules.names
-    if target.modules.all or not method.torch_layout:
+    if target.modules.all:
         return tensors
     used = {t: tuple(0 if name is None else dict(t.own).get("r", 1) for name in names) for t in tensors}
     return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used[t]) for t in tensors)

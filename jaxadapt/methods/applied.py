@@ -227,8 +227,7 @@ class AppliedMethods:
 
     @property
     def apart(self) -> bool:
-        has_bias = any(hook.by_weight and hook.effects.bias for hook in self.hooks)
-        return has_bias or any(hook.apart for hook in self.hooks)
+        return any(hook.apart or (hook.by_weight and hook.effects.bias is not None) for hook in self.hooks)
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
         base = y
@@ -353,7 +352,7 @@ class AppliedRows(AppliedMethod):
         def change(params: Params, x: Array, y: Array) -> Array:
             return self._one(params).output(inner, x, y, w)
 
-        return jax.vmap(change, in_axes=(0, 0, axis), out_axes=axis)(self.params, x, y)
+        return jax.vmap(change, (0, 0, axis), axis)(self.params, x, y)
 
     def follows(self, primitive: str) -> bool:
         return False
@@ -370,8 +369,7 @@ class AppliedRows(AppliedMethod):
         """Return the bias unchanged, unless the method changes it and it has the size of this output."""
         if self.effects.bias != "scales":
             return bias
-        one = self._one(jax.tree.map(lambda x: x[0], self.tensors))
-        if one.bias(bias) is not bias:
+        if self._one(jax.tree.map(lambda x: x[0], self.tensors)).bias(bias) is not bias:
             raise self._refuse("the method changes the bias, but the layer adds the bias itself")
         return bias
 
@@ -420,8 +418,7 @@ class AppliedMixture(AppliedRows):
             changes = jax.vmap(lambda params: self._one(params).output(inner, x, zeros, w))(params)
             return (y + jnp.tensordot(weights.astype(changes.dtype), changes, 1)).astype(y.dtype)
 
-        mapped = jax.vmap(change, in_axes=(0, 0, 0, axis), out_axes=axis)
-        return mapped(self.tensors, self.params[WEIGHTS], x, y)
+        return jax.vmap(change, (0, 0, 0, axis), axis)(self.tensors, self.params[WEIGHTS], x, y)
 
 
 def split_rows(hooks: Mapping[str, Hook]) -> tuple[dict[str, Hook], dict[str, Hook]]:

@@ -90,10 +90,7 @@ class FullCopy(_Copy):
         self.replaces = not lookup
 
     def tensors(self, config: Config, target: Target) -> tuple[MethodTensor, ...]:
-        used = None if target.modules.all else target.modules.each(lambda _: 1, 0)
-        return (
-            MethodTensor("copy", self._wrapper, (), (), is_copy=True, from_base=True, scale_power=1, used_sizes=used),
-        )
+        return (MethodTensor("copy", self._wrapper, (), (), is_copy=True, from_base=True, scale_power=1),)
 
     def hparams(self, config: Config, target: Target) -> CopyHparams:
         return CopyHparams(self._because, adapted_entries(target.modules))
@@ -194,10 +191,10 @@ class RowCopy(_Copy):
                 " or remove these tokens"
             )
         dim = "in" if self._is_head(target) else "out"
-        own = (("n", len(self._tokens)),)
-        suffix = f"{self._wrapper}.{ROWS}"
-        from_base = not self._random
-        return (MethodTensor(ROWS, suffix, ("n", dim), (("n",), (dim,)), own, from_base=from_base, scale_power=1),)
+        suffix, own = f"{self._wrapper}.{ROWS}", (("n", len(self._tokens)),)
+        return (
+            MethodTensor(ROWS, suffix, ("n", dim), (("n",), (dim,)), own, from_base=not self._random, scale_power=1),
+        )
 
     def hparams(self, config: Config, target: Target) -> TokensHparams:
         return TokensHparams(self._tokens, self._is_head(target), self._because)

@@ -73,8 +73,9 @@ class Delora(MatrixMethod, peft_type="DELORA"):
     def init(self, config: DeloraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         match tensor.name:
             case "delora_lambda":
-                strength = find_pattern_value(config.lambda_pattern, start.module, config.delora_lambda)
-                return Draw("constant", float(strength))
+                return Draw(
+                    "constant", float(find_pattern_value(config.lambda_pattern, start.module, config.delora_lambda))
+                )
             case "delora_w_norm":
                 return jnp.linalg.norm(at_least_float32(start.w), axis=0)
             case "delora_B" if config.init_weights:

@@ -194,8 +194,9 @@ class Spectrum(MatrixMethod):
         return target.with_ranks([axes_tensor(name, "r", (("r", size),)) for name in self.scaled], count)
 
     def own(self, config: Any, target: Target) -> SpectrumHparams:
-        count = target.value(functools.partial(self.count, config, target))
-        return SpectrumHparams(count, config.scaling, config.random_loc_seed)
+        return SpectrumHparams(
+            target.value(functools.partial(self.count, config, target)), config.scaling, config.random_loc_seed
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -254,8 +255,12 @@ class Lycoris(MatrixMethod):
         def scale(module: str) -> float:
             return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
 
-        is_unscaled = not config.get("rank_dropout_scale", True)
-        return DroppedHparams(target.value(scale), config.rank_dropout, config.module_dropout, is_unscaled)
+        return DroppedHparams(
+            target.value(scale),
+            config.rank_dropout,
+            config.module_dropout,
+            unscaled_dropout=not config.get("rank_dropout_scale", True),
+        )
 
 
 def split_size(size: int, factor: int = -1) -> tuple[int, int]:

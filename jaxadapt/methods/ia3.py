@@ -66,18 +66,17 @@ class IA3(Method, peft_type="IA3"):
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
     def tensors(self, config: IA3Config, target: Target) -> tuple[MethodTensor, ...]:
-        match, modules, window = target.match, target.modules, len(target.match.weight.right) - 2
-        hparams, used = self.hparams(config, target), None if modules.all else modules.each(lambda _: 1, 0)
+        match, window = target.match, len(target.match.weight.right) - 2
+        hparams = self.hparams(config, target)
         if hparams.conv and window < 2:
             raise ConfigError(
                 f"{match.leaf}: PEFT implements IA3 for 2-D and 3-D convolutions, but not for 1-D; remove the module"
                 " from target_modules"
             )
         if not hparams.feedforward:
-            axes = "1 out" + " 1" * window if hparams.conv else "out 1"
-            return (axes_tensor("ia3_l", axes, used_sizes=used),)
+            return (axes_tensor("ia3_l", "1 out" + " 1" * window if hparams.conv else "out 1"),)
         if not hparams.conv:
-            return (axes_tensor("ia3_l", "1 in", used_sizes=used),)
+            return (axes_tensor("ia3_l", "1 in"),)
         channels = match.roles["channels"]
         if len(channels) != 1 or channels != match.weight.torch_roles["channels"]:
             raise ConfigError(
@@ -88,12 +87,12 @@ class IA3(Method, peft_type="IA3"):
         group_axis, own = (("g",), (("g", hparams.groups),)) if hparams.groups > 1 else ((), ())
         scaled = (*group_axis, "channels")
         torch = ((), scaled, *((),) * window)
-        return (MethodTensor("ia3_l", ".ia3_l", ("batch", *scaled), torch, own, scale_power=0, used_sizes=used),)
+        return (MethodTensor("ia3_l", ".ia3_l", ("batch", *scaled), torch, own, scale_power=0),)
 
     def hparams(self, config: IA3Config, target: Target) -> IA3Hparams:
-        match, modules = target.match, target.modules
-        feedforward = shared_value("feedforward", {m: is_feedforward(config, m) for m in modules})
-        return IA3Hparams(feedforward, match.weight.kind == "conv", match.weight.groups, adapted_entries(modules))
+        feedforward = shared_value("feedforward", {m: is_feedforward(config, m) for m in target.modules})
+        used = adapted_entries(target.modules)
+        return IA3Hparams(feedforward, target.kind == "conv", target.match.weight.groups, used)
 
     def starts_unchanged(self, config: IA3Config) -> bool:
         return config.init_ia3_weights
@@ -105,9 +104,9 @@ class IA3(Method, peft_type="IA3"):
         return hparams.conv and not hparams.feedforward and primitive == "conv_general_dilated"
 
     def input(self, hparams: IA3Hparams, params: Params, use: Use, x: Array) -> Array:
-        letters, scale = self._scale_letters(hparams, use), _vector(hparams, params)
         if not self._scales_input(hparams, use):
             return x
+        letters, scale = self._scale_letters(hparams, use), _vector(hparams, params)
         if not set(letters) <= set(use.x):
             raise AttachError(
                 "cannot scale the input: the parts of a fused weight share one input, but their feedforward IA3 vectors"

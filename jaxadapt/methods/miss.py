@@ -42,8 +42,7 @@ class Miss(MatrixMethod, peft_type="MISS"):
         if not target.found:
             _check_sizes(config, target)
         if variant == "bat":
-            blocks = target.own_size("miss_block", 0, lambda: target.out_size // r)
-            return (own_tensor("miss_block", (blocks, r, r)),)
+            return (own_tensor("miss_block", (target.own_size("miss_block", 0, lambda: target.out_size // r), r, r)),)
         if variant == "mini":
             return (own_tensor("miss_block", (r, config.mini_r)),)
         return (axes_tensor("miss_block", "r out", (("r", r),)),)

@@ -40,8 +40,7 @@ class MultitaskPromptTuning(EmbeddingPrompt, peft_type="MULTITASK_PROMPT_TUNING"
         assert data.source is not None
         names = (EMBEDDINGS,) if kind == "ONLY_SOURCE_SHARED" else (EMBEDDINGS, COLS, ROWS)
         if any(name not in data.source for name in names):
-            found = ", ".join(data.source) or "no tensor"
-            raise MismatchError(f"source: expected {', '.join(names)}, found {found}")
+            raise MismatchError(f"source: expected {', '.join(names)}, found {', '.join(data.source) or 'no tensor'}")
         values = {name: jnp.asarray(data.source[name], jnp.float32) for name in names}
         for name in names[1:]:
             task, count = config.prompt_tuning_init_task or 0, len(values[name])

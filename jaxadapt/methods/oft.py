@@ -102,8 +102,7 @@ class Oft(Rotation, peft_type="OFT"):
 
     def own(self, config: OFTConfig, target: Target) -> OftHparams:
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
-        eps = config.eps if config.coft else 0.0
-        return OftHparams(terms, eps, target.kind, math.prod(target.window))
+        return OftHparams(terms, config.eps if config.coft else 0.0, target.kind, math.prod(target.window))
 
     def warnings(self, sites: Mapping[str, MatrixHparams]) -> list[str]:
         leaves = [leaf for leaf, hparams in sites.items() if hparams.own.kind == "conv" and hparams.own.window > 1]

@@ -111,8 +111,11 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 def _kept_rank(config: OSFConfig, module: str, smaller: int) -> int:
     """Return the number of singular directions that PEFT keeps in a module."""
     # PEFT searches; it does not match the end.
-    patterns = (config.rank_pattern or {}).items()
-    found = (rank for pattern, rank in patterns if compile_pattern("target_modules", pattern).search(module))
+    found = (
+        rank
+        for pattern, rank in (config.rank_pattern or {}).items()
+        if compile_pattern("target_modules", pattern).search(module)
+    )
     value = next(found, config.effective_rank)
     if value is None:
         return smaller // 2

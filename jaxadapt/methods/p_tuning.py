@@ -56,9 +56,8 @@ class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
     def draw(self, config: Any, name: str) -> Draw:
         if name == "embedding":
             return super().draw(config, name)
-        h = config.encoder_hidden_size or config.token_dim
-        if name.startswith("lstm"):
-            return draw_dense(h)  # torch's nn.LSTM draws all its tensors alike
+        if name.startswith("lstm"):  # torch's nn.LSTM draws all its tensors alike
+            return draw_dense(config.encoder_hidden_size or config.token_dim)
         return draw_dense(self.shapes(config, stored=False)[name.replace("bias", "kernel")][0])
 
     def encode(self, config: Any, shared: Params) -> Array:

@@ -118,8 +118,13 @@ class PromptMethod(Method):
         if self.adds == "keys":
             heads, size = sizes.num_kv_heads, sizes.head_dim
             width = None if heads is None or size is None else heads * size
-        found = {"num_layers": sizes.num_layers, "token_dim": width, "num_attention_heads": heads}
-        config = fill_in(config, {**found, "num_transformer_submodules": config.submodules})
+        found = {
+            "num_layers": sizes.num_layers,
+            "token_dim": width,
+            "num_attention_heads": heads,
+            "num_transformer_submodules": config.submodules,
+        }
+        config = fill_in(config, found)
         return fill_in(config, {"encoder_hidden_size": config.token_dim})
 
     @abc.abstractmethod
@@ -319,8 +324,8 @@ class EmbeddingPrompt(PromptMethod):
         if kind == "SAMPLE_VOCAB":
             return {EMBEDDINGS: data.embed("", jax.random.randint(data.key, (rows,), 0, data.table().shape[0]))}
         assert data.tokens is not None
-        text = config.prompt_tuning_init_text or ""
-        ids = np.asarray(data.tokens(text) if callable(data.tokens) else data.tokens)
+        tokens = data.tokens
+        ids = np.asarray(tokens(config.prompt_tuning_init_text or "") if callable(tokens) else tokens)
         if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise AttachError(f"tokens: expected a list of token ids, found {ids.dtype} of shape {list(ids.shape)}")
         return {EMBEDDINGS: data.embed("tokens", ids)[np.resize(np.arange(len(ids)), rows)]}  # as in PEFT

@@ -57,8 +57,9 @@ class WaveFt(Spectrum, peft_type="WAVEFT"):
         return target.found["waveft_spectrum"][-1]
 
     def own(self, config: WaveFTConfig, target: Target) -> SpectrumHparams:
-        order = _ORDERS[config.wavelet_family] if config.use_idwt else 0
-        return dataclasses.replace(super().own(config, target), order=order)
+        return dataclasses.replace(
+            super().own(config, target), order=_ORDERS[config.wavelet_family] if config.use_idwt else 0
+        )
 
     def init(self, config: WaveFTConfig, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.01)
