@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxadapt.arrays.layout import Axes, FileLayout, TorchLayout
-from jaxadapt.arrays.products import LAYER
+from jaxadapt.arrays.products import LAYER, needs_layer_number
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError
@@ -27,8 +27,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import GENERIC, PEFT_PREFIX, KeyMap, Match, from_data, tied_heads, to_data
 from jaxadapt.keymaps.weight import MethodTensor, Modules
 from jaxadapt.methods.applied import AppliedMethod
-from jaxadapt.methods.base import Effects, Method, Target, needs_layer_number
-from jaxadapt.methods.registry import METHODS
+from jaxadapt.methods.base import METHODS, Effects, Method, Target
 
 # ---------------------------------------------------------------- adapter
 

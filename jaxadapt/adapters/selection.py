@@ -53,9 +53,8 @@ from jaxadapt.keymaps.keymap import (
     with_layout,
 )
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods.base import Method
+from jaxadapt.methods.base import Method, get_method
 from jaxadapt.methods.prompt import PromptMethod
-from jaxadapt.methods.registry import get_method
 
 # ---------------------------------------------------------------- layer replication
 

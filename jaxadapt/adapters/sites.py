@@ -45,9 +45,8 @@ from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, Mismatch
 from jaxadapt.keymaps.keymap import KeyMap, Match, entry_for_copy, is_guess, is_square, layout_advice, tied_heads
 from jaxadapt.keymaps.plan import Encoded, PlanEntry, axis_sizes, make_plan, plan_entry, stack_sizes
 from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
-from jaxadapt.methods.base import Method, Target
+from jaxadapt.methods.base import METHODS, Method, Target, get_method
 from jaxadapt.methods.copies import ROWS, FullCopy, RowCopy
-from jaxadapt.methods.registry import METHODS, get_method
 
 # ---------------------------------------------------------------- tied
 

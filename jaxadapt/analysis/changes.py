@@ -135,7 +135,7 @@ def _measure_of(config: Config) -> tuple[str | None, Callable[[str, Mapping[str,
         return what, functools.partial(_measure_lora, config)
     if what is not None:
         return what, config.measure_change
-    from jaxadapt.methods.registry import METHODS  # imports JAX, which LoRA's norms do not need
+    from jaxadapt.methods.base import METHODS  # imports JAX, which LoRA's norms do not need
 
     method = METHODS.get(config.peft_type)
     if method is None:

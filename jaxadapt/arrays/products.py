@@ -169,6 +169,15 @@ class PerEntry:
         return f"{low:g} to {high:g}"
 
 
+def needs_layer_number(hparams: Any) -> bool:
+    """Return True if the arithmetic of a site depends on the layer's number."""
+    if isinstance(hparams, PerEntry):
+        return hparams.layers > 1
+    if not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
+        return False
+    return any(needs_layer_number(getattr(hparams, field.name)) for field in dataclasses.fields(hparams))
+
+
 def entry_values(values: Any, entries: tuple[int, ...]) -> Array:
     """Return one number, or a `PerEntry`, as a float32 array of numpy with the shape `entries`."""
     array = np.asarray(values.values if isinstance(values, PerEntry) else values, np.float32)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import jax
@@ -47,6 +47,23 @@ class Draw:
     def kaiming(fan_in: int) -> Draw:
         """Return PyTorch's Kaiming-uniform with a = √5, as for the layers of `torch.nn`: U(−1/√fan_in, 1/√fan_in)."""
         return Draw("uniform", 1 / math.sqrt(fan_in))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drop:
+    """The dropout of one call of a layer.
+
+    Attributes:
+        rate: the probability of each entry of an input to become 0; the other entries are divided by 1 - rate.
+        make_key: returns a random key.
+    """
+
+    rate: float
+    make_key: Callable[[], Array]
+
+    def __call__(self, x: Array) -> Array:
+        kept = jax.random.bernoulli(self.make_key(), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 def missing_array(shape: Sequence[int], dtype: Any, why: str) -> Array:

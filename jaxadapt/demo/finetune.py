@@ -40,8 +40,8 @@ from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.demo.llama import PROJECTIONS, LinenLlama, LlamaConfig, to_linen, to_nnx
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
+from jaxadapt.methods.base import COLLECTIONS, get_method
 from jaxadapt.methods.prompt import PromptMethod
-from jaxadapt.methods.registry import COLLECTIONS, get_method
 
 # ---------------------------------------------------------------- training
 

@@ -32,10 +32,9 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.applied import AppliedMethod
-from jaxadapt.methods.base import Method, PerEntry, at_least_float32
+from jaxadapt.methods.base import Method, PerEntry, at_least_float32, get_method
 from jaxadapt.methods.lora import DIAGONAL
 from jaxadapt.methods.prompt import PromptMethod, StartData
-from jaxadapt.methods.registry import get_method
 from jaxadapt.models import nnx_adapters, planning, trees
 from jaxadapt.models.attention_calls import input_embedding
 from jaxadapt.models.carriers import DEFAULT, Carrier, base_params, carrier, check_free, lora_carrier

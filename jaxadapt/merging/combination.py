@@ -36,8 +36,8 @@ from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, Mismatch
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.pairs import Pair, module_name
+from jaxadapt.methods.base import METHODS as KNOWN
 from jaxadapt.methods.base import at_least_float32
-from jaxadapt.methods.registry import METHODS as KNOWN
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
 

@@ -5,8 +5,7 @@ from jaxadapt.core.lazy import lazy_names
 _NAMES = {
     "configs.listing": "MethodInfo describe_methods",
     "methods.applied": "AppliedMethod",
-    "methods.base": "Change Drop Effects Method Start Target",
+    "methods.base": "Change Drop Effects METHODS Method Start Target get_method register",
     "methods.matrix": "MatrixMethod",
-    "methods.registry": "METHODS get_method register",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

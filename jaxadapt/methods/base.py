@@ -9,6 +9,9 @@ Hyperparameters may differ between stacked layers, or between fused parts. All l
 with its own slice of every array. A value that differs between layers is therefore an entry of a constant for all
 layers, indexed by the layer's number. That number is an array (`LAYER`) that is stacked and sliced as the parameters
 are.
+
+`METHODS` has the methods by type: those of `configs.table`, loaded on first use, and those that other packages
+register.
 """
 
 from __future__ import annotations
@@ -16,30 +19,31 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import importlib
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays.layout import Axes, split_sizes
 from jaxadapt.arrays.products import Operation, PerEntry, Use
-from jaxadapt.arrays.random_draws import Draw, TorchRandom
-from jaxadapt.configs.base import Change
-from jaxadapt.configs.table import FACTS
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, warn
+from jaxadapt.arrays.random_draws import Draw, Drop, TorchRandom
+from jaxadapt.configs.base import Change, Config, class_of
+from jaxadapt.configs.listing import reason_not_applied
+from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, Match
 from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight, axes_tensor, own_tensor
 
 # The file of a method imports these names from here, wherever they are defined.
 __all__ = [
-    "CALL_KEY", "PRIMITIVES", "Array", "Axes", "Change", "Draw", "Drop", "Effects", "Match", "Method", "MethodTensor",
-    "Operation", "Params", "PerEntry", "Shapes", "Start", "Target", "Targets", "TorchRandom", "Use", "adapted_entries",
-    "as_computable", "at_least_float32", "axes_tensor", "file_sizes", "needs_layer_number", "own_tensor",
-    "require_weights", "shared_value", "tensor_roles",
+    "CALL_KEY", "COLLECTIONS", "METHODS", "PRIMITIVES", "Array", "Axes", "Change", "Draw", "Drop", "Effects", "Match",
+    "Method", "MethodTensor", "Operation", "Params", "PerEntry", "Shapes", "Start", "Target", "Targets", "TorchRandom",
+    "Use", "adapted_entries", "as_computable", "at_least_float32", "axes_tensor", "file_sizes", "get_method",
+    "own_tensor", "register", "require_weights", "shared_value", "tensor_roles",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- per entry
@@ -56,15 +60,6 @@ def per_entry(modules: Modules, value: Callable[[str], float], none: float) -> P
 def adapted_entries(modules: Modules) -> PerEntry | None:
     """Return 1 for each adapted entry and 0 for the others, or None if all entries are adapted."""
     return None if modules.all else per_entry(modules, lambda _: 1.0, 0.0)
-
-
-def needs_layer_number(hparams: Any) -> bool:
-    """Return True if the arithmetic of a site depends on the layer's number."""
-    if isinstance(hparams, PerEntry):
-        return hparams.layers > 1
-    if not dataclasses.is_dataclass(hparams) or isinstance(hparams, type):
-        return False
-    return any(needs_layer_number(getattr(hparams, field.name)) for field in dataclasses.fields(hparams))
 
 
 # ---------------------------------------------------------------- target
@@ -227,23 +222,6 @@ CALL_KEY = "call_key"
 
 PRIMITIVES: Mapping[str, str] = MappingProxyType({"conv": "conv_general_dilated", "embedding": "gather"})
 """{kind of a weight: the primitive of its layer, if that is not a matrix product}."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Drop:
-    """The dropout of one call of a layer.
-
-    Attributes:
-        rate: the probability of each entry of an input to become 0; the other entries are divided by 1 - rate.
-        make_key: returns a random key.
-    """
-
-    rate: float
-    make_key: Callable[[], Array]
-
-    def __call__(self, x: Array) -> Array:
-        kept = jax.random.bernoulli(self.make_key(), 1 - self.rate, x.shape)
-        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -617,3 +595,100 @@ def require_weights(method: Method | None) -> None:
             f"{method.peft_type} adds virtual tokens to the input and changes no weight, so it cannot be merged,"
             " combined or converted to LoRA. Keep the adapter beside the model"
         )
+
+
+# ---------------------------------------------------------------- registry
+
+
+class Methods(Mapping[str, Method]):
+    """`{peft_type: method}`; those in `loaded` were used already, or other packages registered them."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Method] = {}
+
+    def __getitem__(self, peft_type: str) -> Method:
+        if peft_type not in self.loaded and peft_type in FACTS:
+            module = importlib.import_module(f"jaxadapt.methods.{peft_type.lower()}")
+            classes = (x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Method))
+            self.loaded[peft_type] = next(x for x in classes if vars(x).get("peft_type") == peft_type)()
+        return self.loaded[peft_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*FACTS, *self.loaded]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, peft_type: object) -> bool:
+        return peft_type in FACTS or peft_type in self.loaded
+
+
+class _Collections(Collection[str]):
+    """The names of the Linen collections, or of the attributes of an NNX layer, that hold each method's adapters."""
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.lower() for name in METHODS)
+
+    def __len__(self) -> int:
+        return len(METHODS)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name == name.lower() and name.upper() in METHODS
+
+
+METHODS = Methods()
+
+COLLECTIONS = _Collections()
+
+
+def get_method(config: Config) -> Method:
+    """Return the method of a configuration; raise `ConfigError` if there is none, or if it would ignore a field."""
+    if not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
+        kind = f"{type(config).__module__}.{type(config).__name__}".removeprefix("builtins.")
+        raise ConfigError(
+            f"expected a configuration such as jaxadapt.LoraConfig(…), found {kind}. The model comes first, as in"
+            " adapt(model, config), init(model, config), select(model, config) and initializers.start(model, config)"
+        )
+    method = METHODS.get(config.peft_type)
+    if method is None:
+        raise ConfigError(
+            f"cannot apply peft_type {config.peft_type!r}: {reason_not_applied(config.peft_type)}. Its files can be"
+            f" read and written unchanged. Implemented methods: {', '.join(sorted(METHODS))}"
+        )
+    method.check(config)
+    return method
+
+
+def register(method: Method, facts: MethodFacts = NO_FACTS) -> Method:
+    """Add a method of another package for this process, and return it.
+
+    Its configuration is a subclass of `jaxadapt.Config` with the same `peft_type` by default. Files of this type then
+    read into that class, and `adapt`, `save`, `load`, `merge` and the other functions accept it.
+
+    Args:
+        method: the method.
+        facts: what lists, cards, `jaxadapt verify`, the demo and servers read about it; see `MethodFacts`.
+
+    Raises `ConfigError` if the type has a method already, or no configuration class, or if a role is unknown.
+
+    >>> register(METHODS["IA3"]).peft_type
+    'IA3'
+    """
+    raise_listed(
+        ConfigError,
+        f"cannot register the method {method.peft_type!r}: expected the roles {', '.join(ROLES)}, found:",
+        [f"{tensor}: {role!r}" for tensor, role in method.roles.items() if role not in ROLES],
+    )
+    if method.peft_type in METHODS and METHODS[method.peft_type] != method:
+        raise ConfigError(
+            f"cannot register the method {method.peft_type!r}: the type has a method already; choose another peft_type"
+        )
+    if class_of(method.peft_type) is None:
+        raise ConfigError(
+            f"cannot register the method {method.peft_type!r}: the type has no configuration. Define a subclass of"
+            f' jaxadapt.Config first, with peft_type: str = "{method.peft_type}"'
+        )
+    METHODS.loaded[method.peft_type] = method
+    if not FACTS[method.peft_type].module:
+        FACTS[method.peft_type] = facts
+    return method

@@ -28,7 +28,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.base import get_method
 from jaxadapt.models import graph, planning, trees
 from jaxadapt.models.carriers import DEFAULT, Model, Wrapper, base_params, carrier, lora_carrier
 from jaxadapt.models.linen_call import repeat_on_stack

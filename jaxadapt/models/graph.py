@@ -24,7 +24,7 @@ from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.arrays import quantized, regions
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.registry import COLLECTIONS
+from jaxadapt.methods.base import COLLECTIONS
 from jaxadapt.models import call
 
 # ---------------------------------------------------------------- params

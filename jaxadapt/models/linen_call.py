@@ -38,9 +38,8 @@ from jaxadapt.methods.applied import (
     refuse_rivals,
     together,
 )
-from jaxadapt.methods.base import Drop, Method
+from jaxadapt.methods.base import Drop, Method, get_method
 from jaxadapt.methods.prompt import BaseSizes
-from jaxadapt.methods.registry import get_method
 from jaxadapt.models import attention_calls, call, prompts, trees
 from jaxadapt.models.trees import Keys
 

@@ -28,8 +28,8 @@ from jaxadapt.core.errors import AttachError, raise_listed, warn
 from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, Match, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
+from jaxadapt.methods.base import get_method
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
-from jaxadapt.methods.registry import get_method
 from jaxadapt.models import attention_calls, call, tracing, trees
 from jaxadapt.models.linen_call import (
     DROPOUT,

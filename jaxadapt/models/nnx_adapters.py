@@ -41,8 +41,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.methods.applied import AppliedMethod, Hook, apply_rows, refuse_rivals, together
-from jaxadapt.methods.base import Drop, Method
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.base import Drop, Method, get_method
 from jaxadapt.models import attention_calls, call, graph, planning, prompts
 
 # ---------------------------------------------------------------- shardings of parameters

@@ -29,8 +29,8 @@ from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, entry_from_axes, linen_example
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.applied import AppliedMethod, Hook
+from jaxadapt.methods.base import get_method
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
-from jaxadapt.methods.registry import get_method
 from jaxadapt.models import attention_calls, call, graph, tracing, trees
 
 # ---------------------------------------------------------------- base params

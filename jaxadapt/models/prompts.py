@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
+from jaxadapt.methods.base import METHODS, get_method
 from jaxadapt.methods.prompt import PREFILLED, PromptMethod, keys_and_values
-from jaxadapt.methods.registry import METHODS, get_method
 from jaxadapt.models import attention_calls
 from jaxadapt.models.attention_calls import AttentionCall, RelativeBias, TakesEmbeddings, TakesKeys, hide_later
 

@@ -21,7 +21,7 @@ from jaxadapt.core.errors import AdapterError, AttachError, TargetError, escape_
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import AppliedMethod
-from jaxadapt.methods.registry import METHODS, get_method
+from jaxadapt.methods.base import METHODS, get_method
 from jaxadapt.models import attachment, graph, planning
 from jaxadapt.models.carriers import Carrier, Wrapper, carrier
 

@@ -38,7 +38,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.keymaps import families
-from jaxadapt.methods.registry import COLLECTIONS
+from jaxadapt.methods.base import COLLECTIONS
 from jaxadapt.models import graph
 from jaxadapt.models.foreign import DIALECTS
 

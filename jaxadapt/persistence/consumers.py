@@ -638,7 +638,7 @@ def _settings(config: Config, tensors: Kinds, nbytes: int, page: Card, image: st
         results = [(name, _value(_plain_number(name, value))) for name, value in page.metrics.items()]
         lines += ["## Results", "", *_table(("metric", "value"), results)]
     if image:
-        from jaxadapt.methods.registry import METHODS  # imports JAX, which a card without a picture does not need
+        from jaxadapt.methods.base import METHODS  # imports JAX, which a card without a picture does not need
 
         method, alt = METHODS.get(config.peft_type), "How much the adapter changes each weight, layer by module"
         what = None if method is None else method.describe_change(config)

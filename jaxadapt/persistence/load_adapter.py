@@ -31,9 +31,8 @@ from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, Mismatc
 from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.methods.base import file_sizes
+from jaxadapt.methods.base import file_sizes, get_method
 from jaxadapt.methods.lora import is_newer_attention_file
-from jaxadapt.methods.registry import get_method
 from jaxadapt.models import planning, trees
 from jaxadapt.models.carriers import DEFAULT, Carrier, carrier, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign

@@ -38,7 +38,7 @@ from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
-from jaxadapt.methods.registry import METHODS, get_method
+from jaxadapt.methods.base import METHODS, get_method
 from jaxadapt.models.carriers import DEFAULT, Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.persistence import fingerprint, formats

@@ -28,7 +28,7 @@ from jaxadapt.core.progress import LOGGER
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
 from jaxadapt.merging.factors import plain_config
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.base import get_method
 from jaxadapt.server.protocol import INCOMPLETE, Piece, RequestError, TextStream, TokenScore, token_scores
 from jaxadapt.serving.generation import Decoder, Sampling, Scores
 from jaxadapt.serving.layout import becomes_lora, compare_shared

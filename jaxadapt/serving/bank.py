@@ -26,7 +26,7 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging.factors import plain_config
 from jaxadapt.methods.applied import IDS, WEIGHTS, Implementation, sort_ids, take_slots
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.base import get_method
 from jaxadapt.models import nnx_adapters, planning
 from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import Model, Module, Wrapper, carrier

@@ -25,8 +25,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.merging.factors import low_rank_form
-from jaxadapt.methods.base import Start
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.base import Start, get_method
 from jaxadapt.models.call import RowLayout, RowSite
 
 # ---------------------------------------------------------------- refusals

@@ -24,8 +24,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.merging import factors
-from jaxadapt.methods.base import at_least_float32
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.base import at_least_float32, get_method
 from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
 from jaxadapt.serving.bank import Bank
 

@@ -36,7 +36,7 @@ def registered(method: Method, **facts: Any) -> Generator[Method]:
     try:
         yield methods.register(method, MethodFacts(**facts))
     finally:
-        METHODS._loaded.pop(method.peft_type, None)
+        METHODS.loaded.pop(method.peft_type, None)
         FACTS.pop(method.peft_type, None)
         Config.classes.pop(method.peft_type, None)
 

@@ -23,8 +23,7 @@ from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, with_layout
 from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight
-from jaxadapt.methods.base import Target
-from jaxadapt.methods.registry import get_method
+from jaxadapt.methods.base import Target, get_method
 from jaxadapt.models.foreign import Dialect, Dims, Pair, layouts
 from jaxadapt.models.foreign.forms import head_axes
 
