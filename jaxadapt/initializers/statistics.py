@@ -300,7 +300,7 @@ def find_components(
     groups = _group_equal_inputs(adapter_sites, observe_moments({}, batches[0], tokens(batches[0])))
     most = {m: max(round(wanted[other] * settings.rho) for other in group) for group in groups.values() for m in group}
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
-    rows = {leaf: count + 4 for leaf, count in _component_counts(group_sites, most).items()}
+    rows = _state_rows(group_sites, most)
     observe = watch(group_sites, components, rows)
     states = {b.leaf: np.zeros((math.prod(b.stack_sizes), rows[b.leaf], b.fan_in), "float32") for b in group_sites}
     found, ranks = _iterate(
@@ -308,11 +308,11 @@ def find_components(
     )
     # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
     chosen = {
-        m: found[head][: ranks[m]] / (np.sqrt(found[head][-4, : ranks[m], None]) if settings.whiten else 1)
+        m: jnp.asarray(found[head][: ranks[m]] / (np.sqrt(found[head][-4, : ranks[m], None]) if settings.whiten else 1))
         for head, group in groups.items()
         for m in group
     }
-    return _with_ranks(config, chosen, settings), {m: jnp.asarray(x) for m, x in chosen.items()}
+    return _with_ranks(config, chosen, settings), chosen
 
 
 def _iterate(
@@ -347,15 +347,15 @@ def _iterate(
     raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
 
 
-def _component_counts(group_sites: Sequence[Site], most: Mapping[str, int]) -> dict[str, int]:
-    """Return {leaf: number of components}; raise `ConfigError` for layers with fewer inputs."""
+def _state_rows(group_sites: Sequence[Site], most: Mapping[str, int]) -> dict[str, int]:
+    """Return {leaf: rows of its state, for k components}; raise `ConfigError` for layers with fewer inputs than k."""
     k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
     raise_listed(
         ConfigError,
         "r * rho exceeds the inputs of these layers; lower r or rho:",
         [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
     )
-    return k
+    return {leaf: count + 4 for leaf, count in k.items()}
 
 
 def _next_states(
@@ -427,7 +427,7 @@ def _token_mask(batch: Any, settings: Settings) -> Any:
     return np.logical_and.reduce(masks) if masks else None
 
 
-def _with_ranks(config: LoraConfig, rows_by_module: Mapping[str, np.ndarray], settings: Settings) -> LoraConfig:
+def _with_ranks(config: LoraConfig, rows_by_module: Mapping[str, Array], settings: Settings) -> LoraConfig:
     """Return the configuration with EVA's ranks, as PEFT writes it: full module names, alphas as floats."""
 
     def alpha(module: str, new: int) -> float:

@@ -32,7 +32,6 @@ from jaxadapt.arrays.layout import Axes, split_sizes
 from jaxadapt.arrays.products import Operation, PerEntry, Use
 from jaxadapt.arrays.random_draws import Draw, Drop, TorchRandom
 from jaxadapt.configs.base import Change, Config, class_of
-from jaxadapt.configs.listing import reason_not_applied
 from jaxadapt.configs.table import FACTS, NO_FACTS, MethodFacts
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, Match
@@ -651,6 +650,8 @@ def get_method(config: Config) -> Method:
         )
     method = METHODS.get(config.peft_type)
     if method is None:
+        from jaxadapt.configs.listing import reason_not_applied  # only this error uses it
+
         raise ConfigError(
             f"cannot apply peft_type {config.peft_type!r}: {reason_not_applied(config.peft_type)}. Its files can be"
             f" read and written unchanged. Implemented methods: {', '.join(sorted(METHODS))}"
