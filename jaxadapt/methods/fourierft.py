@@ -11,9 +11,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxadapt.arrays.products import transform
-from jaxadapt.configs.fixed_bases import FourierFTConfig
 from jaxadapt.methods.families import Spectrum, SpectrumHparams, positions, used_values
-from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, at_least_float32, tensor_roles
+from jaxadapt.methods.matrix import Array, Params, at_least_float32, tensor_roles
 
 
 class FourierFt(Spectrum, peft_type="FOURIERFT"):
@@ -25,9 +24,6 @@ class FourierFt(Spectrum, peft_type="FOURIERFT"):
         {"n_frequency": 12, "scaling": 20.0},
         {"n_frequency": 9, "random_loc_seed": 5, "init_weights": True, "n_frequency_pattern": {".*q(_proj)?": 14}},
     )
-
-    def init(self, config: FourierFTConfig, tensor: MethodTensor, start: Start) -> Draw:
-        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
 
     def delta(self, own: SpectrumHparams, params: Params, w: Array) -> Array:
         values = used_values(params["fourierft_spectrum"], own.count)

@@ -14,12 +14,10 @@ from jaxadapt.configs.low_rank import GraloraConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.methods.matrix import (
     Array,
-    Draw,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
-    Start,
     Target,
     axes_tensor,
     own_tensor,
@@ -57,11 +55,6 @@ class Gralora(MatrixMethod, peft_type="GRALORA"):
 
     def own(self, config: GraloraConfig, target: Target) -> OwnHparams:
         return OwnHparams(config.alpha / (config.r + config.hybrid_r), dropout=config.gralora_dropout)
-
-    def init(self, config: GraloraConfig, tensor: MethodTensor, start: Start) -> Draw:
-        if config.init_weights and tensor.name.startswith("gralora_B"):
-            return Draw("constant", 0.0)
-        return Draw.kaiming(start.shape[1])
 
     def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         a, b = params["gralora_A"], params["gralora_B"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn import relu, sigmoid
 
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, EmbeddingPrompt, Params, dense, draw_dense
+from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, EmbeddingPrompt, Params, dense
 
 _DIRECTIONS = ("forward", "reverse")
 
@@ -57,8 +57,8 @@ class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
         if name == "embedding":
             return super().draw(config, name)
         if name.startswith("lstm"):  # torch's nn.LSTM draws all its tensors alike
-            return draw_dense(config.encoder_hidden_size or config.token_dim)
-        return draw_dense(self.shapes(config, stored=False)[name.replace("bias", "kernel")][0])
+            return Draw.kaiming(config.encoder_hidden_size or config.token_dim)
+        return Draw.kaiming(self.shapes(config, stored=False)[name.replace("bias", "kernel")][0])
 
     def encode(self, config: Any, shared: Params) -> Array:
         x = shared["embedding"]

@@ -18,13 +18,11 @@ from jaxadapt.configs.low_rank import PeanutConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
     Array,
-    Draw,
     Effects,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
-    Start,
     Target,
     axes_tensor,
     own_tensor,
@@ -84,11 +82,6 @@ class Peanut(MatrixMethod, peft_type="PEANUT"):
 
     def own(self, config: PeanutConfig, target: Target) -> OwnHparams:
         return OwnHparams(config.scaling, variant=config.act_fn)
-
-    def init(self, config: PeanutConfig, tensor: MethodTensor, start: Start) -> Draw:
-        if tensor.name == "peanut_B" and config.init_weights:
-            return Draw("constant", 0.0)
-        return Draw.kaiming(start.shape[1])
 
     def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         f = ACTIVATIONS[own.variant]

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMethod, dense, draw_dense
+from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMethod, dense
 
 
 class PrefixTuning(PromptMethod, peft_type="PREFIX_TUNING"):
@@ -46,7 +46,7 @@ class PrefixTuning(PromptMethod, peft_type="PREFIX_TUNING"):
         if zero and name in ("kernel_1", "bias_1"):
             return Draw("constant", 0.0)
         fan_in = config.token_dim if name.endswith("0") else config.encoder_hidden_size or config.token_dim
-        return draw_dense(fan_in)
+        return Draw.kaiming(fan_in)
 
     def encode(self, config: Any, shared: Params) -> Array:
         return dense(shared, 1, jnp.tanh(dense(shared, 0, shared["embedding"])))

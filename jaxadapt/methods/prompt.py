@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -270,11 +269,6 @@ def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:
 def dense(params: Params, i: int, x: Array) -> Array:
     """Return x · kernel_i + bias_i for x (n, in)."""
     return x @ params[f"kernel_{i}"] + params[f"bias_{i}"][None]
-
-
-def draw_dense(fan_in: int) -> Draw:
-    """Return the initial distribution of the kernel and of the bias of a dense layer, as in torch's `nn.Linear`."""
-    return Draw("uniform", 1 / math.sqrt(fan_in))
 
 
 def fill_in(config: Any, values: Mapping[str, Any]) -> Any:

@@ -72,9 +72,7 @@ class Supertuning(MatrixMethod, peft_type="SUPERTUNING"):
         if tensor.name == INDICES:
             scores = jnp.abs(start.w).reshape(-1)
             return jax.lax.top_k(scores if config.select_top else -scores, start.shape[0])[1]
-        if tensor.name == LORA_A or (tensor.name == LORA_B and not config.init_weights):
-            return Draw.kaiming(start.shape[1])
-        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
+        return super().init(config, tensor, start)
 
     def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         values = params[VALUES]
