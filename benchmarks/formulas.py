@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxadapt.methods.lycoris import split_size
-
 from benchmarks.train import BATCH, LENGTH
 from jaxadapt.demo.llama import LlamaConfig, hf_shapes
+from jaxadapt.methods.families import split_size
 
 # (inputs, outputs, tokens, configuration) -> multiplications
 Formula = Callable[[int, int, int, Any], float]

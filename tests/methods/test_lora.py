@@ -15,10 +15,9 @@ from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import make_file_plan
 from jaxadapt.arrays import products
 from jaxadapt.arrays.layout import Axes
-from jaxadapt.arrays.products import LAYER, Operation, Use
+from jaxadapt.arrays.products import LAYER, Operation, Use, needs_layer_number
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.methods import METHODS, AppliedMethod, lora
-from jaxadapt.methods.base import needs_layer_number
 
 LINEAR = Weight("w", "a.q.weight", "i o -> o i")
 TABLE = Weight("w", "a.q.weight", "v d -> v d", kind="embedding")
