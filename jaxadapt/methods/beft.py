@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jaxadapt.configs.full_rank import BeftConfig
 from jaxadapt.methods.matrix import (
     Array,
+    Draw,
     Effects,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
+    Start,
     Target,
     axes_tensor,
     tensor_roles,
@@ -30,6 +32,9 @@ class Beft(MatrixMethod, peft_type="BEFT"):
 
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (axes_tensor("beft_bias", "1 out"),)
+
+    def init(self, config: BeftConfig, tensor: MethodTensor, start: Start) -> Draw:
+        return Draw("constant", 0.0) if config.init_weights else Draw("normal", 1.0)
 
     def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         return jnp.zeros_like(w)

@@ -134,12 +134,12 @@ class MatrixMethod(Method):
     def init(self, config: Any, tensor: MethodTensor, start: Start) -> Draw | Array:
         """Return the initial values of one tensor of a module, as an array or a distribution.
 
-        By default the tensors of `scaled` are 0 if `init_weights` is set. Others of the roles "A" and "B" are drawn as
-        the weights of PyTorch's linear layers, and the rest is normal.
+        By default the tensors of `scaled` are 0 if `init_weights` is set. Other matrices are drawn as the weights of
+        PyTorch's linear layers, and vectors are normal.
         """
         if tensor.name in self.scaled and config.init_weights:
             return Draw("constant", 0.0)
-        return Draw.kaiming(start.shape[1]) if self.roles.get(tensor.name) in ("A", "B") else Draw("normal", 1.0)
+        return Draw.kaiming(start.shape[1]) if len(start.shape) > 1 else Draw("normal", 1.0)
 
     def delta(self, own: Any, params: Params, w: Array) -> Array:
         """Return the change of the weight, (out, in), for methods that add to the weight."""
