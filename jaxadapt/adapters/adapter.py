@@ -398,11 +398,6 @@ def tensor_entries(sites: Sequence[Site]) -> list[BoundTensor]:
     return [*(each for site in sites for each in site.bound), *shared_tensors(sites)]
 
 
-def all_tensors(sites: Sequence[Site]) -> list[MethodTensor]:
-    """Return the tensors of an adapter's sites, and the shared ones."""
-    return [tensor for tensor, _ in tensor_entries(sites)]
-
-
 def file_entries(sites: Sequence[Site]) -> list[BoundTensor]:
     """Return the tensors that a file holds, with their entries."""
     return [each for each in tensor_entries(sites) if each.tensor.in_file]
@@ -493,8 +488,7 @@ def _targeted_entries(
 
 def single_entry_sizes(match: Match) -> dict[str, int]:
     """Return sizes of the braced axes that cover every fused part, of the first layer only."""
-    fused = {axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}
-    return {**dict.fromkeys(match.braced, 1), **fused}
+    return {axis: len(match.weight.index_names(axis) or (axis,)) for axis in match.braced}
 
 
 def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -189,8 +189,9 @@ class ExpertParameter:
     turned: bool = False
 
     def keys(self, side: str) -> list[str]:
-        """Return the suffix of A's or B's key for each part."""
-        return [part_key("", None if side == "A" else 0, part) for part in self.parts]
+        """Return the suffix of A's or B's key for each part; no suffix for the only one."""
+        parts = [part_key("", None if side == "A" else 0, part) for part in self.parts]
+        return parts if len(parts) > 1 else [""]
 
     @property
     def owner(self) -> str:
@@ -409,10 +410,8 @@ def _stack_factors(
         # (expert, out, rank) -> (out, rank, expert)
         stacked = xp.stack([expert["B"] for expert in experts], axis=-1)
         b.append(stacked.reshape(stacked.shape[0], -1))
-    if count == 1:
-        return {("A", ""): a[0], ("B", ""): b[0]}, 1
     keys_a, keys_b = parameter.keys("A"), parameter.keys("B")
-    if parameter.split:
+    if parameter.split or count == 1:
         sides = {"A": zip(keys_a, a, strict=True), "B": zip(keys_b, b, strict=True)}
         return {(side, key): array for side, pairs in sides.items() for key, array in pairs}, 1
     if bitwise_equal(a):

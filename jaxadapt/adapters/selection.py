@@ -365,7 +365,7 @@ def select_sites(
     Raises `TargetError` if nothing matches, or if a match cannot be adapted. Raises `KeyMapError` if a matching weight
     has no entry in the keymap, so that no target is left out silently.
     """
-    in_file = None if found is None else tuple(found.items())
+    in_file = tuple((found or {}).items())
     sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure, in_file)
     if config.get("modules_to_save"):  # not cached: it depends on the task, which equality of configurations ignores
         saved = [name for site in sites if site.method.copies for name in site.modules]
@@ -381,16 +381,16 @@ def _select_sites(
     keymap: KeyMap,
     leaves: tuple[tuple[str, Shape], ...],
     unsure: frozenset[str],
-    in_file: tuple[tuple[str, Shape], ...] | None,
+    in_file: tuple[tuple[str, Shape], ...],
 ) -> tuple[Sites, tuple[str, ...]]:
     """Return the sites of `select_sites`, and its warnings.
 
     The cache compares configurations by equality, so the result must not depend on fields that equality ignores.
     """
     method, shapes = get_method(config), dict(leaves)
-    found = FileShapes(in_file or (), keymap.prefix)
+    found = FileShapes(in_file, keymap.prefix)
     if method.scope == "model":
-        return _select_for_model(config, method, keymap, shapes, in_file), ()
+        return _select_for_model(config, method, keymap, shapes, dict(in_file), found.shared), ()
     mapped, unmapped = _inventory(keymap, shapes, unsure)
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
@@ -465,13 +465,16 @@ def _select_for_model(
     method: Method,
     keymap: KeyMap,
     shapes: Mapping[str, Shape],
-    in_file: tuple[tuple[str, Shape], ...] | None,
+    in_file: Mapping[str, Shape],
+    found: Mapping[str, Shape],
 ) -> Sites:
-    """Return the tensors of a method on the model, and the sites of the copies beside it."""
+    """Return the tensors of a method on the model, and the sites of the copies beside it.
+
+    `found` are the shared tensors of the file `in_file`, by name.
+    """
     read: list[Site] = []
-    found = FileShapes(in_file or (), keymap.prefix).shared
     if isinstance(method, PromptMethod):
-        found = method.names_in_file(dict(in_file or ()))
+        found = method.names_in_file(in_file)
         for covered in _inventory(keymap, shapes, NONE)[0].values():
             targeted = [index for index, name in covered[2].items() if method.reads(config, name)]
             read += [bind_site(config, method, keymap, covered, targeted)] if targeted else []

@@ -539,8 +539,8 @@ def _recover_copy(
             f"{match.leaf!r}: the adapter holds {', '.join(shapes)}, which the configuration does not ask for: none"
             " of modules_to_save, bias and trainable_token_indices names it"
         )
-    covered = match, sizes, parameter_names(match, sizes)
-    return bind_site(config, next(iter(entries.values())), keymap, covered, entries, shapes=shapes)
+    method, covered = next(iter(entries.values())), (match, sizes, parameter_names(match, sizes))
+    return bind_site(config, method, keymap, covered, entries, shapes=shapes)
 
 
 def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:

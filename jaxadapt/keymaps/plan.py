@@ -491,10 +491,9 @@ def plan_entry(
         prefix: the start of the keys; by default that of the keymap.
     """
     form, texts = _file_layout(keymap, match, tensor, sizes)
-    start = keymap.prefix if prefix is None else prefix
-    keys = tuple(tensor_key(start, match, tensor, text) for text in texts)
+    prefix = keymap.prefix if prefix is None else prefix
     path = paths.join(match.leaf, tensor.name) if tensor.name else match.leaf
-    return PlanEntry(path, form, keys)
+    return PlanEntry(path, form, tuple(tensor_key(prefix, match, tensor, text) for text in texts))
 
 
 def _file_layout(

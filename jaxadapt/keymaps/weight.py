@@ -375,8 +375,8 @@ class Weight:
             inputs = tuple(n for group in groups[1:] for n in group)
         if self.is_stored_in_out:
             out, inputs = inputs, out
-        sides = {"in": inputs, "out": out, "channels": channels}
-        return {"fused": fused, "batch": batch + experts, "experts": experts, **sides}
+        batch += experts
+        return {"fused": fused, "batch": batch, "experts": experts, "in": inputs, "out": out, "channels": channels}
 
     @functools.cached_property
     def axes(self) -> Axes:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, all_tensors, is_array
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, is_array, tensor_entries
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.configs import matching
@@ -234,7 +234,7 @@ def count_trained(adapter: Adapter) -> int:
     >>> count_trained(attachment.init(base, LoraConfig(r=2, target_modules=["q"])))
     20
     """
-    trained = {t.name for t in all_tensors(sites_of(adapter)) if t.trained}
+    trained = {t.name for t, _ in tensor_entries(sites_of(adapter)) if t.trained}
     return sum(math.prod(x.shape) for path, x in adapter.flat().items() if path.rpartition(".")[2] in trained)
 
 

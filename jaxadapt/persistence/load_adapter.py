@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import experts, initial_values, peft_tensors, sites
-from jaxadapt.adapters.adapter import Adapter, Site, Sites, all_tensors, file_entries
+from jaxadapt.adapters.adapter import Adapter, Site, Sites, file_entries, tensor_entries
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, is_float
 from jaxadapt.configs import lora
@@ -365,7 +365,7 @@ def adapter_from_tensors(
     )
     if dtype is None and expected.on_device and dtypes != own:  # arrays in memory keep their own dtypes
         leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in expected.plan.entries}
-    if any(not tensor.in_file for tensor in all_tensors(adapter_sites)):
+    if any(not tensor.in_file for tensor, _ in tensor_entries(adapter_sites)):
         leaves = initial_values.init_values(
             recipe.config, adapter_sites, jax.random.key(0), base=base.leaves, base_shardings=base.shardings,
             given=leaves,

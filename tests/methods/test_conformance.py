@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, KeyMap, Weight
 from jaxadapt.adapters import initial_values, selection, sites
-from jaxadapt.adapters.adapter import all_tensors, make_file_plan, map_stack, torch_layout
+from jaxadapt.adapters.adapter import make_file_plan, map_stack, tensor_entries, torch_layout
 from jaxadapt.arrays.products import LETTERS, Use
 from jaxadapt.core import paths
 from jaxadapt.methods import METHODS, AppliedMethod
@@ -102,7 +102,7 @@ def adapted(peft_type: str, i: int, line: Any, targets: tuple[str, ...] = ("q",)
     found = selection.select_sites(config, KeyMap("t", (weight,), order=ORDER), {"w": shape})
     w = random(shape, 1)
     values = initial_values.init_values(config, found, jax.random.key(0), base={"w": w})
-    trained = {t.name for t in all_tensors(found) if t.trained}
+    trained = {t.name for t, _ in tensor_entries(found) if t.trained}
     if noise:  # what no file holds is zero
         forms = {e.path: e.form for site in found for e in site.entries}
         values = {p: forms[p].clear_gaps(x) if p in forms else x for p, x in changed(values, trained).items()}
@@ -151,7 +151,7 @@ def test_a_method_is_stateless_and_its_tensors_are_consistent(peft_type: str, i:
     again = selection.select_sites(config.replace(), KeyMap("t", (PLAIN[0],)), {"w": PLAIN[1]})
     assert found == again
     assert hash(found[0].hparams) == hash(again[0].hparams)
-    tensors = all_tensors(found)
+    tensors = [t for t, _ in tensor_entries(found)]
     assert len({t.name for t in tensors}) == len(tensors)
     for t in tensors:
         role = method.role(found[0].hparams, t.name)
@@ -334,7 +334,7 @@ def test_outputs_and_weights_keep_the_bases_dtype(peft_type: str, i: int, dtypes
 @every_case
 def test_transformations_of_jax(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, PLAIN)
-    trained = {t.name for t in all_tensors(found) if t.trained}
+    trained = {t.name for t, _ in tensor_entries(found) if t.trained}
     (site,) = found
     own = {path.rpartition(".")[2]: x for path, x in values.items()}
     use = use_of(hook_of(found, values))
@@ -398,7 +398,7 @@ def network(peft_type: str, i: int, name: str = "default", seed: int = 2, model:
     config = config_of(peft_type, i, ("q", "up"))
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), name=name, keymap=keymap_of(peft_type))
     adapter = jaxadapt.extract(model, name=name)
-    trained = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}
+    trained = {t.name for t, _ in tensor_entries(sites.sites_of(adapter)) if t.trained}
     values = paths.unflatten(changed(adapter.flat(), trained, seed))
     jaxadapt.inject(model, jaxadapt.Adapter(adapter.config, values, adapter.keymap), name=name)
     return model
@@ -487,7 +487,7 @@ def test_training_in_nnx_changes_the_trained_tensors_only(peft_type: str, i: int
 
     model = network(peft_type, i)
     before = jaxadapt.extract(model).flat()
-    trained = {t.name for t in all_tensors(sites.sites_of(jaxadapt.extract(model))) if t.trained}
+    trained = {t.name for t, _ in tensor_entries(sites.sites_of(jaxadapt.extract(model))) if t.trained}
     roles = optim.roles(nnx.state(model, jaxadapt.AdapterParam))
     assert set(jax.tree.leaves(roles)) <= ROLES
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=jaxadapt.AdapterParam)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import all_tensors
+from jaxadapt.adapters.adapter import tensor_entries
 from jaxadapt.core import paths
 from jaxadapt.demo import llama
 from jaxadapt.initializers import start
@@ -83,7 +83,7 @@ def begun(config: Any, api: str, spread: bool) -> tuple[Any, Any, Any]:
 
 def trained(adapter: Any) -> Any:
     """The adapter with noise on what training changes, where its tensors lie."""
-    names = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}
+    names = {t.name for t, _ in tensor_entries(sites.sites_of(adapter)) if t.trained}
     values = {
         path: x + 0.5 * np.random.default_rng(zlib.crc32(path.encode())).standard_normal(x.shape).astype("f4")
         if path.rpartition(".")[2] in names

@@ -19,7 +19,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AttachError, methods
 from jaxadapt.adapters import selection, sites
-from jaxadapt.adapters.adapter import all_tensors
+from jaxadapt.adapters.adapter import tensor_entries
 from jaxadapt.core import paths
 from jaxadapt.demo.llama import LinenLlama, to_linen, to_nnx
 from tests.support.configs import class_of
@@ -171,7 +171,7 @@ def check_gradients(found: Any, want: dict[str, np.ndarray], peft_type: str) -> 
 
 
 def tensors_of(adapter: Any) -> Any:
-    return all_tensors(sites.sites_of(adapter))
+    return [t for t, _ in tensor_entries(sites.sites_of(adapter))]
 
 
 @pytest.mark.parametrize("scan_axis", [0, 1])

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt import AdapterError, AttachError, ConfigError, KeyMap, KeyMapError, Weight, optim
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import all_tensors
+from jaxadapt.adapters.adapter import tensor_entries
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.cli import main
 from jaxadapt.configs import listing
@@ -61,7 +61,7 @@ def network(peft_type: str) -> Any:
     config = class_of(peft_type)(target_modules=["q", "up"], **METHODS[peft_type].examples[0])
     model = jaxadapt.adapt(Net(), config, rngs=nnx.Rngs(2), keymap=keymap_of(peft_type))
     adapter, random = jaxadapt.extract(model), np.random.default_rng(3)
-    trained = {t.name for t in all_tensors(sites.sites_of(adapter)) if t.trained}
+    trained = {t.name for t, _ in tensor_entries(sites.sites_of(adapter)) if t.trained}
     values = {
         path: x + 0.2 * random.standard_normal(x.shape).astype(x.dtype) if path.rpartition(".")[2] in trained else x
         for path, x in adapter.flat().items()
@@ -196,7 +196,7 @@ def test_the_demo_adapts_the_shapes_of_smollm2(method: str):
     trains = FACTS[config.peft_type].trains
     if not trains.startswith("all tensors of"):
         held = {path.rpartition(".")[2] for path in adapter.flat()}
-        tensors = {t.name: t.trained for t in all_tensors(sites.sites_of(adapter))}
+        tensors = {t.name: t.trained for t, _ in tensor_entries(sites.sites_of(adapter))}
         assert {*trains.split(", ")} == {n.rpartition(":")[2] for n in held if tensors[n]}
 
 

@@ -264,11 +264,13 @@ def dialect_of(library: str) -> Dialect | None:
     >>> dialect_of("gemma").name
     'gemma'
     """
-    for dialect in DIALECTS.values():
-        for change in ("", "/flat"):
-            if library + change in dialect.trains:
-                return get_dialect(dialect.name + change)
-    return None
+    names = (
+        dialect.name + change
+        for dialect in DIALECTS.values()
+        for change in ("", "/flat")
+        if library + change in dialect.trains
+    )
+    return next(map(get_dialect, names), None)
 
 
 def like_pattern() -> re.Pattern[str]:

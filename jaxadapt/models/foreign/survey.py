@@ -133,8 +133,8 @@ class ForeignSites:
         """`{module: alpha}` if the dialect or the tree defines it, else empty."""
         if self.dialect.unscaled:
             return dict(self.ranks)
-        known = [site for site in self.sites if site.match.leaf in self.stored]
-        return {m: self.stored[site.match.leaf] for site in known for m in site.a.modules}
+        stored = self.stored
+        return {m: stored[site.match.leaf] for site in self.sites for m in site.a.modules if site.match.leaf in stored}
 
     @functools.cached_property
     def modules(self) -> frozenset[str]:

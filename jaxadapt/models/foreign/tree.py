@@ -52,12 +52,16 @@ class Placement(NamedTuple):
     Attributes:
         placed: `{path of an array: (the array, its content)}`.
         differ: the arrays whose tensors differ, so that they are concatenated along the rank's axis.
-        need: the rank that each array needs.
     """
 
     placed: dict[str, tuple[FactorArray, Placed]]
     differ: list[str]
-    need: dict[str, int]
+
+    @property
+    def need(self) -> dict[str, int]:
+        """The rank that each array needs: 0 if the file has no tensor for it."""
+        contents = ((path, content.values()) for path, (_, content) in self.placed.items())
+        return {path: max((rows.stop for _, rows, _ in own), default=0) for path, own in contents}
 
 
 def place_tensors(
@@ -71,10 +75,10 @@ def place_tensors(
         same: `(a, b) -> bool`, True if two tensors are bitwise equal.
     """
     rows: dict[str, slice] = {}
-    found = Placement({}, [], {})
+    found = Placement({}, [])
     for site in sites.sites:
         for half in sorted((site.a, site.b), key=lambda half: -half.shared):
-            need, contents = 0, Placed()
+            contents = Placed()
             for first in range(0, len(half.keys), half.shared):
                 sharers = [i for i in range(first, first + half.shared) if half.modules[i] in ratios]
                 groups = _group_equal([tensors[half.keys[i]] for i in sharers], same)
@@ -87,9 +91,7 @@ def place_tensors(
                 for i, group in zip(sharers, groups, strict=True):
                     tensor, module = tensors[half.keys[i]], half.modules[i]
                     rank = int(tensor.shape[half.form.file_rank])
-                    if half.shared == 1 and module in rows:  # its shared partner has set the rows
-                        end = rows[module].stop
-                    else:
+                    if half.shared > 1 or module not in rows:  # else its shared partner has set the rows
                         if group not in ends:
                             end += rank
                             ends[group] = end
@@ -97,8 +99,7 @@ def place_tensors(
                         if rows.setdefault(module, own) != own:
                             found.differ.append(f"{half.path} and its partner are both shared by several modules")
                     contents[i] = tensor, rows[module], ratios[module] if half is site.b else 1.0
-                need = max(end, need)
-            found.placed[half.path], found.need[half.path] = (half, contents), need
+            found.placed[half.path] = half, contents
     return found
 
 
@@ -114,7 +115,8 @@ def _refuse_misfits(sites: ForeignSites, found: Placement, concat: bool) -> None
         "\nTrain the modules with one A, or build the target with a larger rank and pass"
         ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',
     )
-    forms.require_rank({half.path: (half.rank, found.need[half.path]) for half in sites.arrays})
+    need = found.need
+    forms.require_rank({half.path: (half.rank, need[half.path]) for half in sites.arrays})
 
 
 def _group_equal(tensors: Sequence[Array], same: Any) -> list[int]:
@@ -422,8 +424,8 @@ def read_tree(
     warn_unproved(sites.keymap)
     config = survey.infer_config(sites, config, lora_alpha)
     host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
-    tensors = sites.plan.encode(foreign_tree.leaves, host)
-    peft = PeftTensors(config, tensors, f"this {foreign_tree.dialect.name} tree")
+    encoded = sites.plan.encode(foreign_tree.leaves, host)
+    peft = PeftTensors(config, encoded, f"this {foreign_tree.dialect.name} tree")
     if sites.real is None:
         return peft, sites
     parts = parts or sites.real.per_expert
@@ -446,8 +448,7 @@ def extract_adapter(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> A
         [site.match.leaf for site in sites.sites if site.base_shape is None],
     )
     shapes = {site.match.leaf: site.base_shape for site in sites.sites if site.base_shape is not None}
-    adapter_sites = selection.select_sites(peft.config, sites.own_keymap, shapes)
-    leaves = make_file_plan(adapter_sites).decode(peft.tensors)
+    leaves = make_file_plan(selection.select_sites(peft.config, sites.own_keymap, shapes)).decode(peft.tensors)
     return Adapter(peft.config, unflatten(leaves), sites.own_keymap)
 
 
@@ -562,7 +563,7 @@ def needed_rank(
     wide = forms.reserve_rank(pairs, foreign_tree.leaves, as_source(tensors).specs)
     sites, ratios = survey_tree(dataclasses.replace(foreign_tree, leaves=wide), keymap), dict.fromkeys(modules, 1.0)
     found = place_tensors(sites, tensors, ratios, bitwise_same)
-    needed = dict(found.need)
+    needed = found.need
     for pair in pairs:
         filled = (build_array(*found.placed[at], wide[at], False, wide[at].dtype, False) for at in (pair.a, pair.b))
         needed[pair.a] = needed[pair.b] = pair.narrow(*filled)[0].shape[-1]
