@@ -225,10 +225,10 @@ def resolve_keymap(
     # All layers have the same kinds of leaves, so one leaf of each kind is enough. A number at the end is part of a
     # weight's name (wi_0, wi_1). In a model whose blocks are several layers, at most six, these layers differ.
     kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in _BLOCK else "6", p), shape): p for p, shape in shapes.items()}
-    return _recognize(tuple(families.values()), tuple((leaf, shape) for (_, shape), leaf in kinds.items()))
+    leaves = tuple((leaf, shape) for (_, shape), leaf in kinds.items())
+    return _recognize_known(leaves) if families is FAMILIES else _recognize(tuple(families.values()), leaves)
 
 
-@functools.lru_cache(maxsize=128)  # the same model is recognized for each adapter
 def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
     samples, counts, best = dict(leaves), dict[KeyMap, int](), 1
     # In most keymaps few entries match any of these leaves, so their upper bound excludes them cheaply.
@@ -258,6 +258,10 @@ def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, 
             f" keymap={name!r} to use it, or keymap={GENERIC.name!r} for the generic keymap"
         )
     return chosen[0]
+
+
+# The same model is recognized for each adapter. The families are no part of the key: hashing them all takes its time.
+_recognize_known = functools.lru_cache(maxsize=128)(functools.partial(_recognize, tuple(FAMILIES.values())))
 
 
 def family_of_leaves(leaves: Iterable[str], families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
