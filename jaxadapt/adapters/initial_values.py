@@ -362,12 +362,11 @@ def derive_tensor(
         return entry.form.clear_gaps(map_stack(site, change, {**params, **common}, w))
     weights = _weight_rows(site, entry.form, w)
     rows = {t.name: e.form.to_rows(params[t.name]) for t, e in site.bound if t.name in params}
-    made: list[Any] = []
-    for i in range(entry.form.count):
-        own = {name: x[i] for name, x in rows.items()}
-        start = _start(each, key, i, context, w=weights[i], params={**own, **common})
-        made.append(site.method.init(config, tensor, start))
-    return _stack_entries(entry.form, made)
+    starts = (
+        _start(each, key, i, context, w=weights[i], params={**{name: x[i] for name, x in rows.items()}, **common})
+        for i in range(entry.form.count)
+    )
+    return _stack_entries(entry.form, (site.method.init(config, tensor, start) for start in starts))
 
 
 def _weight_rows(site: Site, form: FileLayout, w: Any) -> Any:

@@ -68,18 +68,17 @@ def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
             f"ensure_weight_tying=True has no effect: by the keymap {keymap.name!r} this model has no tied weights (a"
             " head without a leaf of its own). Leave the field out, or list the tied weights in KeyMap(tied=...)"
         )
-    saved: tuple[str, ...] = config.get("modules_to_save") or ()
+    for field in ("modules_to_save", "target_modules"):
+        names: Any = config.get(field) or ()
+        if not isinstance(names, str) and any(name.rpartition(".")[2] in NAMES for name in names):
+            return config.replace(**{field: _with_embeddings(names, tied)})
     targets: Any = config.get("target_modules")
-    if any(name.rpartition(".")[2] in NAMES for name in saved):
-        return config.replace(modules_to_save=_with_embeddings(saved, tied))
     if isinstance(targets, str):
         (embedding,) = set(tied.values())
         suffix = f"|^{re.escape(embedding)}$)"
         if not any(re.fullmatch(targets, name) for name in (*NAMES, embedding)) or targets.endswith(suffix):
             return config
         return config.replace(target_modules=f"(?:{targets}{suffix}")
-    if any(name.rpartition(".")[2] in NAMES for name in targets or ()):
-        return config.replace(target_modules=_with_embeddings(targets, tied))
     if config.get("trainable_token_indices") is None:
         warn(
             "ensure_weight_tying=True has no effect: neither target_modules nor modules_to_save names the embeddings",
