@@ -136,15 +136,12 @@ def unmatched_targets(config: Config, names: Sequence[str]) -> tuple[str, ...]:
     targets: str | tuple[str, ...] | None = config.get("target_modules")
     if targets is None or matching.is_all_linear(config):
         return ()
+    chosen = [name for name in names if matching.is_target(config, name)]
     if isinstance(targets, str):
-        return () if any(matching.is_target(config, name) for name in names) else (targets,)
-    matched: set[str] = set()
-    for name in names:
-        if not matching.is_target(config, name):
-            continue
-        matched.add(name)  # an entry may be the full name …
-        if matching.in_layers(config, name):
-            matched.update(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")  # … or its end
+        return () if chosen else (targets,)
+    in_layers = (name for name in chosen if matching.in_layers(config, name))
+    ends = (name[i + 1 :] for name in in_layers for i, letter in enumerate(name) if letter == ".")
+    matched = {*chosen, *ends}  # an entry may be the full name, or its end
     return tuple(entry for entry in targets if entry not in matched)
 
 
@@ -201,7 +198,7 @@ def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
     ]
 
 
-def unmatched_modules_to_save(config: Config, copied: Iterable[str], tied: Mapping[str, str]) -> list[str]:
+def unmatched_modules_to_save(config: Config, copied: Sequence[str], tied: Mapping[str, str]) -> list[str]:
     """Return a warning for each entry of `modules_to_save` that copies nothing, so that its module is not trained.
 
     Args:
@@ -212,11 +209,8 @@ def unmatched_modules_to_save(config: Config, copied: Iterable[str], tied: Mappi
     module.
     """
     entries: tuple[str, ...] = config.get("modules_to_save") or ()
-    copied = tuple(copied)
-    copied += tuple(
-        head for head, embedding in tied.items() if any(name.startswith(f"{embedding}.") for name in copied)
-    )
-    used = set[str]().union(*(matching.saving_entries(config, name) for name in copied))
+    heads_too = (h for h, embedding in tied.items() if any(name.startswith(f"{embedding}.") for name in copied))
+    used = set[str]().union(*(matching.saving_entries(config, name) for name in (*copied, *heads_too)))
     heads = matching.HEADS.get(config.task_type or "", ())
     warnings = [
         f"modules_to_save: {entry!r} matches no module" for entry in entries if entry not in used and entry not in heads
@@ -238,18 +232,13 @@ def _near_misses(entry: str, names: Sequence[str]) -> str:
 
 def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
     """Return warnings for patterns of one field that match no target, or the same target as another pattern."""
-    names_by_pattern: dict[str, list[str]] = {key: [] for key in patterns}
-    for name in chosen:
-        for key in matching_patterns(patterns, name):
-            names_by_pattern[key].append(name)
-    unmatched = [
-        f"{field}: {key!r} matches none of the targets" for key, names in names_by_pattern.items() if not names
-    ]
-    first: dict[str, str] = {}
+    keys_of = {name: matching_patterns(patterns, name) for name in chosen}
+    used = {key for keys in keys_of.values() for key in keys}
+    unmatched = [f"{field}: {key!r} matches none of the targets" for key in patterns if key not in used]
     pairs: dict[tuple[str, str], str] = {}
-    for key, name in ((key, name) for key, names in names_by_pattern.items() for name in names):
-        if (other := first.setdefault(name, key)) != key:
-            pairs.setdefault((other, key), name)
+    for name, keys in keys_of.items():
+        for key in keys[1:]:
+            pairs.setdefault((keys[0], key), name)
     ambiguous = [f"{field}: {a!r} and {b!r} both match {name}, where the first wins" for (a, b), name in pairs.items()]
     return [
         *(*unmatched[:_LIMIT], *_remaining(unmatched, field + ": {} more match none of the targets")),

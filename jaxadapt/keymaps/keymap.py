@@ -352,6 +352,23 @@ def coverage(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(keymap.match(leaf) is not None for leaf in shapes) if fits else 0
 
 
+def shape_problem(match: Match, shape: Sequence[int]) -> str:
+    """Return how the shape of a leaf contradicts its entry; "" if it does not."""
+    weight, fixed = match.weight, dict(match.weight.sizes)
+    if len(weight.left) != len(shape):
+        return (
+            f"leaf {match.leaf!r} has shape {tuple(shape)}, but the pattern of its entry, {weight.pattern!r}, names"
+            f" {len(weight.left)} axes"
+        )
+    for axis, size in zip(weight.left, shape, strict=True):
+        names = weight.index_names(axis) if axis.startswith("{") else None
+        if names is not None and len(names) != size:
+            return f"leaf {match.leaf!r} has size {size} on its fused axis, but its entry names {list(names)}"
+        if fixed and size % math.prod(fixed.get(name, 1) for name in axis_parts(axis)):
+            return f"leaf {match.leaf!r}: an axis of size {size} cannot be split as {axis} with the sizes {fixed}"
+    return ""
+
+
 def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Yield the reasons why a model with these leaves is not of the family, one for each leaf."""
     sizes: dict[tuple[str, tuple[int, int]], dict[int, str]] = {}
@@ -365,18 +382,12 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
             continue
         matched_leaves.add(matched.weight.leaf)
         identified = identified or matched.weight.is_layer_matrix
-        mismatch = f"{leaf} {shape}: its entry has the pattern {matched.weight.pattern!r}"
-        if len(matched.weight.left) != len(shape):
-            yield mismatch
+        if problem := shape_problem(matched, shape):
+            yield problem
             continue
-        fixed = dict(matched.weight.sizes)
+        mismatch = f"{leaf} {shape}: its entry has the pattern {matched.weight.pattern!r}"
         for name, size in zip(matched.weight.left, shape, strict=True):
-            if fixed and size % (parts := math.prod(fixed.get(n, 1) for n in axis_parts(name))):
-                yield f"{mismatch}, but {size} is not a multiple of {parts}"
-            names = matched.weight.index_names(name)
-            if names is not None and len(names) != size:
-                yield f"{mismatch}, where {name} has the entries {', '.join(names)}"
-            if name.startswith("{") and names is None:
+            if name.startswith("{") and matched.weight.index_names(name) is None:
                 sizes.setdefault((name, matched.weight.layers), {}).setdefault(size, mismatch)
                 if size != (count := counts.get(matched.weight.leaf, size)):
                     yield f"{mismatch}, where {name} is {count}"

@@ -30,7 +30,7 @@ from jaxadapt.arrays.layout import RANK, Array, FileLayout, part_sizes
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
-from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
+from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, shape_problem
 from jaxadapt.keymaps.weight import MethodTensor
 
 # ---------------------------------------------------------------- parts
@@ -246,22 +246,9 @@ def model_shape(match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) ->
 
 def axis_sizes(match: Match, shape: Sequence[int]) -> dict[str, int]:
     """Return the axis sizes of a base leaf by name; raise `MismatchError` if its entry contradicts the shape."""
-    left = match.weight.left
-    if len(left) != len(shape):
-        raise MismatchError(
-            f"leaf {match.leaf!r} has shape {tuple(shape)}, but the pattern of its entry, {match.weight.pattern!r},"
-            f" names {len(left)} axes"
-        )
-    sizes = dict(zip(left, shape, strict=True))
-    for axis, size in sizes.items():
-        part_sizes(axis, size, dict(match.weight.sizes))
-    for axis in match.roles["fused"]:
-        names = match.weight.index_names(axis)
-        if names is not None and len(names) != sizes[axis]:
-            raise MismatchError(
-                f"leaf {match.leaf!r} has size {sizes[axis]} on its fused axis, but its entry names {list(names)}"
-            )
-    return sizes
+    if problem := shape_problem(match, shape):
+        raise MismatchError(problem)
+    return dict(zip(match.weight.left, shape, strict=True))
 
 
 def axis_sizes_from_tensors(
