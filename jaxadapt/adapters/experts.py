@@ -81,9 +81,10 @@ def join_tensors(
         f" which is exact, and multiplies the rank by {growth_factors}. For experts,"
         " keymap='FAMILY/per-expert' writes one LoRA for each expert instead",
     )
-    joined: dict[str, Array] = {name: tensors[name] for name in groups if name not in parts_of}
-    for name, parts in parts_of.items():
-        joined[name] = join_parts([tensors[key] for key in parts], parts, tensors[parts[0]].__array_namespace__())
+    joined = {name: tensors[name] for name in groups if name not in parts_of} | {
+        name: join_parts([tensors[key] for key in parts], parts, tensors[parts[0]].__array_namespace__())
+        for name, parts in parts_of.items()
+    }
     if not different:
         return config, joined
     assert isinstance(config, LoraConfig)

@@ -226,10 +226,8 @@ def init_values(
 
 def _list_tensors(sites: Sequence[Site]) -> list[_Wanted]:
     wanted = [_Wanted(*each, site, site.method) for site in sites for each in site.bound]
-    method = sites.method if isinstance(sites, Sites) else None
-    for each in shared_tensors(sites):
-        assert method is not None
-        wanted.append(_Wanted(each.tensor, each.entry, None, method))
+    if isinstance(sites, Sites) and sites.method is not None:
+        wanted += [_Wanted(*each, None, sites.method) for each in sites.shared]
     return wanted
 
 

@@ -280,10 +280,8 @@ def _inventory(
             mapped[leaf] = (match, sizes, match.modules(sizes))
     # If a module has a mapped weight, its name selects that weight; other leaves need names of their own.
     covered = {leaf.rpartition(".")[0] for leaf in mapped}
-    for leaf, (*other_names, parent) in list(unmapped.items()):
-        if parent in covered:
-            unmapped[leaf] = tuple(other_names)
-    return mapped, {leaf: names for leaf, names in unmapped.items() if names}
+    named = {leaf: tuple(name for name in names if name not in covered) for leaf, names in unmapped.items()}
+    return mapped, {leaf: names for leaf, names in named.items() if names}
 
 
 def _module_names(mapped: Mapped, unmapped: Mapping[str, tuple[str, ...]]) -> list[str]:

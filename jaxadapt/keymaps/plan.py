@@ -527,9 +527,8 @@ def make_plan(entries: Sequence[PlanEntry]) -> Plan:
 def contested_keys(entries: Iterable[PlanEntry]) -> list[str]:
     """Return the keys that several leaves claim, each with these leaves."""
     owners: dict[str, list[str]] = {}
-    for entry in entries:
-        for key in entry.keys:
-            owners.setdefault(key, []).append(entry.path)
+    for key, leaf in ((key, entry.path) for entry in entries for key in entry.keys):
+        owners.setdefault(key, []).append(leaf)
     return [f"{key}: {', '.join(sorted(leaves))}" for key, leaves in owners.items() if len(leaves) > 1]
 
 

@@ -111,11 +111,11 @@ def weight_shapes(tensors: Shapes) -> dict[str, tuple[int, ...]]:
     A weight whose tensors do not determine its shape is left out.
     """
     weights: dict[str, tuple[int, ...]] = {}
-    for module, shapes in adapted_shapes(tensors).items():
-        for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-            if a in shapes and b in shapes and len(shapes[a]) == len(shapes[b]):
-                shape = (shapes[b][0], *shapes[a][1:])  # (out, in, window…), or (dim, vocabulary) for an embedding
-                weights[f"{module}.weight"] = shape if a == "lora_A" else shape[::-1]
+    names = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+    for (module, shapes), (a, b) in itertools.product(adapted_shapes(tensors).items(), names):
+        if a in shapes and b in shapes and len(shapes[a]) == len(shapes[b]):
+            shape = (shapes[b][0], *shapes[a][1:])  # (out, in, window…), or (dim, vocabulary) for an embedding
+            weights[f"{module}.weight"] = shape if a == "lora_A" else shape[::-1]
     return weights
 
 

@@ -339,13 +339,12 @@ def with_slot(
         used: `{path of A: (used rank, scale)}`.
     """
     out: dict[str, Any] = {}
-    for pairs in dialect.claim(leaves).values():
-        for a, b, _ in pairs[:1]:
-            ranks, scales = dialect.slot_paths(a)
-            index = (*[slice(None)] * (leaves[ranks].ndim - 1), slot)
-            rank, scale = used.get(a, (0, 0.0))
-            for path, value in ((a, new[a]), (b, new[b]), (ranks, rank), (scales, scale)):
-                out[path] = _replace_slot(leaves[path], index, value)
+    for (a, b, _), *_ in dialect.claim(leaves).values():
+        ranks, scales = dialect.slot_paths(a)
+        index = (*[slice(None)] * (leaves[ranks].ndim - 1), slot)
+        rank, scale = used.get(a, (0, 0.0))
+        values = {a: new[a], b: new[b], ranks: rank, scales: scale}
+        out |= {path: _replace_slot(leaves[path], index, value) for path, value in values.items()}
     return out
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from jaxadapt.arrays.layout import RANK, Array, FileLayout, axis_parts
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
@@ -139,12 +139,13 @@ class ForeignSites:
     @functools.cached_property
     def modules(self) -> frozenset[str]:
         """All modules of the base in the keymap, adapted or not; empty without a base."""
-        out: set[str] = set()
-        for leaf, shape in self.base.items():
-            match = self.keymap.match(leaf)
-            if match and len(match.weight.left) == len(shape) and match.weight.key.rpartition(".")[2] == "weight":
-                out |= set(match.modules(plan.axis_sizes(match, shape)).values())
-        return frozenset(out)
+        matches = ((self.keymap.match(leaf), shape) for leaf, shape in self.base.items())
+        modules = (
+            match.modules(plan.axis_sizes(match, shape))
+            for match, shape in matches
+            if match and len(match.weight.left) == len(shape) and match.weight.key.rpartition(".")[2] == "weight"
+        )
+        return frozenset(name for names in modules for name in names.values())
 
 
 def survey_sites(
@@ -532,8 +533,7 @@ def _factor_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _contradictions(field: str, values: Mapping[str, Any], patterns: Mapping[str, Any], default: Any) -> list[str]:
-    if not isinstance(patterns, FrozenDict):
-        patterns = FrozenDict(patterns)  # its lookups do not try every pattern
+    """Return the modules whose value in the tree is not the one of the configuration, by the field's patterns."""
     return [
         f"{module}: {field} {found:g} in the tree, {want:g} in the configuration"
         for module, found in values.items()
@@ -576,12 +576,12 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
         _unsupported(config, dialect),
     )
     _require_alphas(sites, config, lora_alpha)
-    out: dict[str, float] = {}
-    for module, rank in sites.ranks.items():
-        if matching.is_target(config, module):
-            ratio = config.scale_of(module) / (sites.alphas.get(module, lora_alpha or 0.0) / rank)
-            out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # equal in float32
-    return out
+    ratios = {
+        module: config.scale_of(module) / (sites.alphas.get(module, lora_alpha or 0.0) / rank)
+        for module, rank in sites.ranks.items()
+        if matching.is_target(config, module)
+    }
+    return {module: 1.0 if abs(ratio - 1) < 2**-23 else ratio for module, ratio in ratios.items()}  # equal in float32
 
 
 def _require_alphas(sites: ForeignSites, config: LoraConfig, lora_alpha: float | None) -> None:
