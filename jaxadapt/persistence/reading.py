@@ -224,61 +224,52 @@ def _number(value: Any, is_rank: bool) -> Any:
 # ---------------------------------------------------------------- versions and scales
 
 
-def _check_values(config: Config, values: Mapping[str, Any] | None) -> Iterator[Finding]:
+def _check_values(config: Config, values: Mapping[str, Any] | None) -> list[Finding]:
     """Find values that PEFT takes, and that are suspicious.
 
     Args:
         config: the configuration.
         values: those that its file states; None for a copy of the configuration.
     """
-    name = next((name for name in ("lora_alpha", "alpha") if name in config.to_dict()), None)
-    if values is not None and name is not None and not isinstance(config, GenericConfig):
-        text = f"{name} is 0: PEFT multiplies the change by 0, so the adapter has no effect"
-        text = text if name in values else f"{name} is missing: PEFT takes {config.get(name)}"
-        if name not in values or config.get(name) == 0:
-            yield warning(
-                "alpha",
-                (name,),
-                text,
-                "the alpha of the training, on which the scale depends",
-                f"state {name} as it was in the training",
-            )
-    unknown = [] if isinstance(config, GenericConfig) else sorted(config.extra)
+    is_known, is_newer = not isinstance(config, GenericConfig), _version(config.peft_version or "") > _NEWEST
+    alpha, stated = next((name for name in ("lora_alpha", "alpha") if name in config.to_dict()), ""), values or {}
+    zero = f"{alpha} is 0: PEFT multiplies the change by 0, so the adapter has no effect"
+    unknown = sorted(config.extra) if is_known else []
     old = [name for name in unknown if name in _OLD_FIELDS and config.extra[name] not in (_OLD_FIELDS[name], False)]
-    if old:
-        yield error(
-            "old-layout",
-            old,
-            f"{', '.join(old)} is set: PEFT before 0.3 wrote it, with a layer of merged"
-            " projections whose tensors have another layout",
-            "a configuration of PEFT 0.3 or newer",
+    rows = (
+        (is_known and alpha and values is not None and (alpha not in stated or config.get(alpha) == 0), warning(
+            "alpha", (alpha,), zero if alpha in stated else f"{alpha} is missing: PEFT takes {config.get(alpha)}",
+            "the alpha of the training, on which the scale depends", f"state {alpha} as it was in the training",
+        )),
+        (old, error(
+            "old-layout", old, f"{', '.join(old)} is set: PEFT before 0.3 wrote it, with a layer of merged"
+            " projections whose tensors have another layout", "a configuration of PEFT 0.3 or newer",
             "load it with that version of PEFT, merge it, or split the merged projections",
-        )
-    if _version(config.peft_version or "") > _version(PEFT_VERSION):
-        fields = f", with fields unknown here: {', '.join(unknown)}" if unknown else ""
-        yield warning(
-            "newer-peft",
-            ("peft_version", *unknown),
-            f"PEFT {config.peft_version} wrote the configuration{fields}",
+        )),
+        (is_newer, warning(
+            "newer-peft", ("peft_version", *unknown), f"PEFT {config.peft_version} wrote the configuration"
+            + (f", with fields unknown here: {', '.join(unknown)}" if unknown else ""),
             f"PEFT {PEFT_VERSION} or older, which this version of jaxadapt follows",
             "update jaxadapt, and compare the outputs with PEFT's",
-        )
-    elif unknown:
-        yield note(
-            "unknown-fields",
-            unknown,
+        )),
+        (unknown and not is_newer, note(
+            "unknown-fields", unknown,
             f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
-        )
-    if not peft_tensors.is_known_method(config.peft_type):
-        yield warning(
+        )),
+        (not peft_tensors.is_known_method(config.peft_type), warning(
             "unknown-method", ("peft_type",), f"PEFT {PEFT_VERSION} has no method {config.peft_type}",
             "a method of PEFT", "load it with the program that wrote it",
-        )  # fmt: skip
+        )),
+    )  # fmt: skip
+    return [finding for is_met, finding in rows if is_met]
 
 
 def _version(text: str) -> tuple[int, ...]:
     match = re.match(r"\d{1,9}(\.\d{1,9})*", text)
     return tuple(map(int, match[0].split("."))) if match else ()
+
+
+_NEWEST = _version(PEFT_VERSION)
 
 
 # ---------------------------------------------------------------- keys

@@ -148,13 +148,10 @@ class RunFolder:
         """Return `{step: metric}`, best first, of the given steps and of the best ones that they record."""
         objective = self._find_objective(paths)
         ((mode, name),) = objective.items()
-        values: dict[int, float] = {}
-        recorded: dict[int, float] = {}
-        for step, path in paths.items():
-            if (record := self._read_record_if_present(step, path)) is not None:
-                values[step] = record.metrics.get(name, math.nan)
-                if record.best is not None and record.objective == objective:
-                    recorded |= dict([record.best])
+        found = ((step, self._read_record_if_present(step, path)) for step, path in paths.items())
+        records = {step: record for step, record in found if record is not None}
+        values = {step: record.metrics.get(name, math.nan) for step, record in records.items()}
+        recorded = dict(r.best for r in records.values() if r.best is not None and r.objective == objective)
         return _rank_values(recorded | values, mode)
 
     def _path(self, step: int) -> location.Location:

@@ -542,11 +542,12 @@ def _file_keys(
     stored = {} if layout is None else layout.alphas
     if style == DIFFUSERS and not stored:
         return names, {}, settings
-    alphas: dict[str, tuple[str, float]] = {}
-    for module, (rank, alpha) in settings.items():
-        if module in stored or rank != alpha or (style == KOHYA and layout is None):
-            end = f"{kohya[module] if style == KOHYA else module}.{ALPHA}"
-            alphas[module] = (stored.get(module, end), alpha)
+    beginnings = kohya if style == KOHYA else {module: module for module in settings}
+    alphas = {
+        module: (stored.get(module, f"{beginnings[module]}.{ALPHA}"), alpha)
+        for module, (rank, alpha) in settings.items()
+        if module in stored or rank != alpha or (style == KOHYA and layout is None)
+    }
     return names, alphas, {}
 
 

@@ -127,16 +127,13 @@ def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[in
     """Return why the tensors contradict an edited configuration; None if they do not."""
     if edited.peft_type != stored.peft_type:
         return f"their type is {stored.peft_type}"
-    for key, shape in shapes.items():
-        module = tensor_module(stored, key)
-        if module is None:
-            continue
+    modules = {key: module for key in shapes if (module := tensor_module(stored, key)) is not None}
+    for key, module in modules.items():
         if not matching.is_target(edited, module):
             return f"it does not target {key}"
-        if isinstance(edited, LoraConfig) and key.endswith(".lora_A.weight"):
-            rank = edited.rank_of(module)
-            if shape[:1] != (rank,):
-                return f"{key} has rank {shape[0]}, not {rank}"
+        rank = edited.rank_of(module) if isinstance(edited, LoraConfig) and key.endswith(".lora_A.weight") else None
+        if rank is not None and shapes[key][:1] != (rank,):
+            return f"{key} has rank {shapes[key][0]}, not {rank}"
     return None
 
 
