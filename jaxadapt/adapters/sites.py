@@ -41,7 +41,16 @@ from jaxadapt.adapters.adapter import (
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError, raise_listed, warn
+from jaxadapt.core.errors import (
+    AttachError,
+    ConfigError,
+    KeyMapError,
+    MismatchError,
+    TargetError,
+    bullets,
+    raise_listed,
+    warn,
+)
 from jaxadapt.keymaps.keymap import KeyMap, Match, entry_for_copy, is_guess, is_square, layout_advice, tied_heads
 from jaxadapt.keymaps.plan import Encoded, PlanEntry, axis_sizes, make_plan, plan_entry, stack_sizes
 from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
@@ -551,12 +560,11 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
     missing += [each.entry.path for each in sites.shared if each.entry.path not in leaves]
     if method is not None and method.scope == "site" and not sites:
         missing.append("the tensors of its modules")
-    raise_listed(
-        AttachError,
-        "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
-        " variables:",
-        missing,
-    )
+    if missing:
+        raise AttachError(
+            "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
+            f" variables:\n{bullets(missing)}"
+        )
 
 
 def _wrong_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> list[str]:

@@ -28,7 +28,16 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.validation import mlx_keys
-from jaxadapt.core.errors import AttachError, ConfigError, FileError, FormatError, MismatchError, raise_listed, warn
+from jaxadapt.core.errors import (
+    AttachError,
+    ConfigError,
+    FileError,
+    FormatError,
+    MismatchError,
+    bullets,
+    raise_listed,
+    warn,
+)
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import consumers, fingerprint, formats
@@ -401,12 +410,11 @@ def _file_specs(tensors: peft_tensors.PeftTensors, folder: location.Location) ->
     specs = arrays.specs if isinstance(arrays, TensorSource) else arrays
     if not specs:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")
-    raise_listed(
-        MismatchError,
-        f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
-        " a model and save that:",
-        [key for key in specs if key.endswith("]")],
-    )
+    if parts := [key for key in specs if key.endswith("]")]:
+        raise MismatchError(
+            f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
+            f" a model and save that:\n{bullets(parts)}"
+        )
     if integers := {key: spec for key, spec in specs.items() if not is_float(spec.dtype)}:
         peft_tensors.require_floats(tensors.config, integers, folder)
     return {key: (np.dtype(spec.dtype), tuple(spec.shape)) for key, spec in specs.items()}
