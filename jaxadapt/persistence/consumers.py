@@ -625,11 +625,13 @@ def _vllm(config: Config, place: HubAddress | None, base: str | None) -> list[st
 
 
 def _settings(config: Config, tensors: Kinds, nbytes: int, page: Card, image: str | None) -> list[str]:
-    rows = [("method", config.peft_type + (f", {config.task_type}" if config.task_type else ""))]
     target = config.get("target_modules")
-    if target is not None:
-        rows.append(("target_modules", target if isinstance(target, str) else ", ".join(sorted(target))))
-    rows += [(name, _value(value)) for name, value in config.shown_fields().items()]
+    targets = target if isinstance(target, str) else ", ".join(sorted(target or ()))
+    rows = [
+        ("method", config.peft_type + (f", {config.task_type}" if config.task_type else "")),
+        *([] if target is None else [("target_modules", targets)]),
+        *((name, _value(value)) for name, value in config.shown_fields().items()),
+    ]
     size = f"{sum(math.prod(shape) for _, shape in tensors.values()):,} parameters in {len(tensors)} tensors"
     dtypes = "/".join(sorted({dtype for dtype, _ in tensors.values()}))
     rows.append(("size", f"{size}, {dtypes}, {size_text(nbytes)}"))

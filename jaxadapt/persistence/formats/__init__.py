@@ -270,7 +270,6 @@ def note(code: str, subjects: Iterable[str], found: str, remedy: str = "") -> Fi
 
 
 EXPECTED = "adapter_config.json and adapter_model.safetensors of PEFT"
-MODEL_FILES = (hf_model.SINGLE_FILE, hf_model.INDEX, hf_model.BIN, hf_model.BIN_INDEX)
 _MLX = (
     "name the weights adapters.safetensors, with mlx-lm's own adapter_config.json beside them; jaxadapt convert FOLDER"
     " OUT then writes PEFT's folder"
@@ -315,7 +314,8 @@ def missing_files(place: Place) -> Finding:
     with contextlib.suppress(FileError):
         adapters = [name for name in present[:64] if location.exists(at / name / location.CONFIG)]
     steps = list(filter(run_folder.NAME.fullmatch, present))
-    model = [] if has_config else sorted(names.intersection(MODEL_FILES))
+    of_models = {hf_model.SINGLE_FILE, hf_model.INDEX, hf_model.BIN, hf_model.BIN_INDEX}
+    model = [] if has_config else sorted(names & of_models)
     mlx = sorted({location.MLX_WEIGHTS, "adapters.npz"}.intersection(present))
     diffusers = [name for name in present if name.startswith("pytorch_lora_weights.")]
     rows = (

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
-from jaxadapt.arrays.tensor_source import Kinds, TensorSource, dtype_name, is_float
+from jaxadapt.arrays.tensor_source import Kinds, TensorSource, as_source, dtype_name, is_float
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.lora import LoraConfig
@@ -399,15 +399,13 @@ def _replace(
 
 def _file_specs(tensors: peft_tensors.PeftTensors, folder: location.Location) -> dict[str, tuple[Any, tuple[int, ...]]]:
     """Return `{key: (dtype, shape)}`. Raises `MismatchError` for tensors that PEFT's file cannot hold."""
-    import numpy as np
-
     arrays = tensors.tensors
     if not isinstance(arrays, TensorSource):
         from jaxadapt.adapters.adapter import is_array
 
         others = [f"{k}: {type(v).__name__}" for k, v in arrays.items() if not is_array(v)]
         raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
-    specs = arrays.specs if isinstance(arrays, TensorSource) else arrays
+    specs = as_source(arrays).specs
     if not specs:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")
     if parts := [key for key in specs if key.endswith("]")]:
@@ -417,7 +415,7 @@ def _file_specs(tensors: peft_tensors.PeftTensors, folder: location.Location) ->
         )
     if integers := {key: spec for key, spec in specs.items() if not is_float(spec.dtype)}:
         peft_tensors.require_floats(tensors.config, integers, folder)
-    return {key: (np.dtype(spec.dtype), tuple(spec.shape)) for key, spec in specs.items()}
+    return {key: (spec.dtype, tuple(spec.shape)) for key, spec in specs.items()}
 
 
 def _replaced_text(folder: location.Location, as_bin: bool) -> str | None:
@@ -470,7 +468,7 @@ def _value(tensors: Mapping[str, Any], key: str) -> Any:
     import numpy as np
 
     try:
-        return np.asarray(tensors.read(key) if isinstance(tensors, TensorSource) else tensors[key])
+        return np.asarray(tensors[key])
     except RuntimeError as error:  # JAX has no class for this error
         if "deleted" not in str(error):
             raise
