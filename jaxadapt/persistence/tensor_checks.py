@@ -219,8 +219,9 @@ def _check_targets(modules: Modules, config: Config, family: str) -> Iterator[Fi
     ):
         return
     # No target selects the rows of an embedding, and the tensors of the whole adapter.
-    others = {name for name, tensors in modules.items() if all(part.startswith("token_adapter") for part in tensors)}
-    adapted = [name for name in modules if name not in ("", "base_model", *others)]
+    of_rows = {"", "base_model"}
+    of_rows |= {name for name, parts in modules.items() if all(part.startswith("token_adapter") for part in parts)}
+    adapted = [name for name in modules if name not in of_rows]
     targets: str | Sequence[str] | None = config.get("target_modules")
     by_parameters = config.get("target_parameters")
     if targets is None:

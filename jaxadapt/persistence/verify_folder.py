@@ -351,9 +351,8 @@ def check_identity(
     if place.suffix == ".json":
         return
     keys, found = weight_names(stored, shapes), None
-    with contextlib.suppress(
-        errors.FileError, errors.FormatError
-    ):  # the other checks report it, or the base is quantized
+    # The other checks report an error of the files, or the base is quantized.
+    with contextlib.suppress(errors.FileError, errors.FormatError):
         if keys is not None:
             with hf_model.open_model(place) as tensors:
                 hf_model.refuse_packed(tensors)
@@ -427,9 +426,8 @@ def _check_content(
         return [] if config is None or tensors is not None else [_describe_method(config, None)]
     shapes = {name: specs[key][1] for name, key in keys.items()}
     dtypes = {name: specs[key][0] for name, key in keys.items()}
-    sizes = [
-        math.prod(shapes[name]) * safetensors.BITS.get(dtype, 128) // 8 for name, dtype in dtypes.items()
-    ]  # C128 of .bin
+    # A .bin file may have the dtype C128, which safetensors lacks.
+    sizes = [math.prod(shapes[name]) * safetensors.BITS.get(dtype, 128) // 8 for name, dtype in dtypes.items()]
     progress = byte_counter(report, "verify", sum(sizes))
 
     def get(key: str) -> Any:
