@@ -520,17 +520,8 @@ def _file_keys(
     modules = {key: split_key(key) for key in tensors.tensors}
     settings = _file_settings(tensors, modules)
     kohya, known = kohya_keys(settings), {} if layout is None else layout.keys
-
-    def file_key(key: str) -> str | None:
-        module, name = modules[key]
-        if key in known:
-            return known[key]
-        if style == DIFFUSERS:
-            return key.removeprefix(PEFT_PREFIX) if method == "LORA" and name else None
-        ending = KOHYA_ENDINGS.get((method, name))
-        return None if ending is None else f"{kohya[module]}.{ending}"
-
-    names = {key: found for key in modules if (found := file_key(key)) is not None}
+    found = {**_new_keys(modules, method, style, kohya), **known}
+    names = {key: found[key] for key in modules if key in found}
     raise_listed(
         MismatchError,
         f"{tensors.source}: cannot write one file of {style}, which has no name for:",
@@ -549,6 +540,23 @@ def _file_keys(
         if module in stored or rank != alpha or (style == KOHYA and layout is None)
     }
     return names, alphas, {}
+
+
+def _new_keys(
+    modules: Mapping[str, tuple[str, str]], method: str, style: str, kohya: Mapping[str, str]
+) -> dict[str, str]:
+    """Return {PEFT's key: the key in a new file} of the tensors for which the style has a name.
+
+    Args:
+        modules: the module and the tensor's name of each key.
+        method: the method.
+        style: the style.
+        kohya: the names of the modules in kohya-ss.
+    """
+    if style == DIFFUSERS:
+        return {key: key.removeprefix(PEFT_PREFIX) for key, (_, name) in modules.items() if name and method == "LORA"}
+    endings = {key: KOHYA_ENDINGS.get((method, name), "") for key, (_, name) in modules.items()}
+    return {key: f"{kohya[modules[key][0]]}.{ending}" for key, ending in endings.items() if ending}
 
 
 def _file_settings(tensors: PeftTensors, modules: Mapping[str, tuple[str, str]]) -> dict[str, tuple[int, float]]:
