@@ -291,6 +291,12 @@ class Reading:
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     has_several: bool = False
 
+    @property
+    def is_certain(self) -> bool:
+        """True if the files have one meaning."""
+        twice = any((found.code, found.fix) == ("duplicate", None) for found in self.findings)
+        return self.config is not None and bool(self.keys) and not self.has_several and not twice
+
 
 def read_stored(stored: peft_folder.StoredAdapter) -> Reading:
     """Read the configuration and the keys of adapter files, with findings in place of errors."""
@@ -412,8 +418,7 @@ def apply_fixes(stored: peft_folder.StoredAdapter) -> tuple[peft_tensors.PeftTen
     """Return the adapter with the fixes of all findings, and a sentence for each; None if it has no certain reading."""
     reading = read_stored(stored)
     fixes = [found.fix for found in reading.findings if found.fix is not None]
-    twice = any((found.code, found.fix) == ("duplicate", None) for found in reading.findings)
-    if stored.tensors is None or reading.config is None or not reading.keys or reading.has_several or twice:
+    if stored.tensors is None or reading.config is None or not reading.is_certain:
         return None, ()
     names: dict[str, str | None] = {key: key for key in stored.specs}
     for fix in fixes:
