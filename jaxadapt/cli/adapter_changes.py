@@ -51,8 +51,7 @@ def repair_command(path: str, out: str | None, in_place: bool, as_json: bool) ->
     if as_json:
         output.print_json(result.to_dict())
     else:
-        for line in result.done:
-            output.print_line(f"repaired  {line}")
+        output.print_lines(f"repaired  {line}" for line in result.done)
         for found in result.remaining:
             print_finding(found)
         output.print_line("nothing to repair; no file written" if result.path is None else f"written to {result.path}")
@@ -123,14 +122,11 @@ def rename_command(adapter: str, out: str, old: str | None, new: str | None, bas
     if (base is None) == (old is None and new is None):
         raise click.UsageError("give --base, or --from and --to")
     changed = adapter_files.rename_files(adapter, out, old=old, new=new or "", base=base, progress=True)
-    if as_json:
-        output.print_json({"path": out, "renamed": changed})
-        return
-    output.print_line(f"{out}: {len(changed)} modules renamed")
-    for name, to in list(changed.items())[:_MAX_NAMES]:
-        output.print_line(f"  {name} -> {to}")
-    if len(changed) > _MAX_NAMES:
-        output.print_line(f"  … and {len(changed) - _MAX_NAMES} more (--json lists all)")
+    shown = [f"{name} -> {to}" for name, to in changed.items()]
+    if len(shown) > _MAX_NAMES:
+        shown[_MAX_NAMES:] = [f"… and {len(shown) - _MAX_NAMES} more (--json lists all)"]
+    lines = [f"{out}: {len(changed)} modules renamed", *(f"  {line}" for line in shown)]
+    output.print_result(as_json, {"path": out, "renamed": changed}, lambda: output.print_lines(lines))
 
 
 # ---------------------------------------------------------------- undo start
@@ -240,20 +236,17 @@ def convert_command(
         if any(value not in (None, {}) for value in tree.values()):
             raise click.UsageError("several SOURCEs take only --format and --dtype; convert them one by one")
         done = conversion.convert_several(sources, target, format=form, dtype=dtype, progress=True)
-        if as_json:
-            output.print_json([{k: x for k, x in each._asdict().items() if k != "dialect"} for each in done])
-        else:
-            for each in done:
-                output.print_line(f"{each.path}: {each.tensors} tensors of {each.method}")
+        values = [{k: x for k, x in each._asdict().items() if k != "dialect"} for each in done]
+        texts = [f"{each.path}: {each.tensors} tensors of {each.method}" for each in done]
+        output.print_result(as_json, values, lambda: output.print_lines(texts))
         return
     result = conversion.convert(source, target, conversion.TreeOptions(**tree), format=form, dtype=dtype, progress=True)
-    if as_json:
-        output.print_json({name: value for name, value in result._asdict().items() if name != "method"})
-        return
     alpha = "" if result.lora_alpha is None else f", rank {result.rank}, alpha {result.lora_alpha:g}"
-    output.print_line(f"{result.path}: {result.tensors} tensors{alpha}")
+    lines = [f"{result.path}: {result.tensors} tensors{alpha}"]
     if result.dialect is not None:
-        output.print_line(f"a {result.dialect} tree; build its model with this rank and alpha")
+        lines.append(f"a {result.dialect} tree; build its model with this rank and alpha")
+    value = {name: value for name, value in result._asdict().items() if name != "method"}
+    output.print_result(as_json, value, lambda: output.print_lines(lines))
 
 
 # ---------------------------------------------------------------- extract

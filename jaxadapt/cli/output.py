@@ -66,6 +66,12 @@ def print_line(text: str) -> None:
     click.echo(escape_text(text))
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines without folding them."""
+    for line in lines:
+        print_line(line)
+
+
 def print_indented(text: str) -> None:
     """Print text folded to the terminal's width, with each line indented."""
     click.echo(_indent(text))

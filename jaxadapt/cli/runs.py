@@ -278,9 +278,6 @@ def export_command(
     result = jaxadapt.export.export_adapter(
         source, out, program, base=base, first=first, rank=rank, dtype=dtype, progress=True
     )
-    if as_json:
-        output.print_json(result.to_dict())
-        return
     rows = [
         ("for", f"{result.program} ({result.version})"),
         ("written", result.path),
@@ -289,7 +286,7 @@ def export_command(
     if result.error:
         module, worst = max(result.error.items(), key=lambda item: item[1])
         rows.append(("lost", f"at most {worst:.1%} of a change, at {module}"))
-    output.print_pairs(rows)
+    output.print_result(as_json, result.to_dict(), rows)
 
 
 # ---------------------------------------------------------------- push

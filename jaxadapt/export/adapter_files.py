@@ -28,7 +28,7 @@ from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import Progress, Report, reporter
-from jaxadapt.export import conversion
+from jaxadapt.export import conversion, gguf_files
 from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import convert_start, start
 from jaxadapt.keymaps import pytorch
@@ -464,8 +464,6 @@ def export_adapter(
             "a GGUF adapter needs the configuration of its base model: pass base= (`--base`), the model's folder, its"
             " config.json or a .gguf file"
         )
-    from jaxadapt.export import gguf_files  # for llama.cpp alone
-
     facts = gguf_files.read_base(base) if chosen.style == "gguf" and base is not None else None
     tied = facts.tied if facts else _read_tied(base)
     with reporter(progress) as report, _open(source, report) as tensors:

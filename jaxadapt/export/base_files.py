@@ -455,9 +455,9 @@ def _find_sources(
     """
     shapes = tensors.shapes
     sources = {key: key for key in base_plan.shapes if key in shapes}
-    for key, same in keymap.tied:
-        if key in base_plan.shapes and key not in shapes and same in shapes:
-            sources[key] = same
+    sources |= {
+        key: same for key, same in keymap.tied if key in base_plan.shapes and key not in shapes and same in shapes
+    }
     ties = dict(keymap.tied)
 
     def is_redundant(key: str) -> bool:

@@ -388,8 +388,11 @@ def _noted_alpha(path: location.Location) -> float | None:
 
 def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]:
     """Replace slashes in paths by dots; raise `FormatError` if two paths become equal."""
-    duplicates = paths.repeated(path.replace("/", ".") for path in leaves)
-    raise_listed(FormatError, f"{source}: two leaves have the same path if slashes are read as dots:", duplicates)
+    raise_listed(
+        FormatError,
+        f"{source}: two leaves have the same path if slashes are read as dots:",
+        paths.repeated(path.replace("/", ".") for path in leaves),
+    )
     return {path.replace("/", "."): leaf for path, leaf in leaves.items()}
 
 

@@ -669,8 +669,9 @@ def _read_adapter(
         names = verify_folder.weight_names(stored, base.shapes) or {}
         parts = [fingerprint.of_file(as_source({name: base[name]}), {key: name}) for key, name in names.items()]
         if parts and None not in parts:
-            found = {k: x for part in parts for k, x in (part or {}).items()}
-            fingerprint.check(stored, found, tensors.source, strict=False)
+            fingerprint.check(
+                stored, {k: x for part in parts for k, x in (part or {}).items()}, tensors.source, strict=False
+            )
     return tensors
 
 

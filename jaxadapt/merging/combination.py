@@ -640,11 +640,10 @@ def _flat_pair(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(source, tuple | list) or len(source) != 2:
         raise AttachError(f"to_lora: expected an Adapter or a pair (base, tuned), found {type(source).__name__}")
     base, tuned = (_flat_params(tree) for tree in source)
-    shapes = [{path: x.shape for path, x in tree.items()} for tree in (base, tuned)]
     raise_listed(
         MismatchError,
-        "to_lora: the two trees are of different models; their shapes differ at:",
-        sorted([path for path in base.keys() | tuned.keys() if shapes[0].get(path) != shapes[1].get(path)]),
+        "to_lora: the two trees are of different models; the second one differs at:",
+        map(str, paths.compare(paths.shapes_of(base), paths.shapes_of(tuned))),
     )
     return base, tuned
 

@@ -16,7 +16,9 @@ import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source
@@ -25,10 +27,6 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 # ---------------------------------------------------------------- pairs
 
@@ -202,8 +200,6 @@ def convert_variant(tensors: PeftTensors) -> PeftTensors:
     >>> convert_variant(PeftTensors(config, {a: np.ones((2, 2)), b: np.ones((3, 2))})).tensors[a].tolist()
     [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]
     """
-    import numpy as np
-
     config = tensors.config
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{tensors.source}: convert_variant converts LORA only, found {config.peft_type}")
@@ -228,8 +224,6 @@ def convert_variant(tensors: PeftTensors) -> PeftTensors:
 
 def _blocks_to_matrix(bdlora: Mapping[str, Any], key: str, x: Array, source: str) -> Array:
     """Return a tensor's blocks on the diagonal of a matrix; other tensors unchanged."""
-    import numpy as np
-
     module, dot, side = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
     field = {"A.weight": "target_modules_bd_a", "B.weight": "target_modules_bd_b"}.get(side) if dot else None
     patterns, count = bdlora.get(field or "") or (), bdlora.get("nblocks", 1)
@@ -375,8 +369,6 @@ def as_start(first: PeftTensors, trained: Config) -> PeftTensors:
     These set `init_lora_weights` to true before they save it, so that a load does not change the base once more. A LoRA
     that starts so by itself has a B of zeros, and is returned unchanged.
     """
-    import numpy as np
-
     if first.config.get("init_lora_weights") is not True or not isinstance(first.config, LoraConfig):
         return first
     is_zero = not any(np.asarray(first.tensors[pair.b]).any() for pair in lora_pairs(first.tensors).values())
@@ -399,8 +391,6 @@ def _plain_tensor(
         scale: the factor that multiplies it.
         size: the new rank; None for a tensor whose rank stays.
     """
-    import numpy as np
-
     shape, dtype = arrays.specs[key]
     if start is not None and dtype != (other := start.specs[key].dtype):
         dtype = np.dtype(f"f{max(4, dtype.itemsize, other.itemsize)}")
