@@ -47,6 +47,7 @@ Letters = tuple[str, str, str]
 """The letters of the axes of a layer's input, its kernel and its output."""
 
 
+@functools.cache  # asked for each layer of a model
 def general_letters(x_ndim: int, axis: Sequence[int], batch: Sequence[int], outputs: int) -> Letters:
     """Return the letters of DenseGeneral: it sums over x's axes `axis`, and its kernel has x's axes `batch` too.
 
@@ -86,6 +87,7 @@ def einsum_letters(einsum_str: str, x_ndim: int) -> Letters:
     return letters(x), letters(w), letters(y)
 
 
+@functools.cache
 def axes_from_letters(x: str, w: str, y: str) -> Axes:
     """Return the roles of a kernel's axes: those summed over are inputs, those that x and y have are batch axes."""
     role = {i: "batch" if c in x and c in y else "in" if c in x else "out" for i, c in enumerate(w)}

@@ -342,9 +342,10 @@ def _is_plain(own: type, content: type) -> bool:
 Owner = tuple[nnx.Module, str]
 
 
-def natural_key(path: str) -> list[tuple[int, str]]:
+@functools.lru_cache(maxsize=1 << 14)  # loading adapters one after the other asks for the same paths
+def natural_key(path: str) -> tuple[tuple[int, str], ...]:
     """Return a sort key that puts "layers.2" before "layers.10"."""
-    return [(int(p), "") if p.isdecimal() else (-1, p) for p in path.split(".")]
+    return tuple((int(p), "") if p.isdecimal() else (-1, p) for p in path.split("."))
 
 
 @dataclasses.dataclass(frozen=True)
