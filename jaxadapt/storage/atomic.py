@@ -272,7 +272,7 @@ class Writer:
         self.fd = fd
         self.path = path
         self.temporary = temporary
-        self._written = 0
+        self.size = 0  # the bytes that were written
         self._started = 0
         self._kept = 0  # bytes of the header, which are overwritten later: to start writing them would delay that
 
@@ -281,18 +281,23 @@ class Writer:
         """The second name of the target's old file while the new one replaces it."""
         return self.temporary.with_suffix(".old")
 
-    def write(self, data: memoryview) -> None:
-        """Append contiguous bytes. Raises `FileError` for an `OSError`."""
-        if not self._written:
+    def write(self, data: bytes | memoryview) -> int:
+        """Append contiguous bytes, and return their number. Raises `FileError` for an `OSError`."""
+        data = memoryview(data)
+        if not self.size:
             self._started = self._kept = min(-(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE, _WRITEBACK_BYTES)
         for begin in range(0, len(data), _WRITEBACK_BYTES):
             lot = data[begin : begin + _WRITEBACK_BYTES]
-            write_at(self.fd, lot, self._written, self.path)
-            self._written += len(lot)
-            if self._written - self._started >= _WRITEBACK_BYTES:
-                self._start_writeback(self._started, self._written)
-                self._start_writeback(self._kept, self._written - _CACHED_BYTES)
-                self._started = self._written
+            write_at(self.fd, lot, self.size, self.path)
+            self.size += len(lot)
+            if self.size - self._started >= _WRITEBACK_BYTES:
+                self._start_writeback(self._started, self.size)
+                self._start_writeback(self._kept, self.size - _CACHED_BYTES)
+                self._started = self.size
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing, as `zipfile` expects it: the replacement flushes the file."""
 
     def _start_writeback(self, start: int, end: int) -> None:
         """Start to write a range of the file to the disk, and drop those of its pages that are there already."""
@@ -492,7 +497,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         FileError: see `open_replacement`.
     """
     with open_replacement(path) as writer:
-        writer.write(memoryview(data))
+        writer.write(data)
 
 
 # ---------------------------------------------------------------- folders

@@ -164,7 +164,7 @@ def write_model(
         if index:
             weight_map = {key: name for name, keys in zip(names, groups, strict=True) for key in keys}
             data = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            writers[-1].write(memoryview(f"{json.dumps(data, indent=2, sort_keys=True)}\n".encode()))
+            writers[-1].write(f"{json.dumps(data, indent=2, sort_keys=True)}\n".encode())
     # Delete old files: transformers prefers a single file to an index, and other readers take every file.
     new = {*names, INDEX} if len(names) > 1 else set(names)
     remaining: list[str] = []

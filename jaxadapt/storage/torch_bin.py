@@ -56,100 +56,10 @@ class Global:
 _MARK = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK, "EMPTY_TUPLE": ()}
 _EMPTY: dict[str, type[dict[str, object]] | type[list[object]]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
-_VALUES = {
+_ARGUMENTS = {
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING",
 }  # fmt: skip
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-class _Machine:
-    """The stack and memo of one pickle."""
-
-    def __init__(self, persistent: Callable[[object], object]) -> None:
-        self._persistent = persistent
-        self._stack: list[object] = []
-        self._memo: dict[int, object] = {}
-
-    def pop(self) -> object:
-        if not self._stack or self._stack[-1] is _MARK:
-            raise UnsupportedPickle("the pickle takes a value from an empty stack")
-        return self._stack.pop()
-
-    def _pop_many(self, count: int) -> list[object]:
-        return [self.pop() for _ in range(count)][::-1]
-
-    def _pop_to_mark(self) -> list[object]:
-        items: list[object] = []
-        while self._stack and self._stack[-1] is not _MARK:
-            items.append(self._stack.pop())
-        if not self._stack:
-            raise UnsupportedPickle("the pickle closes a group that was not opened")
-        self._stack.pop()
-        return items[::-1]
-
-    def _top(self, kind: type) -> object:
-        if not self._stack or type(self._stack[-1]) is not kind:
-            raise UnsupportedPickle(f"the pickle adds items to a value that is not a {kind.__name__}")
-        return self._stack[-1]
-
-    def _set_items(self, items: list[object]) -> None:
-        target = cast("dict[str | int, object]", self._top(dict))
-        if len(items) % 2:
-            raise UnsupportedPickle("the pickle sets a key without a value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # Other keys are not needed, and hashing deeply nested tuples would overflow the C stack.
-            if type(key) is not str and type(key) is not int:
-                raise UnsupportedPickle(f"expected keys that are strings, found one of type {type(key).__name__}")
-            target[key] = value
-
-    def _global(self, module: object, name: object) -> Global:
-        full = f"{module}.{name}" if type(module) is str and type(name) is str else "(not a name)"
-        if full not in _ALLOWED:
-            raise UnsupportedPickle(f"it refers to {full!r}, which no state dict needs; nothing in a file is executed")
-        return Global(full)
-
-    def step(self, code: str, argument: object) -> None:
-        """Store a value in the memo, add items to the value on top of the stack, or put a value on the stack."""
-        stack = self._stack
-        if code in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(self._memo) if code == "MEMOIZE" else cast("int", argument)
-            self._memo[number] = stack[-1] if stack else None
-        elif code in ("APPEND", "APPENDS"):
-            items = self._pop_to_mark() if code == "APPENDS" else [self.pop()]  # taken first: they lie above the list
-            cast("list[object]", self._top(list)).extend(items)
-        elif code in ("SETITEM", "SETITEMS"):
-            self._set_items(self._pop_to_mark() if code == "SETITEMS" else self._pop_many(2))
-        elif code == "BUILD":
-            self.pop()  # attributes of an OrderedDict, such as `_metadata`: no tensors
-            self._top(dict)
-        elif code not in ("PROTO", "FRAME"):
-            stack.append(self._value(code, argument))
-
-    def _value(self, code: str, argument: object) -> object:
-        """Return the value that an opcode puts on the stack."""
-        if code in _VALUES:
-            return argument
-        if code in _CONSTANTS:
-            return _CONSTANTS[code]
-        if code in _EMPTY:
-            return _EMPTY[code]()
-        if code in ("BINGET", "LONG_BINGET"):
-            if argument not in self._memo:
-                raise UnsupportedPickle(f"the pickle recalls value {argument}, which it never stored")
-            return self._memo[cast("int", argument)]
-        if code in _TUPLES or code == "TUPLE":
-            return tuple(self._pop_to_mark() if code == "TUPLE" else self._pop_many(_TUPLES[code]))
-        if code in ("GLOBAL", "STACK_GLOBAL"):
-            return self._global(*(str(argument).split(" ", 1) if code == "GLOBAL" else self._pop_many(2)))
-        if code == "BINPERSID":
-            return self._persistent(self.pop())
-        if code != "REDUCE":
-            raise UnsupportedPickle(f"it uses the opcode {code}, which no state dict needs")
-        function, arguments = self._pop_many(2)
-        if type(function) is not Global or type(arguments) is not tuple:
-            raise UnsupportedPickle("the pickle calls a value that is not a function")
-        return _rebuild(function.name, cast("tuple[object, ...]", arguments))
 
 
 def load(stream: io.BytesIO | _Stream, persistent: Callable[[object], object]) -> object:
@@ -169,15 +79,91 @@ def load(stream: io.BytesIO | _Stream, persistent: Callable[[object], object]) -
     Traceback (most recent call last):
     jaxadapt.storage.torch_bin.UnsupportedPickle: it refers to 'builtins.print', which no state dict needs; ...
     """
-    machine = _Machine(persistent)
+    stack: list[object] = []
+    memo: dict[object, object] = {}
     try:
         for opcode, argument, _ in pickletools.genops(cast("bytes", stream)):  # accepts streams too
-            if opcode.name == "STOP":
-                return machine.pop()
-            machine.step(opcode.name, argument)
+            code, taken = opcode.name, _take(stack, opcode.stack_before)
+            if code == "STOP":
+                return taken[0]
+            if code in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1] if stack else None
+            elif code == "MEMOIZE":
+                memo[len(memo)] = taken[0]
+                stack += taken
+            elif code in ("BINGET", "LONG_BINGET"):
+                if argument not in memo:
+                    raise UnsupportedPickle(f"the pickle recalls value {argument}, which it never stored")
+                stack.append(memo[argument])
+            elif code == "BINPERSID":
+                stack.append(persistent(taken[0]))
+            elif code not in ("PROTO", "FRAME"):
+                stack.append(_value(code, argument, taken))
     except (ValueError, EOFError, OverflowError) as error:  # raised by genops for damaged bytes
         raise UnsupportedPickle(f"the pickle is damaged: {error}") from error
     raise UnsupportedPickle("the pickle has no end")
+
+
+def _take(stack: list[object], kinds: Sequence[pickletools.StackObject]) -> list[object]:
+    """Take the values that an opcode uses from the stack, those of a group one by one."""
+    taken: list[object] = []
+    for kind in reversed(kinds):
+        if kind is pickletools.stackslice:
+            while stack and stack[-1] is not _MARK:
+                taken.append(stack.pop())
+        elif kind is pickletools.markobject:
+            if not stack:
+                raise UnsupportedPickle("the pickle closes a group that was not opened")
+            stack.pop()
+        elif not stack or stack[-1] is _MARK:
+            raise UnsupportedPickle("the pickle takes a value from an empty stack")
+        else:
+            taken.append(stack.pop())
+    return taken[::-1]
+
+
+def _value(code: str, argument: object, taken: list[object]) -> object:
+    """Return the value that an opcode puts on the stack: its argument, or one made of the values that it takes."""
+    if code in _ARGUMENTS:
+        return argument
+    if code in _CONSTANTS:
+        return _CONSTANTS[code]
+    if code in _EMPTY:
+        return _EMPTY[code]()
+    if code.startswith("TUPLE"):
+        return tuple(taken)
+    if code in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
+        return _fill(code, taken[0], taken[1:])
+    if code in ("GLOBAL", "STACK_GLOBAL"):
+        module, name = str(argument).split(" ", 1) if code == "GLOBAL" else taken
+        full = f"{module}.{name}" if type(module) is str and type(name) is str else "(not a name)"
+        if full not in _ALLOWED:
+            raise UnsupportedPickle(f"it refers to {full!r}, which no state dict needs; nothing in a file is executed")
+        return Global(full)
+    if code != "REDUCE":
+        raise UnsupportedPickle(f"it uses the opcode {code}, which no state dict needs")
+    function, arguments = taken
+    if type(function) is not Global or type(arguments) is not tuple:
+        raise UnsupportedPickle("the pickle calls a value that is not a function")
+    return _rebuild(function.name, cast("tuple[object, ...]", arguments))
+
+
+def _fill(code: str, target: object, items: Sequence[object]) -> object:
+    """Add items to a list or a dict, and return it."""
+    kind = list if code.startswith("APPEND") else dict
+    if type(target) is not kind:
+        raise UnsupportedPickle(f"the pickle adds items to a value that is not a {kind.__name__}")
+    if code.startswith("APPEND"):
+        cast("list[object]", target).extend(items)
+    elif code != "BUILD":  # with attributes of an OrderedDict, such as `_metadata`: no tensors
+        if len(items) % 2:
+            raise UnsupportedPickle("the pickle sets a key without a value")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Other keys are not needed, and hashing deeply nested tuples would overflow the C stack.
+            if type(key) is not str and type(key) is not int:
+                raise UnsupportedPickle(f"expected keys that are strings, found one of type {type(key).__name__}")
+            cast("dict[str | int, object]", target)[key] = value
+    return target
 
 
 # ---------------------------------------------------------------- torch bin
@@ -575,32 +561,16 @@ def write_to(
         MismatchError: `get` returned an array that does not match its spec.
     """
     named = safetensors.named_specs(specs)
-    sink = _Sink(writer)
-    with zipfile.ZipFile(cast("IO[bytes]", sink), "w") as archive:
-        _add(archive, sink.size, "data.pkl", _pickle(named))
-        _add(archive, sink.size, "byteorder", b"little")
+    with zipfile.ZipFile(cast("IO[bytes]", writer), "w") as archive:
+        _add(archive, writer.size, "data.pkl", _pickle(named))
+        _add(archive, writer.size, "byteorder", b"little")
         for number, (key, spec) in enumerate(named.items()):
             data = flat_bytes(safetensors.checked_bits(writer.path, key, get(key), *spec))
-            _add(archive, sink.size, f"data/{number}", data)
+            _add(archive, writer.size, f"data/{number}", data)
             if progress is not None:
                 progress(len(data))
-        _add(archive, sink.size, "version", b"3\n")
-    return sink.size
-
-
-class _Sink:
-    """A file to write as `zipfile` takes it: it cannot seek."""
-
-    def __init__(self, writer: atomic.Writer) -> None:
-        self._writer, self.size = writer, 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        self._writer.write(memoryview(data))
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Do nothing: the writer flushes."""
+        _add(archive, writer.size, "version", b"3\n")
+    return writer.size
 
 
 def _add(archive: zipfile.ZipFile, offset: int, name: str, data: bytes | memoryview) -> None:
