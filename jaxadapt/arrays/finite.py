@@ -11,8 +11,7 @@ import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError, warn
+from jaxadapt.core.errors import MismatchError, bullets, warn
 
 _CHUNK = 1 << 18
 """The number of values per step, small enough that they fit in the processor's cache."""
@@ -96,7 +95,7 @@ def overflow_error(lost: Mapping[str, int], dtype: Any, source: str) -> Mismatch
     return MismatchError(
         f"{source}: {sum(lost.values())} finite values overflow {dtype.name}, whose largest is"
         f" {float(ml_dtypes.finfo(dtype).max):g}; use bfloat16 or float32, or keep the dtype:\n"
-        + paths.bullets(f"{name}: {number}" for name, number in lost.items())
+        + bullets(f"{name}: {number}" for name, number in lost.items())
     )
 
 
@@ -137,7 +136,7 @@ def warn_not_finite(counts: Mapping[str, int], source: str) -> None:
         warn(
             f"{source}: {sum(counts.values())} values are NaN or infinite; the training diverged, or 16 bits"
             " overflowed. Take an earlier checkpoint:\n"
-            + paths.bullets(f"{name}: {number}" for name, number in counts.items())
+            + bullets(f"{name}: {number}" for name, number in counts.items())
         )
 
 
@@ -159,4 +158,4 @@ def check_while_reading(
 
 def not_finite_message(names: Iterable[str], way_out: str) -> str:
     """Return the message of an error about arrays that are not finite."""
-    return f"these tensors hold a NaN or an infinity; {way_out}:\n" + paths.bullets(names)
+    return f"these tensors hold a NaN or an infinity; {way_out}:\n" + bullets(names)

@@ -15,11 +15,10 @@ import dataclasses
 import functools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.errors import MismatchError, repeated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +66,7 @@ def parse_pattern(text: str) -> Pattern:
     problems += [
         f"axis {n!r} occurs twice on the {side}"
         for side, side_names in (("left", names), ("right", flat))
-        for n in repeated_names(side_names)
+        for n in repeated(side_names)
     ]
     plain = frozenset(n for n in names if not n.startswith("{"))
     problems += [
@@ -82,15 +81,6 @@ def _axes(text: str) -> list[tuple[str, tuple[str, ...]]]:
     """Return the axes on one side of a pattern, each with its names."""
     found = ((match[2], tuple((match[1] or match[2] or "").split())) for match in _TOKEN.finditer(text))
     return [(name or f"({' '.join(names)})", names) for name, names in found]
-
-
-def repeated_names(names: Sequence[str]) -> list[str]:
-    """Return the names that occur more than once, sorted.
-
-    >>> repeated_names(["n", "h", "n"])
-    ['n']
-    """
-    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def axis_parts(axis: str) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar, cast
@@ -31,7 +30,7 @@ from jaxadapt.configs.validation import (
     one_of,
     read_peft_type,
 )
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import ConfigError, repeated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -569,9 +568,8 @@ def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    counts = Counter(key for key, _ in pairs)
-    if repeated := sorted(key for key, count in counts.items() if count > 1):
-        raise ConfigError(f"expected every key once, found twice: {', '.join(repeated)}; keep one")
+    if twice := repeated(key for key, _ in pairs):
+        raise ConfigError(f"expected every key once, found twice: {', '.join(twice)}; keep one")
     return dict(pairs)
 
 

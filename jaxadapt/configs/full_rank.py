@@ -26,6 +26,7 @@ from jaxadapt.configs.validation import (
     one_of,
     patterns,
 )
+from jaxadapt.core.errors import repeated
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -409,6 +410,6 @@ class TrainableTokensConfig(InitConfig, peft_type="TRAINABLE_TOKENS"):
             problems.add(
                 "token_indices",
                 "each token once",
-                sorted({i for i in indices if tuple(indices).count(i) > 1}),
+                repeated(indices),
                 "remove the repeated tokens",
             )

@@ -24,12 +24,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 # ---------------------------------------------------------------- errors
 
 
+_N = TypeVar("_N", str, int)
 _PACKAGE = __file__.removesuffix("core/errors.py")
 
 
@@ -77,6 +79,15 @@ def bullets(items: Iterable[str], limit: int = 8) -> str:
     if len(lines) > limit:
         text.append(f"  … and {len(lines) - limit} more")
     return "\n".join(text)
+
+
+def repeated(names: Iterable[_N]) -> list[_N]:
+    """Return the names that occur more than once, sorted.
+
+    >>> repeated(["b", "a", "b"])
+    ['b']
+    """
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def problems_text(problems: Sequence[str], shown: int = 10) -> str:

@@ -8,7 +8,6 @@ give the same leaf the same path. `flatten` raises if two leaves would share one
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -96,15 +95,6 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(leaf, dict):
             leaves.add(id(leaf))  # pyright: ignore[reportUnknownArgumentType]
     return out
-
-
-def repeated(names: Iterable[str]) -> list[str]:
-    """Return the names that occur more than once, sorted.
-
-    >>> repeated(["b", "a", "b"])
-    ['b']
-    """
-    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 # ---------------------------------------------------------------- compare

@@ -24,8 +24,7 @@ from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError, raise_listed
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError, raise_listed, repeated
 from jaxadapt.core.progress import Progress, Report, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -188,7 +187,7 @@ def convert_several(
     """
     place = location.to_location(target)
     names = list(map(_last_name, sources))
-    twice = paths.repeated(names)
+    twice = repeated(names)
     if twice:
         raise FileError(f"{os.fspath(target)}: several sources are called {', '.join(twice)}; convert them one by one")
     single = options.get("format") in FILES
@@ -391,7 +390,7 @@ def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]
     raise_listed(
         FormatError,
         f"{source}: two leaves have the same path if slashes are read as dots:",
-        paths.repeated(path.replace("/", ".") for path in leaves),
+        repeated(path.replace("/", ".") for path in leaves),
     )
     return {path.replace("/", "."): leaf for path, leaf in leaves.items()}
 

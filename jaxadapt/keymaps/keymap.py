@@ -16,9 +16,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxadapt.arrays.layout import Axes, axis_parts, repeated_names
-from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, raise_listed, warn
+from jaxadapt.arrays.layout import Axes, axis_parts
+from jaxadapt.core.errors import KeyMapError, bullets, raise_listed, repeated, warn
 from jaxadapt.keymaps.weight import EXPERTS, Kind, Weight
 
 if TYPE_CHECKING:
@@ -184,7 +183,7 @@ class KeyMap:
         if len(hits) > 1:
             raise KeyMapError(
                 f"leaf {leaf!r} matches {len(hits)} entries of the keymap {self.name!r}, but it must match only one."
-                " Change or remove the others:\n" + paths.bullets(w.leaf for w, _ in hits)
+                " Change or remove the others:\n" + bullets(w.leaf for w, _ in hits)
             )
         if not hits:
             return None
@@ -197,8 +196,8 @@ class KeyMap:
     @functools.cached_property
     def _literal(self) -> dict[str, Weight]:
         entries = [w for w in self.weights if "{" not in w.leaf]
-        if repeated := repeated_names([w.leaf for w in entries]):
-            raise KeyMapError(f"the keymap {self.name!r} has two entries for the leaf {repeated[0]!r}; remove one")
+        if twice := repeated(w.leaf for w in entries):
+            raise KeyMapError(f"the keymap {self.name!r} has two entries for the leaf {twice[0]!r}; remove one")
         return {w.leaf: w for w in entries}
 
     @functools.cached_property

@@ -31,8 +31,7 @@ import numpy as np
 
 from jaxadapt.arrays import products
 from jaxadapt.configs.full_rank import OFTConfig
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, warn
+from jaxadapt.core.errors import AttachError, ConfigError, bullets, warn
 from jaxadapt.methods.families import Rotation, cayley, check_window, turn
 from jaxadapt.methods.matrix import (
     Array,
@@ -109,7 +108,7 @@ class Oft(Rotation, peft_type="OFT"):
         warning = (
             "OFT on convolutions with a window of several pixels computes what PEFT's layer does, which adds up the"
             " patches of the input in other places: even a new adapter changes the output. No kernel does this, so a"
-            f" merge is refused, and PEFT's own merge gives other outputs:\n{paths.bullets(leaves)}"
+            f" merge is refused, and PEFT's own merge gives other outputs:\n{bullets(leaves)}"
         )
         return [warning] if leaves else []
 

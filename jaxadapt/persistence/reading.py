@@ -18,8 +18,7 @@ from typing import Any, cast
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import Kinds, as_source, rename
 from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, warn
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, bullets, warn
 from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import formats, run_folder
@@ -443,5 +442,5 @@ def open_repaired(place: Place) -> Generator[peft_tensors.PeftTensors]:
         if tensors is None or not done:
             yield stack.enter_context(formats.open_place(place)).tensors
             return
-        warn(f"{os.fspath(place.path)}: repaired while reading; the files are unchanged:\n" + paths.bullets(done))
+        warn(f"{os.fspath(place.path)}: repaired while reading; the files are unchanged:\n" + bullets(done))
         yield tensors

@@ -35,8 +35,7 @@ from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_empty, as_source, rename
 from jaxadapt.configs.base import Config
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, MismatchError, warn
+from jaxadapt.core.errors import AdapterError, MismatchError, bullets, warn
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps import check
 from jaxadapt.keymaps import plan as plans
@@ -92,7 +91,7 @@ class Expected:
     def refuse(self, message: str, items: Collection[str], advice: str = "") -> None:
         """Add the problems of one rule, if there are any."""
         if items:
-            self.refusals.append(f"{self.file.source}{message}\n{paths.bullets(items)}{advice}")
+            self.refusals.append(f"{self.file.source}{message}\n{bullets(items)}{advice}")
 
     def is_lenient(self, source: TensorSource) -> bool:
         """Return True if only the tensors of a file that fit are loaded."""
@@ -229,7 +228,7 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
     if uncompared:
         warn(
             f"{expected.file.source}: these tensors could not be compared, because the base has only shapes here; they"
-            " are assumed to equal the base's:\n" + paths.bullets(uncompared, len(uncompared))
+            " are assumed to equal the base's:\n" + bullets(uncompared, len(uncompared))
         )
     return _without(source, dropped - ignored.keys())
 
@@ -368,7 +367,7 @@ def attention_hint(keys: Iterable[str]) -> str:
     return (
         "\nEach of these is an nn.MultiheadAttention in PyTorch, which stores queries, keys and values in one tensor."
         " Pass a KeyMap with entries for them, made by Weight.attention(path in JAX, name in PyTorch):\n"
-        + paths.bullets(modules)
+        + bullets(modules)
     )
 
 
@@ -410,7 +409,7 @@ def _warn_of_others(missing: Collection[str], unexpected: Collection[str], file:
         "are missing, and start as in a fresh adapter": missing,
         "have no place in the model, and are ignored": sorted(unexpected),
     }
-    notes = [f"{len(keys)} {effect}:\n{paths.bullets(keys, len(keys))}" for effect, keys in lists.items() if keys]
+    notes = [f"{len(keys)} {effect}:\n{bullets(keys, len(keys))}" for effect, keys in lists.items() if keys]
     if notes:
         warn("\n".join([f"{file}: strict=False loads the tensors that fit. Of the adapter's tensors", *notes]))
 

@@ -24,7 +24,7 @@ from typing import Any, cast
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.core import errors, paths
+from jaxadapt.core import errors
 from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -181,7 +181,7 @@ def _explain_missing(
             "transformers 5 converts such an adapter on loading; jaxadapt loads it into"
             " jaxadapt.models.LoraTree(model, on_shared='concat')",
         )  # fmt: skip
-    close = errors.close_matches(missing[:3], [key.removesuffix(".weight") for key in base if key.endswith(".weight")])
+    close = close_matches(missing[:3], [key.removesuffix(".weight") for key in base if key.endswith(".weight")])
     text = f"{source} has no weight for {len(missing)} of {count(modules, 'module')}, such as {first}"
     text += f"; it has {', '.join(close[:4])}" if close else ""
     return error("base", missing, text, "modules of this base", _IS_THE_BASE)
@@ -548,7 +548,7 @@ def repair(
         if tensors is None:
             lines = [f"{found.found}; {found.remedy}" for found in _problems(path)]
             raise errors.MismatchError(
-                f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines)
+                f"{os.fspath(path)}: cannot be repaired with certainty:\n" + errors.bullets(lines)
             )
         if not done:
             return Repaired(None, (), _problems(path))

@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, FileError, close_matches, warn
+from jaxadapt.core.errors import AdapterError, AttachError, FileError, bullets, close_matches, warn
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import Implementation
 from jaxadapt.models.call import Rows
@@ -507,5 +506,5 @@ def _raise_together(errors: Mapping[str, AdapterError]) -> None:
     if len(errors) == 1:
         raise next(iter(errors.values()))
     raise AttachError(
-        "cannot load these adapters:\n" + paths.bullets([f"{name}: {error}" for name, error in errors.items()])
+        "cannot load these adapters:\n" + bullets([f"{name}: {error}" for name, error in errors.items()])
     )

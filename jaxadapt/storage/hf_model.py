@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, numpy_dtype
-from jaxadapt.core import paths
-from jaxadapt.core.errors import FileError, FormatError, problems_text
+from jaxadapt.core.errors import FileError, FormatError, bullets, problems_text
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 from jaxadapt.storage.location import Location
 from jaxadapt.storage.safetensors import MAX_HEADER
@@ -120,7 +119,7 @@ def refuse_packed(tensors: TensorSource) -> None:
         raise FormatError(
             f"{tensors.source}: its weights are quantized ({_QUANTIZED_SUFFIXES[suffix]}), and only dense"
             " weights can be read:\n"
-            + paths.bullets(keys_by_suffix[suffix])
+            + bullets(keys_by_suffix[suffix])
             + "\nDequantize them first (transformers: model.dequantize(), save_pretrained) and read the result."
             " jaxadapt.models.quantize quantizes the result again; its nf4 values equal those of bitsandbytes"
         )

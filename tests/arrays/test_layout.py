@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxadapt.arrays import layout
 from jaxadapt.arrays.layout import RANK, FileLayout, TorchLayout, to_file_scale, to_model_scale
+from jaxadapt.core.errors import repeated
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
@@ -57,7 +58,7 @@ def test_the_axes_of_a_pattern():
 
         __hash__ = str.__hash__
 
-    assert layout.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
+    assert repeated([Axis(f"a{n}") for n in range(1000)]) == []
     assert asked < 10_000
     assert layout.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)
 

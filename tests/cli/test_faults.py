@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.core import paths
+from jaxadapt.core.errors import repeated
 from jaxadapt.persistence.formats import mlx_files
 from tests.support import small
 from tests.support.small import WEIGHTS, files
@@ -133,7 +133,7 @@ def test_the_modules_of_mlx_are_compared_a_few_times_each(tmp_path, monkeypatch)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert len(jaxadapt.read(tmp_path).tensors) == 400
     assert Counted.compared < 20 * 200
-    assert paths.repeated(["b", "a", "b", "a", "c"]) == ["a", "b"]
+    assert repeated(["b", "a", "b", "a", "c"]) == ["a", "b"]
 
 
 @pytest.mark.parametrize("example", [{"tokens": np.zeros((1, 2), int)}, np.zeros((1, 2), int)], ids=["dict", "array"])

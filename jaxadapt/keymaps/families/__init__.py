@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxadapt.core import errors, paths
+from jaxadapt.core import errors
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, coverage, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
@@ -296,7 +296,7 @@ def describe_nearest_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     keymap, reasons = min(candidates, key=lambda item: len(item[1]))
     return (
         f"\nThe most similar keymap is {keymap.name!r}, with entries for {most} of {len(shapes)} weights. It does not"
-        f" fit because of\n" + paths.bullets(reasons)
+        f" fit because of\n" + errors.bullets(reasons)
     )
 
 

@@ -21,8 +21,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, rename, transpose
 from jaxadapt.configs import lora
 from jaxadapt.configs.validation import mlx_keys
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed, repeated
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import MAGNITUDE, PairKeys, lora_pairs
@@ -198,9 +197,7 @@ def read_tensors(file: TensorSource, settings: lora.LoraConfig, source: str) -> 
         shapes = {name: tuple(file.specs[key].shape) for name, key in keys.items()}
         if problem := _problem(names[module], shapes, settings, untied):
             problems.append(f"{module}: {problem}")
-    problems += [
-        f"{name}: two modules of the file have this name in PyTorch" for name in paths.repeated(names.values())
-    ]
+    problems += [f"{name}: two modules of the file have this name in PyTorch" for name in repeated(names.values())]
     if not modules:
         problems.append("no module with lora_a and lora_b")
     raise_listed(MismatchError, f"{source}: cannot read mlx-lm's adapter in PEFT's form; {FUSE}:", problems)
