@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from jaxadapt.arrays.tensor_source import NAMES, TensorSource, TensorSpec, aligned_empty, dtype_name, numpy_dtype
-from jaxadapt.core.errors import FileError, FormatError, MismatchError, problems_text
+from jaxadapt.core.errors import FileError, FormatError, MismatchError, problems_text, repeated
 from jaxadapt.storage import atomic, local_files, location
 
 if TYPE_CHECKING:
@@ -81,29 +81,25 @@ def _show(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def _is_natural(value: object) -> bool:
+def _naturals(value: object) -> tuple[int, ...] | None:
+    """Return the values of a list or tuple if all are integers of at least 0; else None."""
+    items = cast("Sequence[object]", value) if type(value) in (list, tuple) else (None,)
     # bool is a subclass of int in Python, but `true` is not a number in JSON.
-    return type(value) is int and value >= 0
-
-
-def _parse_naturals(value: object) -> tuple[int, ...] | None:
-    if type(value) is not list:
-        return None
-    for item in cast("list[object]", value):
-        if type(item) is not int or item < 0:
-            return None
-    return tuple(cast("list[int]", value))
+    return tuple(cast("Sequence[int]", items)) if all(type(item) is int and item >= 0 for item in items) else None
 
 
 def _parse_object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | ValueError:
     """Convert an object of the header; a tensor's description immediately, to spare the gc 10^5 small objects."""
     result = dict(pairs)
-    if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and type(result["data_offsets"]) is list:
-        return _parse_info(result)  # if three tensors have these names, data_offsets is an object, not a list
+    # If three tensors have these names, data_offsets is an object.
+    is_header = isinstance(result.get("data_offsets"), dict | TensorInfo | ValueError)
+    if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and not is_header:
+        try:
+            return _parse_info(result)
+        except ValueError as error:
+            return error
     if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
-        raise ValueError(f"duplicate keys {_show(twice)}")
+        raise ValueError(f"duplicate keys {_show(repeated(key for key, _ in pairs))}")
     return result
 
 
@@ -117,57 +113,41 @@ def _parse_integer(text: str) -> int:
     return int(text)
 
 
-def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
-    if len(shape) > _MAX_AXES:  # checked first: the product of many axes is slow
-        return f"expected at most {_MAX_AXES} axes, found {len(shape)}"
-    bits = math.prod(shape) * BITS[dtype]
-    if 0 < bits <= 8 * _MAX_BYTES and not bits % 8:
-        return None
-    # Axes of size 0 must not hide an overflow of the others: numpy multiplies axes one by one.
-    if math.prod(max(dim, 1) for dim in shape) * BITS[dtype] // 8 > _MAX_BYTES:
-        return f"shape {_show(list(shape))} overflows 63 bits"
-    if math.prod(shape) * BITS[dtype] % 8:
-        return f"shape {_show(list(shape))} of {dtype} does not fill whole bytes"
-    return None
-
-
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
-def _parse_info(entry: dict[str, object]) -> TensorInfo | ValueError:
-    """Return one tensor's description, or the problem of an invalid one."""
-    dtype, shape, offsets = entry["dtype"], _parse_naturals(entry["shape"]), _parse_naturals(entry["data_offsets"])
-    if type(dtype) is str and dtype in BITS and shape and offsets and len(shape) <= _MAX_AXES and len(offsets) == 2:
-        start, stop = offsets
-        if 0 < math.prod(shape) * BITS[dtype] == 8 * (stop - start) and stop <= _MAX_BYTES:
-            return TensorInfo(dtype, shape, start, stop)
-    problem = _problem(entry, dtype, shape, offsets)
-    if problem is None and isinstance(dtype, str) and shape is not None and offsets is not None:
-        return TensorInfo(dtype, shape, *offsets)
-    return ValueError(problem)
-
-
-def _problem(
-    entry: dict[str, object], dtype: object, shape: tuple[int, ...] | None, offsets: tuple[int, ...] | None
-) -> str | None:
+def _byte_size(dtype: object, shape: object) -> int:
+    """Return the number of bytes of a tensor. Raises `ValueError` with the problem of its dtype or its shape."""
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"expected a dtype of the format (F32, BF16, …), found {_show(dtype)}"
-    if shape is None:
-        return f"expected a shape of integers >= 0, found {_show(entry['shape'])}"
-    if problem := _size_problem(dtype, shape):
-        return problem
+        raise ValueError(f"expected a dtype of the format (F32, BF16, …), found {_show(dtype)}")
+    sizes = _naturals(shape)
+    if sizes is None:
+        raise ValueError(f"expected a shape of integers >= 0, found {_show(shape)}")
+    if len(sizes) > _MAX_AXES:  # checked first: the product of many axes is slow
+        raise ValueError(f"expected at most {_MAX_AXES} axes, found {len(sizes)}")
+    # Axes of size 0 must not hide an overflow of the others: numpy multiplies axes one by one.
+    if math.prod(max(size, 1) for size in sizes) * BITS[dtype] // 8 > _MAX_BYTES:
+        raise ValueError(f"shape {_show(list(sizes))} overflows 63 bits")
+    nbytes, bits = divmod(math.prod(sizes) * BITS[dtype], 8)
+    if bits:
+        raise ValueError(f"shape {_show(list(sizes))} of {dtype} does not fill whole bytes")
+    return nbytes
+
+
+def _parse_info(entry: Mapping[str, object]) -> TensorInfo:
+    """Return the description of one tensor. Raises `ValueError` with its problem."""
+    dtype, shape, found = entry["dtype"], entry["shape"], entry["data_offsets"]
+    expected, offsets = _byte_size(dtype, shape), _naturals(found)
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        found = _show(entry["data_offsets"])
-        return f"expected data_offsets [start, stop] with 0 <= start <= stop, found {found}"
-    if offsets[1] > _MAX_BYTES:
-        return f"data_offsets {_show(list(offsets))} overflow 63 bits"
-    expected = math.prod(shape) * BITS[dtype] // 8
-    if offsets[1] - offsets[0] != expected:
-        return (
-            f"expected {expected} bytes for {dtype} {list(shape)}, "
-            f"found {offsets[1] - offsets[0]} (data_offsets {list(offsets)})"
+        raise ValueError(f"expected data_offsets [start, stop] with 0 <= start <= stop, found {_show(found)}")
+    start, stop = offsets
+    if stop > _MAX_BYTES:
+        raise ValueError(f"data_offsets {_show(list(offsets))} overflow 63 bits")
+    if stop - start != expected:
+        raise ValueError(
+            f"expected {expected} bytes for {dtype} {shape}, found {stop - start} (data_offsets {list(offsets)})"
         )
-    return None
+    return TensorInfo(cast("str", dtype), tuple(cast("list[int]", shape)), start, stop)
 
 
 def _length_problem(first: bytes, size: int) -> str | None:
@@ -206,16 +186,12 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     try:
         items = _read_items(raw)
         found = items.pop("__metadata__", None)
-        found = {} if found is None else found  # MLX writes null for none, which the reference reader takes
-        values = cast("dict[str, object]", found).values() if isinstance(found, dict) else [None]
-        if not all(isinstance(value, str) for value in values):
+        # MLX writes null for none, which the reference reader takes.
+        metadata = cast("dict[str, str]", {} if found is None else found)
+        if not isinstance(found, dict | None) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError(f"__metadata__: expected an object of strings, found {_show(found)}")
-        metadata = cast("dict[str, str]", found)
         tensors = _read_tensors(items)
         _check_layout(tensors, 8 + len(raw), size)
-    except ValueError as error:
-        raise FormatError(f"{path}: not a valid safetensors file: {error}") from error
-    try:
         # "\ud800" is valid JSON, but not valid text: it can be neither printed nor written.
         "".join([*tensors, *metadata, *metadata.values()]).encode()
     except UnicodeEncodeError as error:
@@ -223,6 +199,8 @@ def parse(path: str, raw: bytes, size: int) -> Header:
         raise FormatError(
             f"{path}: not a valid safetensors file: header: a name holds a lone surrogate, {name}"
         ) from error
+    except ValueError as error:
+        raise FormatError(f"{path}: not a valid safetensors file: {error}") from error
     return Header(tensors, metadata, 8 + len(raw), size)
 
 
@@ -252,15 +230,15 @@ def _read_tensors(items: Mapping[str, object]) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for key, value in items.items():
-        if isinstance(value, dict) and cast("dict[str, object]", value).keys() == _FIELDS:
-            value = _parse_info(cast("dict[str, object]", value))
         if type(value) is TensorInfo:
             tensors[key] = value
         elif isinstance(value, ValueError):
             problems.append(f"tensor {_show(key)}: {value}")
         elif isinstance(value, dict):
             fields = _show(list(cast("dict[str, object]", value)))
-            problems.append(f"tensor {_show(key)}: expected the fields dtype, shape, data_offsets, found {fields}")
+            problems.append(
+                f"tensor {_show(key)}: expected the fields dtype, shape and data_offsets [start, stop], found {fields}"
+            )
         else:
             problems.append(f"tensor {_show(key)}: expected an object, found {_show(value)}")
     if problems:
@@ -314,17 +292,16 @@ def encode(
     0
     """
     problems: list[str] = []
+    sizes: dict[str, int] = {}
     if not all(type(k) is str and type(v) is str for k, v in metadata.items()):
         problems.append(f"metadata: expected strings, found {_show(dict(metadata))}")
     for key, (dtype, shape) in specs.items():
         if key == "__metadata__":
             problems.append("tensor '__metadata__': the name is reserved")
-        elif dtype not in BITS:
-            problems.append(f"tensor {_show(key)}: expected a dtype of the format (F32, BF16, …), found {_show(dtype)}")
-        elif not all(_is_natural(dim) for dim in shape):
-            problems.append(f"tensor {_show(key)}: expected a shape of integers >= 0, found {_show(shape)}")
-        elif problem := _size_problem(dtype, tuple(shape)):
-            problems.append(f"tensor {_show(key)}: {problem}")
+        try:
+            sizes[key] = _byte_size(dtype, shape)
+        except ValueError as error:
+            problems.append(f"tensor {_show(key)}: {error}")
     if problems:
         raise FileError(f"{path}: cannot write: {problems_text(problems)}")
 
@@ -335,10 +312,10 @@ def encode(
     position = 0
     for key in sorted(specs, key=lambda key: (-_RANK[specs[key][0]], key)):
         dtype, shape = specs[key][0], tuple(specs[key][1])
-        stop = position + math.prod(shape) * BITS[dtype] // 8
+        stop = position + sizes[key]
         tensors[key] = TensorInfo(dtype, shape, position, stop)
-        sizes = ",".join(map(str, shape))
-        entries.append(f'{_json(key)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{position},{stop}]}}')
+        axes = ",".join(map(str, shape))
+        entries.append(f'{_json(key)}:{{"dtype":"{dtype}","shape":[{axes}],"data_offsets":[{position},{stop}]}}')
         position = stop
     try:
         text = ("{" + ",".join(entries) + "}").encode("utf-8")
@@ -590,7 +567,7 @@ def write_to(
     With `ahead`, a thread calls `get` for the next two tensors while one is written.
     """
     first, header = encode(writer.path, named_specs(specs), metadata or {})
-    writer.write(memoryview(first))
+    writer.write(first)
     keys = header.tensors
     with contextlib.closing(local_files.map_ahead(get, keys) if ahead else (get(key) for key in keys)) as values:
         for key, info in keys.items():
