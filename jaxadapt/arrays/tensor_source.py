@@ -11,7 +11,7 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, problems_text
 
@@ -126,7 +126,6 @@ def aligned_empty(nbytes: int) -> np.ndarray:
 
 Kinds = Mapping[str, tuple[str, tuple[int, ...]]]
 """{key: (dtype, shape)}, with safetensors' names of dtypes."""
-P = TypeVar("P")
 
 
 class TensorSpec(NamedTuple):
@@ -294,35 +293,30 @@ def rename(tensors: TensorSource, names: Mapping[str, str]) -> View:
     return View(tensors.source, {key: (tensors, name) for key, name in names.items()})
 
 
-def transpose(tensors: TensorSource, names: Mapping[str, str]) -> TensorSource:
-    """Return the transposes of matrices, from `{new name: name}`; each is transposed when it is read."""
-    return _Transposed(tensors, names)
+class _Derived(TensorSource):
+    """Tensors that are made from others when they are read."""
 
+    def __init__(
+        self,
+        source: str,
+        keys: Iterable[str],
+        spec: Callable[[str], TensorSpec],
+        read: Callable[[str, Sequence[slice]], np.ndarray],
+    ) -> None:
+        """Create a source; `spec` returns the shape and dtype of a key's tensor, and `read` a part of the tensor."""
+        self.source, self._keys, self._spec, self._read = source, keys, spec, read
 
-def cut(tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> View:
-    """Replace some tensors by their parts, from `{new name: (name, slices)}`. Parts are cut when they are read."""
-    return _replace(tensors, {name for name, _ in parts.values()}, _Parts(tensors, parts), {})
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: self._spec(key) for key in self._keys}
 
+    def read(self, key: str) -> np.ndarray:
+        return self._read(key, ())
 
-def stack(tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> View:
-    """Replace tensors by stacks of them, and rename others. Stacks are assembled when they are read.
-
-    Args:
-        tensors: the tensors.
-        rows: by new name, the rows of a stack: one index of the new first axis each, its tensors concatenated.
-        names: `{new name: name}` of the tensors to rename.
-    """
-    stacked = {key for rows_of_one in rows.values() for row in rows_of_one for key in row}
-    return _replace(tensors, stacked | set(names.values()), _Stacks(tensors, rows), names)
-
-
-def cast(tensors: Mapping[str, Any], dtype: Any) -> TensorSource:
-    """Return tensors with those of floats in another dtype; each is cast when it is read.
-
-    Reading raises `MismatchError` if finite values are NaN or infinite in that dtype.
-    """
-    source = as_source(tensors)
-    return _Cast(source, dict.fromkeys(source, dtype))
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        if shape is not None and tuple(shape) != self.specs[key].shape:
+            return super().read_slice(key, slices, shape)
+        return self._read(key, slices)
 
 
 def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names: Mapping[str, str]) -> View:
@@ -331,115 +325,115 @@ def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names
     return View(tensors.source, origins | {key: (new, key) for key in new})
 
 
-class _Derived(TensorSource, Generic[P]):
-    """Tensors that are made from others when they are read; `parts` has the origin of each."""
+def transpose(tensors: TensorSource, names: Mapping[str, str]) -> TensorSource:
+    """Return the transposes of matrices, from `{new name: name}`; each is transposed when it is read."""
 
-    def __init__(self, tensors: TensorSource, parts: Mapping[str, P]) -> None:
-        self._tensors, self._parts, self.source = tensors, parts, tensors.source
-
-    @functools.cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        return {key: self._spec(key, part) for key, part in self._parts.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        return self._read(key, self._parts[key], ())
-
-    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
-        if shape is not None and tuple(shape) != self.specs[key].shape:
-            return super().read_slice(key, slices, shape)
-        return self._read(key, self._parts[key], slices)
-
-    @abstractmethod
-    def _spec(self, key: str, part: P) -> TensorSpec: ...
-
-    @abstractmethod
-    def _read(self, key: str, part: P, slices: Sequence[slice]) -> np.ndarray: ...
-
-
-class _Transposed(_Derived[str]):
-    """Matrices that are transposed when they are read."""
-
-    def _spec(self, key: str, part: str) -> TensorSpec:
-        shape, dtype = self._tensors.specs[part]
+    def spec(key: str) -> TensorSpec:
+        shape, dtype = tensors.specs[names[key]]
         return TensorSpec(shape[::-1], dtype)
 
-    def _read(self, key: str, part: str, slices: Sequence[slice]) -> np.ndarray:
+    def read(key: str, slices: Sequence[slice]) -> np.ndarray:
         import numpy as np
 
         padded = (*slices, *(slice(None) for _ in range(2 - len(slices))))
-        values = self._tensors.read_slice(part, padded[::-1])
+        values = tensors.read_slice(names[key], padded[::-1])
         # As integers: numpy copies the 16-bit floats of other packages element by element.
         return np.ascontiguousarray(values.view(f"u{values.itemsize}").T).view(values.dtype)
 
+    return _Derived(tensors.source, names, spec, read)
 
-class _Parts(_Derived["tuple[str, tuple[slice, ...]]"]):
-    """Parts of tensors, cut when they are read."""
 
-    def _spec(self, key: str, part: tuple[str, tuple[slice, ...]]) -> TensorSpec:
-        (shape, dtype), slices = self._tensors.specs[part[0]], part[1]
+def cut(tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> View:
+    """Replace some tensors by their parts, from `{new name: (name, slices)}`. Parts are cut when they are read."""
+
+    def spec(key: str) -> TensorSpec:
+        name, slices = parts[key]
+        shape, dtype = tensors.specs[name]
         sizes = [len(range(size)[one]) for size, one in zip(shape, slices, strict=False)]
         return TensorSpec((*sizes, *shape[len(slices) :]), dtype)
 
-    def _read(self, key: str, part: tuple[str, tuple[slice, ...]], slices: Sequence[slice]) -> np.ndarray:
-        return self._tensors.read_slice(*part)[tuple(slices)]
+    def read(key: str, slices: Sequence[slice]) -> np.ndarray:
+        return tensors.read_slice(*parts[key])[tuple(slices)]
+
+    new = _Derived(tensors.source, parts, spec, read)
+    return _replace(tensors, {name for name, _ in parts.values()}, new, {})
 
 
-class _Stacks(_Derived["Sequence[Sequence[str]]"]):
-    """Tensors that are stacked when they are read: each row concatenates tensors along their first axis."""
+def stack(tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> View:
+    """Replace tensors by stacks of them, and rename others. Stacks are assembled when they are read.
 
-    def _spec(self, key: str, part: Sequence[Sequence[str]]) -> TensorSpec:
-        """Return the shape and dtype. Raises `MismatchError` if the rows differ."""
-        kinds = {tuple(self._tensors.specs[name] for name in row) for row in part}
+    Args:
+        tensors: the tensors.
+        rows: by new name, the rows of a stack: one index of the new first axis each, its tensors concatenated along
+            their first axis.
+        names: `{new name: name}` of the tensors to rename.
+
+    Raises:
+        MismatchError: the rows of a stack differ in their shapes or dtypes.
+    """
+
+    def spec(key: str) -> TensorSpec:
+        kinds = {tuple(tensors.specs[name] for name in row) for row in rows[key]}
         kind = next(iter(kinds))
         if len(kinds) > 1 or len({(spec.shape[1:], spec.dtype) for spec in kind}) > 1:
             found = sorted({f"{spec.dtype.name} {list(spec.shape)}" for row in kinds for spec in row})
             raise MismatchError(
-                f"{self.source}: cannot stack the tensors of {key}: expected equal shapes and dtypes, found"
+                f"{tensors.source}: cannot stack the tensors of {key}: expected equal shapes and dtypes, found"
                 f" {problems_text(found)}"
             )
-        return TensorSpec((len(part), sum(spec.shape[0] for spec in kind), *kind[0].shape[1:]), kind[0].dtype)
+        return TensorSpec((len(rows[key]), sum(spec.shape[0] for spec in kind), *kind[0].shape[1:]), kind[0].dtype)
 
-    def _read(self, key: str, part: Sequence[Sequence[str]], slices: Sequence[slice]) -> np.ndarray:
-        """Return a part of a stack. Only slices of the first two axes save reading."""
-        whole, dtype = self.specs[key]
+    def read(key: str, slices: Sequence[slice]) -> np.ndarray:
+        # Only slices of the first two axes save reading.
+        whole, dtype = new.specs[key]
         padded = [*slices, *(slice(None) for _ in whole[len(slices) :])]
-        rows = part[padded[0]]
+        chosen = rows[key][padded[0]]
         first, last, _ = padded[1].indices(whole[1])
-        size = math.prod(whole[2:]) * len(rows) * (last - first)
-        out = aligned_empty(size * dtype.itemsize).view(dtype).reshape(len(rows), last - first, *whole[2:])
-        for values, names in zip(out, rows, strict=True):
+        size = math.prod(whole[2:]) * len(chosen) * (last - first)
+        out = aligned_empty(size * dtype.itemsize).view(dtype).reshape(len(chosen), last - first, *whole[2:])
+        for values, row in zip(out, chosen, strict=True):
             offset = 0
-            for name in names:
-                length = self._tensors.specs[name].shape[0]
+            for name in row:
+                length = tensors.specs[name].shape[0]
                 overlap = slice(max(first - offset, 0), min(last - offset, length))
                 if overlap.start < overlap.stop:
                     start, stop = offset + overlap.start - first, offset + overlap.stop - first
-                    values[start:stop] = self._tensors.read_slice(name, (overlap,))
+                    values[start:stop] = tensors.read_slice(name, (overlap,))
                 offset += length
         return out[(slice(None), slice(None, None, padded[1].step), *padded[2:])]
 
+    new = _Derived(tensors.source, rows, spec, read)
+    stacked = {name for rows_of_one in rows.values() for row in rows_of_one for name in row}
+    return _replace(tensors, stacked | set(names.values()), new, names)
 
-class _Cast(_Derived[Any]):
-    """Tensors that are cast when they are read; integers keep their dtype."""
 
-    def _spec(self, key: str, part: Any) -> TensorSpec:
-        shape, dtype = self._tensors.specs[key]
-        return TensorSpec(shape, part if is_float(dtype) else dtype)
+def cast(tensors: Mapping[str, Any], dtype: Any) -> TensorSource:
+    """Return tensors with those of floats in another dtype; each is cast when it is read.
 
-    def _read(self, key: str, part: Any, slices: Sequence[slice]) -> np.ndarray:
+    Reading raises `MismatchError` if finite values are NaN or infinite in that dtype.
+    """
+    source = as_source(tensors)
+
+    def spec(key: str) -> TensorSpec:
+        shape, own = source.specs[key]
+        return TensorSpec(shape, dtype if is_float(own) else own)
+
+    def read(key: str, slices: Sequence[slice]) -> np.ndarray:
         import numpy as np
 
         from jaxadapt.arrays import finite  # imports JAX, which only a cast needs
 
-        values = np.asarray(self._tensors.read_slice(key, slices))
-        if values.dtype == self.specs[key].dtype:
+        values = np.asarray(source.read_slice(key, slices))
+        if values.dtype == spec(key).dtype:
             return values
         with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
-            new = values.astype(part)
+            new = values.astype(dtype)
             if finite.is_finite(new) or not finite.count_lost(values, new):
                 return new
             lost = dict[str, int]()
-            for name in (key for key, spec in self._tensors.specs.items() if is_float(spec.dtype)):
-                values = np.asarray(self._tensors.read(name))
-                lost[name] = finite.count_lost(values, values.astype(part))
-        raise finite.overflow_error(lost, part, self.source)
+            for name in (name for name, each in source.specs.items() if is_float(each.dtype)):
+                values = np.asarray(source.read(name))
+                lost[name] = finite.count_lost(values, values.astype(dtype))
+        raise finite.overflow_error(lost, dtype, source.source)
+
+    return _Derived(source.source, source, spec, read)
