@@ -181,7 +181,7 @@ def _explain_missing(
             "transformers 5 converts such an adapter on loading; jaxadapt loads it into"
             " jaxadapt.models.LoraTree(model, on_shared='concat')",
         )  # fmt: skip
-    close = close_matches(missing[:3], [key.removesuffix(".weight") for key in base if key.endswith(".weight")])
+    close = errors.close_matches(missing[:3], [key.removesuffix(".weight") for key in base if key.endswith(".weight")])
     text = f"{source} has no weight for {len(missing)} of {count(modules, 'module')}, such as {first}"
     text += f"; it has {', '.join(close[:4])}" if close else ""
     return error("base", missing, text, "modules of this base", _IS_THE_BASE)

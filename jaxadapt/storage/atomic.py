@@ -31,8 +31,7 @@ from typing import ParamSpec, TypeVar
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
-from jaxadapt.storage.local_files import MAX_CALL, file_error
-from jaxadapt.storage.location import Address, Location
+from jaxadapt.storage.local_files import MAX_CALL, close, file_error
 
 # ---------------------------------------------------------------- flush
 
@@ -40,7 +39,7 @@ from jaxadapt.storage.location import Address, Location
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 
-def make_folder(folder: Location) -> list[Path]:
+def make_folder(folder: location.Location) -> list[Path]:
     """Create a folder and its missing parents durably. Return the new folders, innermost first.
 
     Does nothing for an address, since object stores have no folders.
@@ -48,7 +47,7 @@ def make_folder(folder: Location) -> list[Path]:
     Raises:
         FileError: no permission, or a part of the path is a file. Then no new folder remains.
     """
-    if isinstance(folder, Address):
+    if isinstance(folder, location.Address):
         return []
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
@@ -472,15 +471,23 @@ def _check_target(path: str | os.PathLike[str]) -> str:
 @contextlib.contextmanager
 def _upload_all(addresses: Sequence[location.Address]) -> Generator[list[Writer]]:
     """Open a `Writer` for each address. At the end of the block, upload the files one after the other."""
+    import tempfile
+
+    folder = tempfile.gettempdir()
+    writers: list[Writer] = []
     with contextlib.ExitStack() as stack:
-        staged = [stack.enter_context(location.staged_upload(place)) for place in addresses]
-        yield [
-            Writer(fd, f"{place} (through {temporary.parent})", temporary)
-            for place, (fd, temporary) in zip(addresses, staged, strict=True)
-        ]
-        for number, (place, (fd, _)) in enumerate(zip(addresses, staged, strict=True)):
+        for place in addresses:
+            shown = f"{place} (through {folder})"
+            with write_errors(shown):
+                # It has no name in any folder, so a killed process leaves no file.
+                file = tempfile.TemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed with the stack)
+            stack.callback(close, file)
+            writers.append(Writer(file.fileno(), shown, Path(folder, "jaxadapt")))
+        yield writers
+        for number, (place, writer) in enumerate(zip(addresses, writers, strict=True)):
             try:
-                location.put(place, fd)
+                os.lseek(writer.fd, 0, os.SEEK_SET)  # opening the path below may share this offset
+                place.put(f"/dev/fd/{writer.fd}")
             except FileError as error:
                 if not number:
                     raise

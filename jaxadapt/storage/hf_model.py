@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, numpy_dtype
 from jaxadapt.core.errors import FileError, FormatError, bullets, problems_text
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
-from jaxadapt.storage.location import Location
-from jaxadapt.storage.safetensors import MAX_HEADER
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,12 +27,9 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 Specs = Mapping[str, "tuple[Any, Sequence[int]]"]
 
 
-def read_index(path: Location) -> dict[str, str]:
+def read_index(path: location.Location) -> dict[str, str]:
     """Return `{key: file name}` of an index."""
-    try:
-        data: Any = json.loads(location.read_text_bytes(path, MAX_HEADER))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected JSON, found: {error}") from error
+    data = location.read_json(path, safetensors.MAX_HEADER)
     weight_map: Any = cast("dict[str, Any]", data).get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{path}: expected an object weight_map of file names, found {str(weight_map)[:80]}")
@@ -45,7 +40,7 @@ def read_index(path: Location) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_model(path: Location) -> Generator[TensorSource]:
+def open_model(path: location.Location) -> Generator[TensorSource]:
     """Open the weights of a model's folder, or of one file, for reading.
 
     The folder is searched in transformers' order: model.safetensors, its index, pytorch_model.bin, its index.
@@ -56,7 +51,7 @@ def open_model(path: Location) -> Generator[TensorSource]:
     """
     with contextlib.ExitStack() as stack:
 
-        def open_part(file: Location) -> TensorSource:
+        def open_part(file: location.Location) -> TensorSource:
             if file.suffix == ".bin":
                 # From a store, the whole file is fetched by each of the two passes.
                 return torch_bin.open_tensors(file) if isinstance(file, Path) else as_source(torch_bin.read(file))
@@ -83,7 +78,7 @@ def open_model(path: Location) -> Generator[TensorSource]:
         yield combine(str(path), list(parts.values()))
 
 
-def main_file(folder: Location) -> Location:
+def main_file(folder: location.Location) -> location.Location:
     """Return the file of a model's weights, or their index."""
     found = next(filter(location.exists, (folder / name for name in (SINGLE_FILE, INDEX, BIN, BIN_INDEX))), None)
     if found is None:
@@ -125,7 +120,7 @@ def refuse_packed(tensors: TensorSource) -> None:
         )
 
 
-def _choose_file_names(folder: Location, count: int) -> list[str]:
+def _choose_file_names(folder: location.Location, count: int) -> list[str]:
     """Return `count` unused file names: the old set must stay intact until the new one is complete."""
     if count == 1:
         return [SINGLE_FILE]
@@ -138,7 +133,11 @@ def _choose_file_names(folder: Location, count: int) -> list[str]:
 
 
 def write_model(
-    folder: Location, specs: Specs, get: Callable[[str], np.ndarray], limit: int, progress: Callable[[int], None]
+    folder: location.Location,
+    specs: Specs,
+    get: Callable[[str], np.ndarray],
+    limit: int,
+    progress: Callable[[int], None],
 ) -> None:
     """Write a model's weights, durably and atomically, holding one tensor at a time.
 
@@ -179,7 +178,7 @@ def write_model(
         )
 
 
-def _current_files(folder: Location) -> set[str]:
+def _current_files(folder: location.Location) -> set[str]:
     """Return the names of the folder's current weight files, which a new set replaces."""
     names = {name for name in (SINGLE_FILE, INDEX) if location.is_file(folder / name)}
     return names | set(read_index(folder / INDEX).values()) if INDEX in names else names
@@ -212,16 +211,11 @@ TIE_DEFAULTS: Mapping[str, bool] = {
 """The default of the field by model type."""
 
 
-def read_model_config(path: Location) -> dict[str, Any] | None:
+def read_model_config(path: location.Location) -> dict[str, Any] | None:
     """Read the fields of a config.json; return None if the file does not exist."""
-    try:
-        document: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not location.exists(path):
         return None
-    except OSError as error:
-        raise local_files.file_error("read", str(path), error) from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected JSON, but reading failed: {error}") from error
+    document = location.read_json(path)
     if not isinstance(document, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return cast("dict[str, Any]", document)
@@ -255,20 +249,20 @@ def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **inner, TIE_FIELD: False}
 
 
-def read_tied(path: Location) -> bool | None:
+def read_tied(path: location.Location) -> bool | None:
     """Return what `is_tied` says of a config.json; None if the file does not exist."""
     config = read_model_config(path)
     return None if config is None else is_tied(config)
 
 
-def _read_bytes(path: Location) -> bytes:
+def _read_bytes(path: location.Location) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise local_files.file_error("read", str(path), error) from error
 
 
-def read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
+def read_other_files(source: location.Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
     """Read the model's other files; change its configuration to `dtype`, and `untie` its head, if given."""
     files: dict[str, bytes] = {}
     is_folder = location.is_dir(source)
@@ -284,22 +278,21 @@ def read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[s
     path = (source if is_folder else source.parent) / CONFIG
     if untie and read_model_config(path) is not None:
         files[path.name] = _read_bytes(path)  # also if the base is a single file
-    if path.name in files and dtype is not None:
-        files[path.name] = _set_dtype(path, files[path.name], dtype)
-    if path.name in files and untie:
-        files[path.name] = json.dumps(untie_config(json.loads(files[path.name])), indent=2).encode() + b"\n"
+    if path.name in files and (untie or dtype is not None):
+        files[path.name] = _change_config(path, files[path.name], dtype, untie)
     return files
 
 
-def _set_dtype(path: Location, config: bytes, dtype: str) -> bytes:
-    """Set the dtype in a config.json, because transformers loads a model in this dtype."""
+def _change_config(path: location.Location, config: bytes, dtype: str | None, untie: bool) -> bytes:
+    """Set the dtype in a config.json, because transformers loads a model in this dtype, and untie the head."""
 
     def replace_dtype(fields: dict[str, Any]) -> dict[str, Any]:
         return {k: dtype if k in ("dtype", "torch_dtype") and isinstance(v, str) else v for k, v in fields.items()}
 
     try:
-        return json.dumps(json.loads(config, object_hook=replace_dtype), indent=2).encode() + b"\n"
+        fields = json.loads(config, object_hook=None if dtype is None else replace_dtype)
     except ValueError as error:
         raise FormatError(
             f"{path}: cannot set the dtype {dtype}: expected a JSON file, but reading failed: {error}"
         ) from error
+    return json.dumps(untie_config(fields) if untie else fields, indent=2).encode() + b"\n"

@@ -40,8 +40,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
-from jaxadapt.storage import local_files
-from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.local_files import MAX_TEXT, file_error
 from jaxadapt.storage.location import CARD, CONFIG, HUB_EXAMPLE, MLX_WEIGHTS, WEIGHTS, HubAddress, parse_hub_address
 
 # ---------------------------------------------------------------- hub answers
@@ -328,7 +327,7 @@ def client_bars(show: bool) -> Generator[None]:
         enable_progress_bars()
 
 
-_MAX_BYTES: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local_files.MAX_TEXT)
+_MAX_BYTES: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), MAX_TEXT)
 
 
 # ---------------------------------------------------------------- download

@@ -16,17 +16,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jaxadapt.core.errors import FileError, FormatError
-from jaxadapt.storage import local_files
-from jaxadapt.storage.local_files import ByteSource, LocalFile, file_error
+from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -425,7 +425,7 @@ def _kind(place: Location, shown: Location | None = None) -> str | None:
     return {stat.S_IFDIR: "directory", stat.S_IFREG: "file"}.get(stat.S_IFMT(mode), "other")
 
 
-def read_text_bytes(place: Location, max_bytes: int = local_files.MAX_TEXT) -> bytes:
+def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
     """Read a whole text file. It must be a regular file (a pipe or a device may never end).
 
     Args:
@@ -459,29 +459,13 @@ def read_text_bytes(place: Location, max_bytes: int = local_files.MAX_TEXT) -> b
     return data
 
 
-# ---------------------------------------------------------------- writing
-
-
-@contextlib.contextmanager
-def staged_upload(address: Address) -> Generator[tuple[int, Path]]:
-    """Open a temporary file that `put` will upload. Yield its descriptor and a path for messages."""
-    import tempfile
-
+def read_json(place: Location, max_bytes: int = MAX_TEXT) -> Any:
+    """Read the JSON value of a text file. Raises the errors of `read_text_bytes`, and `FormatError` for other text."""
     try:
-        file = tempfile.TemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise file_error("write", f"{address} (through {tempfile.gettempdir()})", error) from error
-    # It has no name in any folder, so a killed process leaves no file.
-    try:
-        yield file.fileno(), Path(tempfile.gettempdir(), "jaxadapt")
-    finally:
-        local_files.close(file)
+        return json.loads(read_text_bytes(place, max_bytes))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{place}: expected JSON, found: {error}") from error
 
-
-def put(address: Address, fd: int) -> None:
-    """Upload an open file of this machine to an address, whole. Raises `FileError`."""
-    os.lseek(fd, 0, os.SEEK_SET)  # opening the path below may share this offset
-    address.put(f"/dev/fd/{fd}")
 
 
 # ---------------------------------------------------------------- ranged reads

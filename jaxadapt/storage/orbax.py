@@ -21,7 +21,6 @@ import contextlib
 import errno
 import functools
 import glob
-import json
 import operator
 import os
 import re
@@ -34,7 +33,6 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import ORBAX_MARKERS, Address, Location
 from jaxadapt.storage.safetensors import MAX_HEADER
 
 if TYPE_CHECKING:
@@ -50,10 +48,10 @@ Tree = Mapping[str, Any]
 Spec = tuple[tuple[int, ...], str]
 
 
-def _resolve_location(path: str | os.PathLike[str]) -> Location:
+def _resolve_location(path: str | os.PathLike[str]) -> location.Location:
     """Return the absolute location. Raises `FileError` for an address that Orbax cannot use."""
     place = location.absolute(location.to_location(path))
-    if isinstance(place, Address) and place.scheme != "gs":
+    if isinstance(place, location.Address) and place.scheme != "gs":
         raise FileError(
             f"{place}: Orbax cannot use {place.scheme}:// (it fails halfway, or creates a local folder of that name);"
             " save to a local folder and copy it, or use format='safetensors'"
@@ -65,25 +63,20 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Return True if a path holds a complete Orbax checkpoint."""
     place = location.to_location(path)
     if isinstance(place, Path):
-        return any(location.exists(place / marker, shown=place) for marker in ORBAX_MARKERS)
+        return any(location.exists(place / marker, shown=place) for marker in location.ORBAX_MARKERS)
     if place.scheme == "hf":  # adapters of the Hub are recognised in its cache
         return False
     try:
         names = {entry.name for entry in place.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return bool(names & set(ORBAX_MARKERS)) and COMMITTED in names
+    return bool(names & set(location.ORBAX_MARKERS)) and COMMITTED in names
 
 
 def read_json(path: str | os.PathLike[str], item: str) -> Any:
     """Read a JSON document of a checkpoint, or return None if it is missing. Raises `FileError`, `FormatError`."""
     file = _resolve_location(path) / item / _JSON
-    try:
-        return json.loads(location.read_text_bytes(file, MAX_HEADER)) if file.exists() else None
-    except OSError as error:  # raised by `exists`
-        raise file_error("read", str(file), error) from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: expected JSON, found: {error}") from error
+    return location.read_json(file, MAX_HEADER) if location.exists(file) else None
 
 
 # ---------------------------------------------------------------- Orbax itself
@@ -103,7 +96,7 @@ def _context(documents: Sequence[str] = (), partial: bool = False) -> Any:
 
 
 @contextlib.contextmanager
-def _translate_errors(place: Location, write: bool = False) -> Generator[None]:
+def _translate_errors(place: location.Location, write: bool = False) -> Generator[None]:
     """Raise Orbax's errors as `FormatError`, or as `FileError` for a write."""
     try:
         yield
@@ -113,7 +106,7 @@ def _translate_errors(place: Location, write: bool = False) -> Generator[None]:
         raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _write_error(place: Location, error: Exception) -> FileError:
+def _write_error(place: location.Location, error: Exception) -> FileError:
     if isinstance(error, OSError) and error.errno is not None:
         return file_error("write", str(place), error)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
@@ -122,7 +115,7 @@ def _write_error(place: Location, error: Exception) -> FileError:
     return FileError(f"{place}: Orbax cannot write it: {type(error).__name__}: {error}")
 
 
-def _check_names(place: Location, trees: Mapping[str, Tree]) -> None:
+def _check_names(place: location.Location, trees: Mapping[str, Tree]) -> None:
     invalid: list[str] = []
 
     def collect(node: Any, path: str) -> None:
@@ -168,7 +161,7 @@ def save(
             f"{place}: cannot write: the path exists, and Orbax would delete an old checkpoint before the new one is"
             " complete; choose another path, or delete it"
         )
-    if not single_process or isinstance(place, Address):
+    if not single_process or isinstance(place, location.Address):
         _save_at(place, place, trees, documents)
         return
     with atomic.staging_folder(place) as staged:
@@ -180,7 +173,9 @@ def save(
             raise file_error("write", str(place), error, "another writer may have been faster") from error
 
 
-def _save_at(place: Location, shown: Location, trees: Mapping[str, Tree], documents: Mapping[str, Any]) -> None:
+def _save_at(
+    place: location.Location, shown: location.Location, trees: Mapping[str, Tree], documents: Mapping[str, Any]
+) -> None:
     """Write a checkpoint at a path, whose name in errors is `shown`."""
     from orbax.checkpoint import v1 as ocp
 
@@ -203,7 +198,7 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
     place = _resolve_location(path)
     if not is_checkpoint(place):
         raise FileError(
-            f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(ORBAX_MARKERS)}"
+            f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(location.ORBAX_MARKERS)}"
         )
     try:
         names = sorted(p.name for p in place.iterdir() if location.exists(p / "_METADATA"))

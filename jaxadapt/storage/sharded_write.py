@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxadapt.core.errors import FileError, MismatchError, raise_listed
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.storage import atomic, local_files, safetensors
-from jaxadapt.storage.atomic import flush_file, opened, write_at, write_errors
-from jaxadapt.storage.safetensors import Header, TensorInfo, encode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,7 +165,7 @@ process exhausts the iterator, since gathering for process 0 is collective."""
 
 Specs = Mapping[str, tuple[Any, Sequence[int]]]
 
-Put = Callable[[atomic.Writer, Mapping[str, str]], Header]
+Put = Callable[[atomic.Writer, Mapping[str, str]], safetensors.Header]
 """Writes the file of all processes with this metadata into an open replacement, and returns its header."""
 
 
@@ -224,12 +222,12 @@ def _lead(
     alike: Mapping[str, str],
     report: Report,
     shares: dict[str, int] | None,
-) -> Header:
+) -> safetensors.Header:
     path = writer.path
-    first, header = encode(path, layout, metadata)
-    with write_errors(path):
+    first, header = safetensors.encode(path, layout, metadata)
+    with atomic.write_errors(path):
         os.ftruncate(writer.fd, header.size)
-    write_at(writer.fd, memoryview(first), 0, path)
+    atomic.write_at(writer.fd, memoryview(first), 0, path)
     plan = {"file": writer.temporary.name, "size": header.size, "start": header.data_start}
     group.send("plan", plan | {"specs": _layout_digest(layout), "alike": dict(alike)})
     own_parts = None if shared is False else parts(True)
@@ -262,7 +260,7 @@ def _follow(
 ) -> None:
     with group.announce_failure("sees"):  # work that does not need the plan of process 0
         own_parts = None if shared is False else parts(True)
-        _, header = encode(path, layout, {})
+        _, header = safetensors.encode(path, layout, {})
         ours = {"specs": _layout_digest(layout), "alike": alike}
     plan = group.receive("plan")
     with contextlib.ExitStack() as stack:
@@ -272,7 +270,7 @@ def _follow(
             # and overwrite new bytes of another machine with old ones.
             flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             try:
-                fd = stack.enter_context(opened(Path(path).parent / plan["file"], flags))
+                fd = stack.enter_context(atomic.opened(Path(path).parent / plan["file"], flags))
                 sees = os.fstat(fd).st_size == plan["size"]
             except OSError:  # missing or not writable here; process 0 writes instead
                 fd, sees = -1, False  # no descriptor: there are then no parts to write
@@ -283,7 +281,7 @@ def _follow(
                 own_parts = None  # release them before all parts are gathered
             _write_parts(fd, path, plan["start"], header.tensors, own_parts or parts(False), report)
             if common and sees:
-                flush_file(fd, path)
+                atomic.flush_file(fd, path)
         group.send("written", shares)
 
 
@@ -322,7 +320,7 @@ def _write_parts(
     fd: int,
     path: str,
     start: int,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, safetensors.TensorInfo],
     parts: tuple[int, Iterator[TensorPart]],
     report: Report,
 ) -> None:
@@ -338,7 +336,7 @@ def _write_parts(
         begin = start + tensors[part.key].start
 
         def put(data: memoryview, offset: int) -> None:
-            write_at(fd, data, begin + offset, path)
+            atomic.write_at(fd, data, begin + offset, path)
 
         local_files.write_region(put, part.shape, safetensors.little_bits(part.array), part.region)
 

@@ -32,7 +32,6 @@ from jaxadapt.arrays.tensor_source import NAMES, Whole, aligned_empty, numpy_dty
 from jaxadapt.core.errors import FormatError, problems_text
 from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.local_files import LocalFile, file_error, flat_bytes
-from jaxadapt.storage.safetensors import BITS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,7 +172,7 @@ T = TypeVar("T")
 
 # By PyTorch's names of dtypes. safetensors lacks C128.
 _DTYPES = {**NAMES, "complex128": "C128"}
-SIZES = {name: 16 if name == "C128" else BITS[name] // 8 for name in _DTYPES.values()}
+SIZES = {name: 16 if name == "C128" else safetensors.BITS[name] // 8 for name in _DTYPES.values()}
 """The bytes of an element by dtype."""
 STORAGES = {
     "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16",
