@@ -207,25 +207,6 @@ class Config:
         for key in sorted(set(self.extra) & COMMON.keys()):  # read from any configuration, also without the field
             COMMON[key](problems, key, self.extra[key])
 
-    def _check_layers(self, problems: Problems, *, with_expression: bool) -> None:
-        """Add a problem if the fields of layers have no effect; `with_expression` if an expression may go with them."""
-        pattern, targets = self.get("layers_pattern"), self.get("target_modules")
-        if pattern and self.get("layers_to_transform") is None:
-            problems.add(
-                "layers_pattern",
-                "null if layers_to_transform is null",
-                pattern,
-                "set layers_to_transform, or remove the pattern",
-            )
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(targets, str) and not with_expression and self.get(name) is not None:
-                problems.add(
-                    name,
-                    "null if target_modules is a string",
-                    self.get(name),
-                    "write the layers into the expression, or make target_modules a list",
-                )
-
     @cached_property
     def _lookup_cache(self) -> dict[tuple[str, str], Any]:
         return {}
@@ -282,9 +263,6 @@ class Config:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _defaults(type(self))}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     def __copy__(self) -> Self:
         return self
@@ -462,9 +440,27 @@ class MethodConfig(Config):
     such values), `one_of(…)` of the possible values, or `ANY`.
     """
 
+    # True if the fields of layers may go with a `target_modules` that is an expression.
+    _layers_with_expression: ClassVar[bool] = True
+
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        self._check_layers(problems, with_expression=True)
+        pattern, targets = self.get("layers_pattern"), self.get("target_modules")
+        if pattern and self.get("layers_to_transform") is None:
+            problems.add(
+                "layers_pattern",
+                "null if layers_to_transform is null",
+                pattern,
+                "set layers_to_transform, or remove the pattern",
+            )
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(targets, str) and not self._layers_with_expression and self.get(name) is not None:
+                problems.add(
+                    name,
+                    "null if target_modules is a string",
+                    self.get(name),
+                    "write the layers into the expression, or make target_modules a list",
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -481,6 +477,22 @@ class LayersConfig(TargetsConfig):
 
     layers_to_transform: int | Collection[int] | None = None
     layers_pattern: str | Collection[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class BiasConfig(MethodConfig):
+    """A configuration whose biases may be trained; `bias` is as in `LoraConfig`, with a third value of the method's own.
+
+    A subclass states that value as `bias=`.
+    """
+
+    bias: str = "none"
+
+    def __init_subclass__(cls, peft_type: str = "", bias: str = "") -> None:
+        super().__init_subclass__(peft_type)
+        if bias:
+            cls.__annotations__ = {**cls.__annotations__, "bias": "str"}
+            cls.bias = checked(one_of("none", "all", bias), "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)

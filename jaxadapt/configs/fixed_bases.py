@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxadapt.configs.base import ExcludesConfig, LayersConfig, LinearConfig
+from jaxadapt.configs.base import BiasConfig, ExcludesConfig, LayersConfig, LinearConfig
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.validation import (
     INTEGER,
@@ -41,7 +41,16 @@ _UNGROUPED = all_of(RANKS, _refuse_alternatives)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class C3AConfig(LayersConfig, peft_type="C3A"):
+class ProjectionsConfig(LinearConfig, BiasConfig):
+    """A configuration whose modules share random projections; its fields are as in `VeraConfig`."""
+
+    r: int = checked(RANK, 256)
+    projection_prng_key: int = 0
+    save_projection: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class C3AConfig(LayersConfig, BiasConfig, peft_type="C3A", bias="c3a_only"):
     """C3A (arXiv:2407.19342): the change of a weight consists of circulant blocks.
 
     Besides the attributes of `Config`:
@@ -62,7 +71,6 @@ class C3AConfig(LayersConfig, peft_type="C3A"):
     """
 
     block_size: int = checked(RANK, 256)
-    bias: str = checked(one_of("none", "all", "c3a_only"), "none")
     block_size_pattern: Mapping[str, int] | None = checked(_UNGROUPED, FrozenDict())
     init_weights: bool | str = checked(
         one_of(True, False, "gaussian", "kaiming_uniform", "xavier_uniform"), "xavier_uniform"
@@ -70,7 +78,7 @@ class C3AConfig(LayersConfig, peft_type="C3A"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class FourierFTConfig(ExcludesConfig, LinearConfig, peft_type="FOURIERFT"):
+class FourierFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="FOURIERFT", bias="fourier_only"):
     """FourierFT (arXiv:2405.03003): the change of a weight has a sparse spectrum at random frequencies.
 
     Besides the attributes of `Config`:
@@ -95,13 +103,12 @@ class FourierFTConfig(ExcludesConfig, LinearConfig, peft_type="FOURIERFT"):
     n_frequency: int = checked(RANK, 1000)
     scaling: float = 150.0
     random_loc_seed: int = 777
-    bias: str = checked(one_of("none", "all", "fourier_only"), "none")
     n_frequency_pattern: Mapping[str, int] | None = checked(_UNGROUPED, FrozenDict())
     init_weights: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PveraConfig(LinearConfig, peft_type="PVERA"):
+class PveraConfig(ProjectionsConfig, peft_type="PVERA", bias="pvera_only"):
     """PVeRA (arXiv:2512.07703): VeRA whose vector over ranks is the mean and the variance of a distribution.
 
     Besides the attributes of `Config`:
@@ -125,18 +132,14 @@ class PveraConfig(LinearConfig, peft_type="PVERA"):
     256
     """
 
-    r: int = checked(RANK, 256)
-    projection_prng_key: int = 0
-    save_projection: bool = True
     pvera_dropout: float = checked(PROBABILITY, 0.0)
     d_initial: float = 0.1
-    bias: str = checked(one_of("none", "all", "pvera_only"), "none")
     sample_at_inference: bool = False
     generator_seed: int | None = checked(INTEGER, None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class RandLoraConfig(LinearConfig, peft_type="RANDLORA"):
+class RandLoraConfig(ProjectionsConfig, peft_type="RANDLORA", bias="randlora_only"):
     """RandLoRA (arXiv:2502.00987): scaled random bases, shared by all modules, make a change of full rank.
 
     Besides the attributes of `Config`:
@@ -160,17 +163,14 @@ class RandLoraConfig(LinearConfig, peft_type="RANDLORA"):
     """
 
     r: int = checked(RANK, 32)
-    projection_prng_key: int = 0
-    save_projection: bool = True
     sparse: bool = False
     very_sparse: bool = False
     randlora_dropout: float = checked(PROBABILITY, 0.0)
     randlora_alpha: int = 640
-    bias: str = checked(one_of("none", "all", "randlora_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TinyLoraConfig(LayersConfig, peft_type="TINYLORA"):
+class TinyLoraConfig(LayersConfig, BiasConfig, peft_type="TINYLORA", bias="tinylora_only"):
     """TinyLoRA (arXiv:2602.04118): a tiny vector mixes random matrices between a weight's largest singular vectors.
 
     Besides the attributes of `Config`:
@@ -204,12 +204,11 @@ class TinyLoraConfig(LayersConfig, peft_type="TINYLORA"):
     init_v_bound: float = 0.02
     tinylora_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    bias: str = checked(one_of("none", "all", "tinylora_only"), "none")
     init_weights: bool | str = checked(one_of(True, False, "uniform"), True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class UniLoraConfig(LinearConfig, peft_type="UNILORA"):
+class UniLoraConfig(LinearConfig, BiasConfig, peft_type="UNILORA", bias="unilora_only"):
     """Uni-LoRA (arXiv:2506.00799): the entries of all LoRA matrices are those of one trained vector.
 
     Besides the attributes of `Config`:
@@ -236,13 +235,12 @@ class UniLoraConfig(LinearConfig, peft_type="UNILORA"):
     proj_seed: int = 42
     theta_d_length: int = checked(RANK, 256)
     unilora_dropout: float = checked(PROBABILITY, 0.0)
-    bias: str = checked(one_of("none", "all", "unilora_only"), "none")
     init_theta_d_bound: float = checked(POSITIVE, 0.02)
     save_indices: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VBLoRAConfig(ExcludesConfig, peft_type="VBLORA"):
+class VBLoRAConfig(ExcludesConfig, BiasConfig, peft_type="VBLORA", bias="vblora_only"):
     """VB-LoRA (arXiv:2405.15179): the matrices of LoRA consist of vectors from one bank that all modules share.
 
     Besides the attributes of `Config`:
@@ -274,7 +272,6 @@ class VBLoRAConfig(ExcludesConfig, peft_type="VBLORA"):
     save_only_topk_weights: bool = False
     vblora_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    bias: str = checked(one_of("none", "all", "vblora_only"), "none")
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 
@@ -285,7 +282,7 @@ class VBLoRAConfig(ExcludesConfig, peft_type="VBLORA"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VeraConfig(LinearConfig, peft_type="VERA"):
+class VeraConfig(ProjectionsConfig, peft_type="VERA", bias="vera_only"):
     """VeRA (arXiv:2310.11454): two vectors per module scale random projections that all modules share.
 
     Besides the attributes of `Config`:
@@ -307,16 +304,12 @@ class VeraConfig(LinearConfig, peft_type="VERA"):
     256
     """
 
-    r: int = checked(RANK, 256)
-    projection_prng_key: int = 0
-    save_projection: bool = True
     vera_dropout: float = checked(PROBABILITY, 0.0)
     d_initial: float = 0.1
-    bias: str = checked(one_of("none", "all", "vera_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class WaveFTConfig(ExcludesConfig, LinearConfig, peft_type="WAVEFT"):
+class WaveFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="WAVEFT", bias="waveft_only"):
     """WaveFT (arXiv:2505.12532): the change of a weight has a few wavelet coefficients at random positions.
 
     Besides the attributes of `Config`:
@@ -346,6 +339,5 @@ class WaveFTConfig(ExcludesConfig, LinearConfig, peft_type="WAVEFT"):
     wavelet_family: str = "db1"
     use_idwt: bool = True
     random_loc_seed: int = 777
-    bias: str = checked(one_of("none", "all", "waveft_only"), "none")
     n_frequency_pattern: Mapping[str, int] | None = checked(RANKS, FrozenDict())
     proportional_parameters: bool = False

@@ -9,7 +9,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from jaxadapt.configs.base import Change, Config, ExcludesConfig, InitConfig, LinearConfig, MethodConfig, TargetsConfig
+from jaxadapt.configs.base import (
+    BiasConfig,
+    Change,
+    Config,
+    ExcludesConfig,
+    InitConfig,
+    LinearConfig,
+    MethodConfig,
+    TargetsConfig,
+)
 from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.configs.validation import (
     FLAG_OR_NULL,
@@ -49,7 +58,7 @@ class BeftConfig(InitConfig, TargetsConfig, peft_type="BEFT"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BOFTConfig(ExcludesConfig, LinearConfig, peft_type="BOFT"):
+class BOFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="BOFT", bias="boft_only"):
     """BOFT (arXiv:2311.06243): a block-diagonal orthogonal matrix rotates the inputs, and a vector scales the outputs.
 
     Besides the attributes of `Config`:
@@ -75,7 +84,6 @@ class BOFTConfig(ExcludesConfig, LinearConfig, peft_type="BOFT"):
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = checked(RANK, 1)
     boft_dropout: float = checked(PROBABILITY, 0.0)
-    bias: str = checked(one_of("none", "all", "boft_only"), "none")
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -90,7 +98,7 @@ class BOFTConfig(ExcludesConfig, LinearConfig, peft_type="BOFT"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HRAConfig(InitConfig, ExcludesConfig, peft_type="HRA"):
+class HRAConfig(InitConfig, ExcludesConfig, BiasConfig, peft_type="HRA", bias="hra_only"):
     """HRA (arXiv:2405.17484): a chain of r reflections of the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -110,7 +118,6 @@ class HRAConfig(InitConfig, ExcludesConfig, peft_type="HRA"):
 
     r: int = checked(RANK, 8)
     apply_GS: bool = False
-    bias: str = checked(one_of("none", "all", "hra_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -213,7 +220,7 @@ class LNTuningConfig(MethodConfig, peft_type="LN_TUNING"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class OFTConfig(ExcludesConfig, LinearConfig, peft_type="OFT"):
+class OFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="OFT", bias="oft_only"):
     """OFT (arXiv:2306.07280): an orthogonal matrix of equal diagonal blocks rotates the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -242,7 +249,6 @@ class OFTConfig(ExcludesConfig, LinearConfig, peft_type="OFT"):
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = checked(PROBABILITY, 0.0)
-    bias: str = checked(one_of("none", "all", "oft_only"), "none")
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False

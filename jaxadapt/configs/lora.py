@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
-from jaxadapt.configs.base import Config
+from jaxadapt.configs.base import Config, MethodConfig
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import (
@@ -167,7 +167,7 @@ _SPELLINGS = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoraFields(Config):
+class LoraFields(MethodConfig):
     """The fields of LoRA, which AdaLoRA has too; `LoraConfig` describes them."""
 
     r: int = checked(RANK, 8)
@@ -297,6 +297,7 @@ class LoraConfig(LoraFields, peft_type="LORA"):
     """
 
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
+    _layers_with_expression: ClassVar[bool] = False
     _ordered_patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     rank_pattern: Mapping[str, int] = checked(RANKS, FrozenDict())
@@ -388,7 +389,6 @@ class LoraConfig(LoraFields, peft_type="LORA"):
         super()._check(problems)
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             problems.add("loftq_config", 'an object with init_lora_weights "loftq"', self.loftq_config)
-        self._check_layers(problems, with_expression=False)
         if self.use_dora and self.megatron_config:
             problems.add("use_dora", "false with a megatron_config", True, "unset one of them")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):

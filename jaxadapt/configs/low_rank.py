@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-from jaxadapt.configs.base import ExcludesConfig, InitConfig, LinearConfig, RanksConfig
+from jaxadapt.configs.base import BiasConfig, ExcludesConfig, InitConfig, LinearConfig, RanksConfig
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.configs.lora import LoraFields
 from jaxadapt.configs.validation import (
@@ -95,7 +95,6 @@ class AdaLoraConfig(LoraFields, peft_type="ADALORA"):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        self._check_layers(problems, with_expression=True)
         for name in ("use_dora", "loftq_config"):
             if self.get(name):
                 problems.add(name, "no value with ADALORA", self.get(name), "unset it, or use LORA")
@@ -116,7 +115,7 @@ class AdaLoraConfig(LoraFields, peft_type="ADALORA"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeftConfig(ExcludesConfig, LinearConfig, peft_type="DEFT"):
+class DeftConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="DEFT", bias="deft_only"):
     """DEFT: removes a subspace of the outputs from a weight, and puts a trained matrix in its place.
 
     Besides the attributes of `Config`:
@@ -145,11 +144,10 @@ class DeftConfig(ExcludesConfig, LinearConfig, peft_type="DEFT"):
     alpha: int | None = checked(INTEGER, None)
     para: bool = False
     deft_dropout: float = checked(PROBABILITY, 0.0)
-    bias: str = checked(one_of("none", "all", "deft_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeloraConfig(InitConfig, RanksConfig, peft_type="DELORA"):
+class DeloraConfig(InitConfig, RanksConfig, BiasConfig, peft_type="DELORA", bias="delora_only"):
     """DeLoRA (arXiv:2503.18225): a low-rank change whose components have unit length and one learned strength.
 
     Besides the attributes of `Config`:
@@ -172,12 +170,11 @@ class DeloraConfig(InitConfig, RanksConfig, peft_type="DELORA"):
 
     delora_lambda: int | float = checked(NUMBER, 15)
     module_dropout: float = checked(PROBABILITY, 0.0)
-    bias: str = checked(one_of("none", "all", "delora_only"), "none")
     lambda_pattern: Mapping[str, float] | None = checked(NUMBERS, FrozenDict())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class GraloraConfig(LinearConfig, peft_type="GRALORA"):
+class GraloraConfig(LinearConfig, BiasConfig, peft_type="GRALORA", bias="gralora_only"):
     """GraLoRA (arXiv:2505.20355): the weight is a grid of equal blocks, each with a low-rank change of its own.
 
     Besides the attributes of `Config`:
@@ -203,7 +200,6 @@ class GraloraConfig(LinearConfig, peft_type="GRALORA"):
     alpha: int | float = checked(NUMBER, 64)
     gralora_dropout: float = checked(PROBABILITY, 0.0)
     gralora_k: int = checked(RANK, 2)
-    bias: str = checked(one_of("none", "all", "gralora_only"), "none")
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -233,19 +229,28 @@ class HiraConfig(ExcludesConfig, peft_type="HIRA"):
     32
     """
 
+    _layers_with_expression: ClassVar[bool] = False
+
     r: int = checked(RANK, 32)
     hira_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
     init_weights: bool | str | None = checked(ANY, True)
     rank_pattern: Mapping[str, int] | None = FrozenDict()
 
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        self._check_layers(problems, with_expression=False)
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LycorisConfig(RanksConfig):
+    """The fields of LoHa and LoKr, which are described there."""
+
+    alpha_pattern: Mapping[str, float] | None = FrozenDict()
+    alpha: int | float = checked(NUMBER, 8)
+    rank_dropout: float = checked(PROBABILITY, 0.0)
+    module_dropout: float = checked(PROBABILITY, 0.0)
+    use_effective_conv2d: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoHaConfig(InitConfig, RanksConfig, peft_type="LOHA"):
+class LoHaConfig(InitConfig, LycorisConfig, peft_type="LOHA"):
     """LoHa (arXiv:2108.06098): the change of a weight is the elementwise product of two low-rank matrices.
 
     Besides the attributes of `Config`:
@@ -268,15 +273,9 @@ class LoHaConfig(InitConfig, RanksConfig, peft_type="LOHA"):
     8
     """
 
-    alpha_pattern: Mapping[str, float] | None = FrozenDict()
-    alpha: int | float = checked(NUMBER, 8)
-    rank_dropout: float = checked(PROBABILITY, 0.0)
-    module_dropout: float = checked(PROBABILITY, 0.0)
-    use_effective_conv2d: bool = False
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LoKrConfig(RanksConfig, peft_type="LOKR"):
+class LoKrConfig(LycorisConfig, peft_type="LOKR"):
     """LoKr (arXiv:2309.14859): the change of a weight is the Kronecker product of two small matrices.
 
     Besides the attributes of `Config`:
@@ -303,11 +302,6 @@ class LoKrConfig(RanksConfig, peft_type="LOKR"):
     -1
     """
 
-    alpha_pattern: Mapping[str, float] | None = FrozenDict()
-    alpha: int | float = checked(NUMBER, 8)
-    rank_dropout: float = checked(PROBABILITY, 0.0)
-    module_dropout: float = checked(PROBABILITY, 0.0)
-    use_effective_conv2d: bool = False
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
@@ -315,7 +309,7 @@ class LoKrConfig(RanksConfig, peft_type="LOKR"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MissConfig(ExcludesConfig, peft_type="MISS"):
+class MissConfig(ExcludesConfig, BiasConfig, peft_type="MISS", bias="MiSS_only"):
     """MiSS (arXiv:2409.15371): all blocks of r inputs get the same change of the weight.
 
     Besides the attributes of `Config`:
@@ -339,7 +333,6 @@ class MissConfig(ExcludesConfig, peft_type="MISS"):
     miss_dropout: float = checked(PROBABILITY, 0.0)
     mini_r: int = checked(RANK, 1)
     init_weights: bool | str = checked(one_of(True, False, "bat", "mini"), True)
-    bias: str = checked(one_of("none", "all", "MiSS_only"), "none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
