@@ -481,7 +481,7 @@ class LayersConfig(TargetsConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class BiasConfig(MethodConfig):
-    """A configuration whose biases may be trained; `bias` is as in `LoraConfig`, with a third value of the method's own.
+    """A configuration whose biases may be trained; `bias` is as in `LoraConfig`, with a last value of its own.
 
     A subclass states that value as `bias=`.
     """

@@ -505,6 +505,4 @@ def _raise_together(errors: Mapping[str, AdapterError]) -> None:
     """Raise the only error, or one that lists all."""
     if len(errors) == 1:
         raise next(iter(errors.values()))
-    raise AttachError(
-        "cannot load these adapters:\n" + bullets([f"{name}: {error}" for name, error in errors.items()])
-    )
+    raise AttachError("cannot load these adapters:\n" + bullets([f"{name}: {error}" for name, error in errors.items()]))

@@ -87,23 +87,21 @@ def flush_tree(folder: Path, display_path: Path) -> None:
 
 
 def flush_directory(directory: Path) -> None:
-    """Flush the entries of a directory to the disk. Raises `OSError`."""
+    """Flush the entries of a directory to the disk, if its file system can. Raises `OSError`."""
     with opened(directory, _FOLDER) as fd:
-        flush_folder_fd(fd)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush directories
+                raise
 
 
-def flush_folder_fd(fd: int) -> None:
-    """Flush an open directory, if its file system can. Raises `OSError`."""
+def _flush_parent(target: str, state: str) -> None:
+    """Flush the directory of a target that is in place. Raises `FileError`, which says so."""
     try:
-        os.fsync(fd)
+        flush_directory(Path(target).parent)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush directories
-            raise
-
-
-def write_error(path: str, error: OSError | ValueError) -> FileError:
-    """Return the `FileError` for a failed write that left the target unchanged."""
-    return file_error("write", path, error, "the previous content of the path is untouched")
+        raise file_error("flush its directory", target, error, state) from error
 
 
 @contextlib.contextmanager
@@ -112,7 +110,7 @@ def write_errors(path: str) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise write_error(path, error) from error
+        raise file_error("write", path, error, "the previous content of the path is untouched") from error
 
 
 def write_at(fd: int, data: memoryview, offset: int, path: str) -> None:
@@ -121,12 +119,10 @@ def write_at(fd: int, data: memoryview, offset: int, path: str) -> None:
     Raises:
         FileError: the operating system reports an error.
     """
-    try:
+    with write_errors(path):
         while len(data):
             count = os.pwrite(fd, data[:MAX_CALL], offset)
             data, offset = data[count:], offset + count
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def flush_file(fd: int, path: str) -> None:
@@ -151,17 +147,13 @@ def flush_fd(fd: int) -> None:
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], flags: int) -> Generator[int]:
     """Open a file or folder within a context, to which nothing is written after its last flush. Raises `OSError`."""
-    fd = os.open(path, flags)
+    # Mode 0666: the kernel applies the umask, which Python can only read by changing it for all threads.
+    fd = os.open(path, flags, 0o666)
     try:
         yield fd
     finally:
-        close_fd(fd)
-
-
-def close_fd(fd: int) -> None:
-    """Close a descriptor to which nothing was written since its last flush, ignoring errors: the data is safe."""
-    with contextlib.suppress(OSError):
-        os.close(fd)
+        with contextlib.suppress(OSError):  # the data is safe
+            os.close(fd)
 
 
 # ---------------------------------------------------------------- leftovers
@@ -325,40 +317,33 @@ def _unlock(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile shares the descriptor
 
 
-def _create_temporary(directory: str | os.PathLike[str], name: str, *, folder: bool = False) -> tuple[Path, int]:
-    """Create a temporary file or folder; return its path and its descriptor, which holds a lock."""
-    while True:
-        temporary = Path(directory) / f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
-        if folder:
-            temporary.mkdir()
-        # Mode 0666: the kernel applies the umask, which Python can only read by changing it for all threads.
-        fd = os.open(temporary, _FOLDER if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            lock(fd, wait=True)
-            # Before we locked it, another writer may have locked it and removed it as a leftover.
-            is_there = os.path.lexists(temporary) if folder else os.fstat(fd).st_nlink > 0
-        except OSError:
-            close_fd(fd)
-            temporary.unlink()
-            raise
-        if is_there:
-            return temporary, fd
-        close_fd(fd)
+def _remove(path: Path) -> None:
+    """Remove a temporary file or folder, as far as possible."""
+    with contextlib.suppress(OSError):  # it was renamed
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
-def _open_temporary(directory: str, target: str) -> Generator[Writer]:
-    """Open the temporary file of a target; at the end of the block remove it, unless it was renamed."""
-    name = os.path.split(target)[1]
-    remove_leftovers(directory, re.escape(name))
-    with write_errors(target):
-        temporary, fd = _create_temporary(directory, name)
-    try:
-        yield Writer(fd, target, temporary)
-    finally:
-        with contextlib.suppress(OSError):  # it was renamed
-            temporary.unlink()
-        close_fd(fd)
+def _temporary(target: str, *, folder: bool = False) -> Generator[Writer]:
+    """Create a temporary file or folder beside a target, and lock it; remove it at the end, unless it was renamed."""
+    directory, name = os.path.split(target)
+    # Those of any folder, since a process killed between renaming and cleaning up has no next writer of the same path.
+    remove_leftovers(directory, ".+" if folder else re.escape(name), folders=folder)
+    is_there = False
+    while not is_there:
+        temporary = Path(directory, f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
+        with contextlib.ExitStack() as stack:
+            with write_errors(target):
+                if folder:
+                    temporary.mkdir()
+                flags = _FOLDER if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                fd = stack.enter_context(opened(temporary, flags))
+                stack.callback(_remove, temporary)
+                lock(fd, wait=True)
+                # Before we locked it, another writer may have locked it and removed it as a leftover.
+                is_there = os.path.lexists(temporary) if folder else os.fstat(fd).st_nlink > 0
+            if is_there:
+                yield Writer(fd, target, temporary)
 
 
 def _rename_all(writers: Sequence[Writer]) -> None:
@@ -375,10 +360,10 @@ def _rename_all(writers: Sequence[Writer]) -> None:
         new = _restore(writers, existed)
         if not isinstance(error, OSError):
             raise
-        if not new:
-            raise write_error(writer.path, error) from error
-        old = ", ".join(one.path for one in writers if one.path not in new)
-        state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
+        state = "the previous content of the path is untouched"
+        if new:
+            old = ", ".join(one.path for one in writers if one.path not in new)
+            state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
         raise file_error("write", writer.path, error, state) from error
     finally:
         for each in writers:
@@ -441,21 +426,17 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
     with contextlib.ExitStack() as stack:
         with write_errors(targets[0]):
             try:
-                directory_fd = stack.enter_context(opened(directory, _FOLDER))
+                stack.enter_context(opened(directory, _FOLDER))
             except FileNotFoundError as error:
                 raise FileError(
                     f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
                 ) from error
-        writers = [stack.enter_context(_open_temporary(directory, target)) for target in targets]
+        writers = [stack.enter_context(_temporary(target)) for target in targets]
         yield writers
         for writer in writers:
             flush_file(writer.fd, writer.path)
         _rename_all(writers)
-        try:
-            flush_folder_fd(directory_fd)
-        except OSError as error:
-            state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
-            raise file_error("flush its directory", targets[0], error, state) from error
+        _flush_parent(targets[0], "the new file is in place" if len(targets) == 1 else "the new files are in place")
 
 
 def _check_target(path: str | os.PathLike[str]) -> str:
@@ -521,16 +502,6 @@ def staging_folder(path: str | os.PathLike[str]) -> Generator[Path]:
         FileError: no permission, or the parent is missing.
     """
     target = Path(path)
-    with write_errors(str(target)):
-        # For any target: a process killed between renaming and cleaning up has no next writer of the same path.
-        remove_leftovers(target.parent, ".+", folders=True)
-        holder, fd = _create_temporary(target.parent, target.name, folder=True)
-    try:
-        yield holder / target.name
-        try:
-            flush_directory(target.parent)
-        except OSError as error:
-            raise file_error("flush its directory", str(target), error, "the new folder is in place") from error
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
-        close_fd(fd)
+    with _temporary(str(target), folder=True) as holder:
+        yield holder.temporary / target.name
+        _flush_parent(str(target), "the new folder is in place")

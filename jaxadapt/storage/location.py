@@ -467,7 +467,6 @@ def read_json(place: Location, max_bytes: int = MAX_TEXT) -> Any:
         raise FormatError(f"{place}: expected JSON, found: {error}") from error
 
 
-
 # ---------------------------------------------------------------- ranged reads
 
 
