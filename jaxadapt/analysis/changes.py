@@ -31,8 +31,7 @@ from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Change, Config, effective_rank
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import AdapterError, ConfigError, MismatchError, bullets
-from jaxadapt.core.progress import Progress, byte_counter, reporter
+from jaxadapt.core.errors import AdapterError, ConfigError, MismatchError, Progress, bullets, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import PairKeys, read_pairs

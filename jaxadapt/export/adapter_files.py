@@ -26,8 +26,7 @@ from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError, raise_listed, warn
-from jaxadapt.core.progress import Progress, Report, reporter
+from jaxadapt.core.errors import ConfigError, FileError, MismatchError, Progress, Report, raise_listed, reporter, warn
 from jaxadapt.export import conversion, gguf_files
 from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import convert_start, start

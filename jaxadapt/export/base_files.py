@@ -30,8 +30,20 @@ from jaxadapt.arrays.tensor_source import (
     rename,
     stack,
 )
-from jaxadapt.core.errors import AttachError, FileError, KeyMapError, MismatchError, bullets, raise_listed, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
+from jaxadapt.core.errors import (
+    LOGGER,
+    AttachError,
+    FileError,
+    KeyMapError,
+    MismatchError,
+    Progress,
+    Report,
+    bullets,
+    byte_counter,
+    raise_listed,
+    reporter,
+    warn,
+)
 from jaxadapt.keymaps import check, families, plan, pytorch
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, keymap_from_paths, warn_unproved
 from jaxadapt.merging import base_merge

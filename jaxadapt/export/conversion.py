@@ -24,8 +24,17 @@ from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapError, raise_listed, repeated
-from jaxadapt.core.progress import Progress, Report, reporter
+from jaxadapt.core.errors import (
+    ConfigError,
+    FileError,
+    FormatError,
+    KeyMapError,
+    Progress,
+    Report,
+    raise_listed,
+    repeated,
+    reporter,
+)
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging.pairs import lora_pairs

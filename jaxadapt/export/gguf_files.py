@@ -37,8 +37,7 @@ from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source, n
 from jaxadapt.configs import lora
 from jaxadapt.configs.validation import is_int
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, raise_listed
-from jaxadapt.core.progress import Report, byte_counter
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, Report, byte_counter, raise_listed
 from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.storage import atomic, hf_model, local_files, location
 

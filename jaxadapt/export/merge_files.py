@@ -32,8 +32,17 @@ from jaxadapt.arrays.tensor_source import (
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
+from jaxadapt.core.errors import (
+    LOGGER,
+    ConfigError,
+    FileError,
+    FormatError,
+    MismatchError,
+    Progress,
+    Report,
+    reporter,
+    warn,
+)
 from jaxadapt.export import base_files, conversion, gguf_files
 from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap

@@ -22,8 +22,16 @@ from jaxadapt.arrays import finite, quantized, regions
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LAYER
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
-from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
+from jaxadapt.core.errors import (
+    AttachError,
+    MismatchError,
+    Progress,
+    byte_counter,
+    no_report,
+    raise_listed,
+    reporter,
+    warn,
+)
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import GENERIC, tied_heads
 from jaxadapt.methods.applied import AppliedMethod, weight_order

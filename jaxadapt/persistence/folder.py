@@ -21,8 +21,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs.base import Config
-from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
-from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
+from jaxadapt.core.errors import (
+    LOGGER,
+    AdapterError,
+    AttachError,
+    FileError,
+    FormatError,
+    MismatchError,
+    Progress,
+    Report,
+    byte_counter,
+    no_report,
+    reporter,
+)
 from jaxadapt.persistence import consumers, formats, reading
 from jaxadapt.persistence.formats import Place, Wanted, peft_folder
 from jaxadapt.storage import location

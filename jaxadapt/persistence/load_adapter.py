@@ -27,8 +27,19 @@ from jaxadapt.arrays.tensor_source import as_source, float_dtype, is_float
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import PEFT_VERSION, Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, MismatchError, TargetError, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, no_report, reporter
+from jaxadapt.core.errors import (
+    LOGGER,
+    AdapterError,
+    AttachError,
+    ConfigError,
+    MismatchError,
+    Progress,
+    Report,
+    TargetError,
+    no_report,
+    reporter,
+    warn,
+)
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.methods.base import file_sizes, get_method

@@ -18,8 +18,7 @@ from typing import Any, cast
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import Kinds, as_source, rename
 from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, bullets, warn
-from jaxadapt.core.progress import Report, no_report
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, Report, bullets, no_report, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import formats, run_folder
 from jaxadapt.persistence.formats import Finding, Fix, Place, count, error, note, peft_folder, warning

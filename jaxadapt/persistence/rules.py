@@ -35,8 +35,7 @@ from jaxadapt.arrays import finite, regions
 from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_empty, as_source, rename
 from jaxadapt.configs.base import Config
-from jaxadapt.core.errors import AdapterError, MismatchError, bullets, warn
-from jaxadapt.core.progress import Report, byte_counter, no_report
+from jaxadapt.core.errors import AdapterError, MismatchError, Report, bullets, byte_counter, no_report, warn
 from jaxadapt.keymaps import check
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, entry_for_copy, is_guess

@@ -33,8 +33,7 @@ from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.regions import Region
 from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import lora
-from jaxadapt.core.errors import AttachError, FileError, MismatchError, bullets
-from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
+from jaxadapt.core.errors import LOGGER, AttachError, FileError, MismatchError, Progress, Report, bullets, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved

@@ -25,7 +25,7 @@ from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import errors
-from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
+from jaxadapt.core.errors import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks

@@ -31,8 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from jaxadapt import serving
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, warn
-from jaxadapt.core.progress import LOGGER
+from jaxadapt.core.errors import LOGGER, AdapterError, ConfigError, FileError, warn
 from jaxadapt.server.engine import END, START, Base, Engine, Job, make_room
 from jaxadapt.server.protocol import (
     LEFT,

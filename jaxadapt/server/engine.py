@@ -23,8 +23,7 @@ from typing import Any, ClassVar
 import jaxadapt
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.table import FACTS
-from jaxadapt.core.errors import AdapterError, FileError, FormatError, warn
-from jaxadapt.core.progress import LOGGER
+from jaxadapt.core.errors import LOGGER, AdapterError, FileError, FormatError, warn
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, to_nnx
 from jaxadapt.demo.smollm2 import MODEL_NAME, SmolLM2, require
 from jaxadapt.merging.factors import plain_config

@@ -38,8 +38,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, tqdm
 
-from jaxadapt.core.errors import FileError
-from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
+from jaxadapt.core.errors import LOGGER, FileError, Progress, Report, is_watched, no_report, reporter
 from jaxadapt.storage.local_files import MAX_TEXT, file_error
 from jaxadapt.storage.location import CARD, CONFIG, HUB_EXAMPLE, MLX_WEIGHTS, WEIGHTS, HubAddress, parse_hub_address
 

@@ -21,8 +21,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxadapt.core.errors import FileError, MismatchError, raise_listed
-from jaxadapt.core.progress import Report, byte_counter
+from jaxadapt.core.errors import FileError, MismatchError, Report, byte_counter, raise_listed
 from jaxadapt.storage import atomic, local_files, safetensors
 
 if TYPE_CHECKING:

@@ -36,8 +36,16 @@ import jax
 from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError, FormatError
-from jaxadapt.core.progress import LOGGER, Progress, reporter
+from jaxadapt.core.errors import (
+    LOGGER,
+    AdapterError,
+    AttachError,
+    ConfigError,
+    FileError,
+    FormatError,
+    Progress,
+    reporter,
+)
 from jaxadapt.models.foreign import get_dialect
 from jaxadapt.models.foreign.tree import ForeignTree, LoraTree
 from jaxadapt.persistence import run_folder, save_adapter

@@ -31,8 +31,7 @@ from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import can_hold, numpy_dtype
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FormatError, MismatchError, raise_listed
-from jaxadapt.core.progress import Report, byte_counter, no_report
+from jaxadapt.core.errors import AttachError, FormatError, MismatchError, Report, byte_counter, no_report, raise_listed
 from jaxadapt.models.carriers import DEFAULT, Carrier, Object, carrier, lora_carrier
 from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.storage import atomic, local_files, location, safetensors, sharded_write

@@ -14,9 +14,8 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.core import progress
-from jaxadapt.core.errors import escape_text
-from jaxadapt.core.progress import LOGGER
+from jaxadapt.core import errors
+from jaxadapt.core.errors import LOGGER, escape_text
 from jaxadapt.export import merge_files
 from jaxadapt.export.conversion import convert
 from jaxadapt.models import LoraTree
@@ -121,7 +120,7 @@ def test_a_function_is_told_of_every_byte(work, here):
 @pytest.fixture
 def show_short(monkeypatch):
     """Have a bar for the shortest work too, from the call on."""
-    return lambda: monkeypatch.setattr(progress, "SHORT", 0)
+    return lambda: monkeypatch.setattr(errors, "SHORT", 0)
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -245,14 +244,14 @@ def test_the_logger_is_the_only_one_and_leaves_the_program_its_handlers(root):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr == "getLogger"
     ]
-    assert set(made) <= {"jaxadapt/core/progress.py", "jaxadapt/cli/__init__.py"}  # the second turns its level
+    assert set(made) <= {"jaxadapt/core/errors.py", "jaxadapt/cli/__init__.py"}  # the second turns its level
 
 
 def test_bars_that_never_began_leave_no_line(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "dumb")  # rich draws nothing on it
-    with progress.reporter(True) as report:
+    with errors.reporter(True) as report:
         report("read", 3, 12)
     assert screen.getvalue() == ""
 

@@ -50,7 +50,7 @@ DOORS: dict[str, set[str]] = {
     "optax": {"demo", "training.optim"},
     "safetensors": {"storage.safetensors"},
     "click": {"cli"},
-    "rich": {"cli", "demo", "models.summary_table", "core.progress"},
+    "rich": {"cli", "demo", "models.summary_table", "core.errors"},
     "matplotlib": {"demo", "analysis.changes"},
     "gguf": {"demo", "export.gguf_files"},
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays

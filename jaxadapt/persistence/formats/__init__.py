@@ -20,8 +20,7 @@ from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.validation import mlx_keys
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError
-from jaxadapt.core.progress import Report, no_report
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, Report, no_report
 from jaxadapt.persistence import FORMATS, run_folder
 from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.local_files import file_error

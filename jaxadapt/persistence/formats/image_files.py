@@ -26,8 +26,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, View, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, raise_listed
-from jaxadapt.core.progress import Report, byte_counter
+from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, Report, byte_counter, raise_listed
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.formats import OPAQUE, Finding, Format, Opened, Place, Wanted, note

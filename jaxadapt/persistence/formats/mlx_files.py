@@ -21,8 +21,16 @@ from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, rename, transpose
 from jaxadapt.configs import lora
 from jaxadapt.configs.validation import mlx_keys
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, raise_listed, repeated
-from jaxadapt.core.progress import Report, byte_counter
+from jaxadapt.core.errors import (
+    AdapterError,
+    ConfigError,
+    FileError,
+    MismatchError,
+    Report,
+    byte_counter,
+    raise_listed,
+    repeated,
+)
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import MAGNITUDE, PairKeys, lora_pairs
 from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, read_text

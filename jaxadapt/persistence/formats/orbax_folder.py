@@ -35,8 +35,7 @@ from jaxadapt.arrays import finite
 from jaxadapt.arrays.tensor_source import Whole, as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError
-from jaxadapt.core.progress import Report
+from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError, Report
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
 from jaxadapt.storage import location, orbax
 

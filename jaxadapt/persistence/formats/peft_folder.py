@@ -29,16 +29,20 @@ from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core.errors import (
+    LOGGER,
     AttachError,
     ConfigError,
     FileError,
     FormatError,
     MismatchError,
+    Progress,
+    Report,
     bullets,
+    byte_counter,
     raise_listed,
+    reporter,
     warn,
 )
-from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import consumers, fingerprint, formats
 from jaxadapt.persistence.fingerprint import Fingerprint

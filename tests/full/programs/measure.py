@@ -20,7 +20,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from jaxadapt import AdapterError
-from jaxadapt.core.progress import no_report
+from jaxadapt.core.errors import no_report
 from jaxadapt.demo.smollm2 import SmolLM2
 from jaxadapt.export import export_adapter, gguf_files, merge_files
 from tests.export import test_adapter_export as tiny
