@@ -421,19 +421,19 @@ def cast(tensors: Mapping[str, Any], dtype: Any) -> TensorSource:
     def read(key: str, slices: Sequence[slice]) -> np.ndarray:
         import numpy as np
 
-        from jaxadapt.arrays import finite  # imports JAX, which only a cast needs
+        from jaxadapt.arrays import regions  # imports JAX, which only a cast needs
 
         values = np.asarray(source.read_slice(key, slices))
         if values.dtype == spec(key).dtype:
             return values
         with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
             new = values.astype(dtype)
-            if finite.is_finite(new) or not finite.count_lost(values, new):
+            if regions.is_finite(new) or not regions.count_lost(values, new):
                 return new
             lost = dict[str, int]()
             for name in (name for name, each in source.specs.items() if is_float(each.dtype)):
                 values = np.asarray(source.read(name))
-                lost[name] = finite.count_lost(values, values.astype(dtype))
-        raise finite.overflow_error(lost, dtype, source.source)
+                lost[name] = regions.count_lost(values, values.astype(dtype))
+        raise regions.overflow_error(lost, dtype, source.source)
 
     return _Derived(source.source, source, spec, read)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors, is_known_method, normalize_keys, split_key
-from jaxadapt.arrays import finite
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, rename
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config, loads
@@ -81,10 +81,10 @@ def resize_files(
                 " writes the nearest LoRA; else merge it (`jaxadapt merge`)"
             )
         label = f"{tensors.source}: "
-        finite.require_finite(tensors.tensors, "resize a finite adapter, such as an earlier step", label)
+        regions.require_finite(tensors.tensors, "resize a finite adapter, such as an earlier step", label)
         resized, error = combination.resize_rank(tensors, r)
         way_out = f"at rank {r} its changes overflow float32; scale the adapter down"
-        finite.require_finite(resized.tensors, way_out, label)
+        regions.require_finite(resized.tensors, way_out, label)
         conversion.write_like(_kept(resized, tensors), out, origin, dtype, report)
         return error
 

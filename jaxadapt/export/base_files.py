@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, is_array, name_donated_arrays
-from jaxadapt.arrays import finite, regions
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import (
     TensorSource,
     cast,
@@ -195,7 +195,7 @@ def export_base(
         return join(name)[index] if index else join(name)
 
     def not_finite_error(keys: list[str]) -> MismatchError:
-        return MismatchError(f"{target}: {finite.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
+        return MismatchError(f"{target}: {regions.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
 
     with reporter(progress) as report, name_donated_arrays(leaves):
         total = write_folder(
@@ -232,7 +232,7 @@ def write_folder(
         task: the name of the task in the report.
     """
     total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
-    checked = read if not_finite_error is None else finite.check_while_reading(read, len(specs), not_finite_error)
+    checked = read if not_finite_error is None else regions.check_while_reading(read, len(specs), not_finite_error)
     atomic.make_folder(target)
     hf_model.write_model(target, specs, checked, max_shard_size, byte_counter(report, task, total))
     for name, data in other_files.items():

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.arrays import finite
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import (
     TensorSource,
     as_source,
@@ -418,9 +418,9 @@ def merge_folder(
                 return value.astype(numpy_dtype(specs[key][0]), copy=False)
 
         def not_finite_error(keys: list[str]) -> MismatchError:
-            names = [f"{key}{'' if finite.is_finite(plan.base_tensors[key]) else ', of the base'}" for key in keys]
+            names = [f"{key}{'' if regions.is_finite(plan.base_tensors[key]) else ', of the base'}" for key in keys]
             return MismatchError(
-                f"{target}: in the merged model {finite.not_finite_message(names, _ALLOW.format('merge'))}"
+                f"{target}: in the merged model {regions.not_finite_message(names, _ALLOW.format('merge'))}"
             )
 
         other_files = hf_model.read_other_files(source, None if file_dtype is None else file_dtype.name, plan.is_untied)
@@ -687,7 +687,7 @@ def _read_adapter(
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
     """Raise `MismatchError` if an adapter holds a NaN or an infinity."""
     arrays = {f"{each.source}: {key}": x for each in adapters for key, x in each.tensors.items()}
-    finite.require_finite(arrays, _ALLOW.format(command))
+    regions.require_finite(arrays, _ALLOW.format(command))
 
 
 def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) -> dict[str, Any]:

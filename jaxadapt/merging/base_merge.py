@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Site, Sites, map_layers, not_an_adapter
 from jaxadapt.adapters.sites import require_complete, sites_of
-from jaxadapt.arrays import finite, quantized, regions
+from jaxadapt.arrays import quantized, regions
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LAYER
 from jaxadapt.core import paths
@@ -396,7 +396,7 @@ def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]
         f"adapter: {paths.join(leaf, name)}": x for leaf, site in adapter.sites.items() for name, x in site.items()
     }
     arrays |= {f"base: {leaf}": base[leaf] for leaf in changed}
-    finite.require_finite(arrays, "allow_nan=True merges them nevertheless")
+    regions.require_finite(arrays, "allow_nan=True merges them nevertheless")
 
 
 def _check_finite(values: Mapping[str, Callable[[], Any]]) -> None:

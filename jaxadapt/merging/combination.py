@@ -27,7 +27,7 @@ from jax.core import Tracer
 from jaxadapt.adapters.adapter import Adapter, Sites
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.arrays import finite
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import float_dtype
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
@@ -611,7 +611,7 @@ def _change_by_adapter(
 
 
 def _cast(reduced: Reduced[Adapter], dtype: Any) -> Reduced[Adapter]:
-    return Reduced(finite.cast_tree(reduced.adapter, dtype, "to_lora"), reduced.error)
+    return Reduced(regions.cast_tree(reduced.adapter, dtype, "to_lora"), reduced.error)
 
 
 def _check_rank(r: Any) -> None:

@@ -23,7 +23,7 @@ from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors, without_names
 from jaxadapt.adapters.sites import sites_from_shapes, sites_of
-from jaxadapt.arrays import finite
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.layout import RANK
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
@@ -173,13 +173,13 @@ def build(pairs: Mapping[str, Pair], config: LoraConfig, like: Sequence[Plain], 
             as_source(file.tensors).specs[k].dtype for file in files for own in pair_keys(file).values() for k in own
         ]
         wide = [jax.dtypes.canonicalize_dtype(dtype if dtype.itemsize > 1 else np.float32) for dtype in dtypes]
-        cast = finite.cast_tree(write_pairs(pairs, keys), jnp.result_type(*wide), operation)
+        cast = regions.cast_tree(write_pairs(pairs, keys), jnp.result_type(*wide), operation)
         return dataclasses.replace(first, config=config, tensors={key: np.asarray(x) for key, x in cast.items()})
     adapters: Sequence[Any] = like
     shapes = _new_shapes(adapters, pairs)
     keymap = common_keymap((adapter.keymap for adapter in adapters), shapes)
     dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
-    leaves = finite.cast_tree(pair_leaves(sites_from_shapes(config, keymap, shapes), pairs), dtype, operation)
+    leaves = regions.cast_tree(pair_leaves(sites_from_shapes(config, keymap, shapes), pairs), dtype, operation)
     return dataclasses.replace(first, config=config, params=paths.unflatten(leaves), keymap=keymap)
 
 

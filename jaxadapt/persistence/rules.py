@@ -31,8 +31,16 @@ from jax.sharding import Sharding
 from jaxadapt.adapters import initial_values, peft_tensors
 from jaxadapt.adapters.adapter import Recipe, Site, Sites, file_entries, repeats_heads, tensor_entries
 from jaxadapt.adapters.sites import WRAPPERS, is_embedding, repeat_for_heads, vocabulary_axes
-from jaxadapt.arrays import finite, regions
-from jaxadapt.arrays.regions import FileRegion, Region
+from jaxadapt.arrays import regions
+from jaxadapt.arrays.regions import (
+    FileRegion,
+    Region,
+    cast_tree,
+    count_not_finite,
+    explain_not_finite,
+    is_finite,
+    warn_not_finite,
+)
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_empty, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AdapterError, MismatchError, Report, bullets, byte_counter, no_report, warn
@@ -502,9 +510,9 @@ def load_arrays(
             out |= _transfer(job)
             count(sum(leaf.nbytes for leaf in job))
     found = [(x.entry.keys[: x.entry.form.count], x.dtype, x.not_finite) for x in order if x.not_finite is not None]
-    counts = finite.explain_not_finite(found, lambda key: source.read_into(key, None), name)
+    counts = explain_not_finite(found, lambda key: source.read_into(key, None), name)
     if check:
-        finite.warn_not_finite(counts, name)
+        warn_not_finite(counts, name)
     return out
 
 
@@ -513,7 +521,7 @@ def _decode_in_memory(
 ) -> dict[str, Any]:
     """Return `{path: array}` of JAX arrays, which may be traced."""
     leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
-    leaves = leaves if dtype is None else finite.cast_tree(leaves, dtype, name)
+    leaves = leaves if dtype is None else cast_tree(leaves, dtype, name)
     return {path: regions.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
 
 
@@ -555,8 +563,8 @@ def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
             for leaf in job:
                 _read_leaf(leaf.entry, source, leaf.regions)
                 # Now, while the processor has them in its cache.
-                if leaf.is_checked and not all(map(finite.is_finite, leaf.regions.values())):
-                    leaf.not_finite = sum(map(finite.count_not_finite, leaf.regions.values()))
+                if leaf.is_checked and not all(map(is_finite, leaf.regions.values())):
+                    leaf.not_finite = sum(map(count_not_finite, leaf.regions.values()))
 
     return read
 

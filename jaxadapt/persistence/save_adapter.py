@@ -27,10 +27,9 @@ from jax.sharding import Sharding
 from jaxadapt.adapters import experts, selection, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan, name_donated_arrays, repeats_heads
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
-from jaxadapt.arrays import finite
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
-from jaxadapt.arrays.regions import Region
+from jaxadapt.arrays.regions import Region, cast_tree
 from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import lora
 from jaxadapt.core.errors import LOGGER, AttachError, FileError, MismatchError, Progress, Report, bullets, reporter
@@ -610,7 +609,7 @@ def save(
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
-                adapter = finite.cast_tree(adapter, dtype, "this adapter")
+                adapter = cast_tree(adapter, dtype, "this adapter")
         write = formats.writer("orbax").write_adapter
         assert write is not None
         with reporter(progress) as report:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.arrays import finite
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -428,8 +428,8 @@ def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
         stored = padded[name]
         with np.errstate(over="ignore"):
             stored[index] = rows[name]
-        fits = stored.dtype == rows[name].dtype or finite.is_finite(stored)
-        if not fits and (lost := finite.count_lost(np.asarray(rows[name]), stored[index])):
+        fits = stored.dtype == rows[name].dtype or regions.is_finite(stored)
+        if not fits and (lost := regions.count_lost(np.asarray(rows[name]), stored[index])):
             raise AttachError(f"{site.leaf}: {lost} finite values of {name} overflow the bank's {stored.dtype}")
     return padded
 

@@ -24,7 +24,7 @@ from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import sites_of
-from jaxadapt.arrays import finite
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.layout import Array, with_rank
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
@@ -542,16 +542,16 @@ def _build_arrays(
             path: build_array(half, contents, room.leaves[path], path in kept, dtypes[path], traced)
             for path, (half, contents) in placed.items()
         }
-    bad = [(path, placed[path][0].keys) for path in finite.names_not_finite(new)]
+    bad = [(path, placed[path][0].keys) for path in regions.names_not_finite(new)]
     not_finite = [
         (
             [key for key in keys if key in values],
             dtypes[path],
-            0 if path in kept else finite.count_not_finite(new[path]),
+            0 if path in kept else regions.count_not_finite(new[path]),
         )
         for path, keys in bad
     ]
-    finite.warn_not_finite(finite.explain_not_finite(not_finite, lambda key: np.asarray(values[key]), source), source)
+    regions.warn_not_finite(regions.explain_not_finite(not_finite, lambda key: np.asarray(values[key]), source), source)
     return placed, new
 
 

@@ -31,7 +31,7 @@ from jaxadapt.adapters.adapter import (
     tensor_entries,
 )
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.arrays import finite
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import Whole, as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -232,8 +232,8 @@ def read_adapter(
             for p, x in own.items()
         }
         flat = {p: jnp.asarray(x.astype(dtypes[p])) for p, x in own.items()}
-    bad = [([p], flat[p].dtype, 0) for p in finite.names_not_finite(flat)]
-    finite.warn_not_finite(finite.explain_not_finite(bad, own.__getitem__, path), path)
+    bad = [([p], flat[p].dtype, 0) for p in regions.names_not_finite(flat)]
+    regions.warn_not_finite(regions.explain_not_finite(bad, own.__getitem__, path), path)
     adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
     report_total(report, "load", adapter)
     return adapter, target_sites, stored.change_base
