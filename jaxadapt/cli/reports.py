@@ -590,9 +590,9 @@ def methods_command(model: str | None, as_json: bool) -> None:
       jaxadapt methods
       jaxadapt methods --model shapes.json --json
     """
-    from jaxadapt.configs import listing
+    from jaxadapt.configs import matching
 
-    found, passing = listing.describe_methods(), listing.passing_types()
+    found, passing = matching.describe_methods(), matching.passing_types()
     sizes = None if model is None else _sizes(Path(model))
     if as_json:
         values: list[dict[str, Any]] = [

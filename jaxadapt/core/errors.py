@@ -36,7 +36,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 # ---------------------------------------------------------------- errors
 
@@ -170,11 +170,6 @@ def quote_list(items: Sequence[str]) -> str:
     """Return the items separated by commas, and the number of those beyond the limit."""
     rest = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
     return ", ".join(items[:_MAX_LISTED]) + rest
-
-
-def tuple_to_list(value: Any) -> Any:
-    """Return a tuple as a list, so that it prints like JSON, and any other value as it is."""
-    return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
 
 
 # ---------------------------------------------------------------- terminal

@@ -3,7 +3,7 @@
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
-    "configs.listing": "MethodInfo describe_methods",
+    "configs.matching": "MethodInfo describe_methods",
     "methods.applied": "AppliedMethod",
     "methods.base": "Change Drop Effects METHODS Method Start Target get_method register",
     "methods.matrix": "MatrixMethod",

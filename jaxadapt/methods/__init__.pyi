@@ -1,7 +1,7 @@
 """The names of this package, for type checkers."""
 
-from jaxadapt.configs.listing import MethodInfo as MethodInfo
-from jaxadapt.configs.listing import describe_methods as describe_methods
+from jaxadapt.configs.matching import MethodInfo as MethodInfo
+from jaxadapt.configs.matching import describe_methods as describe_methods
 from jaxadapt.methods.applied import AppliedMethod as AppliedMethod
 from jaxadapt.methods.base import METHODS as METHODS
 from jaxadapt.methods.base import Change as Change

@@ -650,7 +650,7 @@ def get_method(config: Config) -> Method:
         )
     method = METHODS.get(config.peft_type)
     if method is None:
-        from jaxadapt.configs.listing import reason_not_applied  # only this error uses it
+        from jaxadapt.configs.matching import reason_not_applied  # only this error uses it
 
         raise ConfigError(
             f"cannot apply peft_type {config.peft_type!r}: {reason_not_applied(config.peft_type)}. Its files can be"

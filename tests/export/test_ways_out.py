@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 import jaxadapt
 from jaxadapt import AdapterError
 from jaxadapt.cli import main
-from jaxadapt.configs.listing import PEFT_TYPES
+from jaxadapt.configs.matching import PEFT_TYPES
 from jaxadapt.core import paths
 from jaxadapt.export import export_adapter, export_base
 from jaxadapt.methods import METHODS

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxadapt.configs import listing
+from jaxadapt.configs import matching
 from jaxadapt.methods import METHODS, describe_methods
 from tests.support.configs import class_of
 
@@ -151,9 +151,9 @@ def table(results: Results, kept: Mapping[str, Mapping[str, str]], layers: Mappi
         rows = {"call": "yes", "put": "prepared", "no": "no"}[info.facts.rows]
         cells = [layers.get(info.peft_type, "–"), *cells, "yes" if info.facts.merges else "no", rows, *figures]
         lines.append(f"| {' | '.join([name, kinds, *cells])} |")
-    passing = listing.passing_types().items()
-    reasons = [f"{name} ({reason})" for name, reason in passing if reason != listing.NOT_YET]
-    others = [name for name, reason in passing if reason == listing.NOT_YET]
+    passing = matching.passing_types().items()
+    reasons = [f"{name} ({reason})" for name, reason in passing if reason != matching.NOT_YET]
+    others = [name for name, reason in passing if reason == matching.NOT_YET]
     text = [f"Files of these types are read and written unchanged, but not applied: {', '.join(reasons)}."]
     text += [f"Not implemented, with the same effect: {', '.join(others)}."] if others else []
     return "\n".join([*lines, "", *text, ""])

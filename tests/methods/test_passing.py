@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt import ConfigError, GenericConfig, MismatchError
-from jaxadapt.configs import listing
+from jaxadapt.configs import matching
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -58,7 +58,7 @@ def test_pefts_file_of_a_type_that_is_not_applied(peft_type: str, tmp_path: Path
     made = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[peft_type]]
     names = made.__dataclass_fields__
     save(made(**{name: value for name, value in fields.items() if name in names}), tmp_path / "peft")
-    passes(tmp_path / "peft", listing.PASSING[peft_type])
+    passes(tmp_path / "peft", matching.PASSING[peft_type])
 
 
 def test_shadow(tmp_path: Path):
@@ -134,7 +134,7 @@ def test_xlora_keeps_one_layer_of_its_classifier_or_none(depth: int, tmp_path: P
 
 
 def test_every_type_that_passes_says_why():
-    reasons = listing.passing_types()
+    reasons = matching.passing_types()
     assert all(reasons.values())
     assert {"ADAMSS", "XLORA", "SHADOW"} <= reasons.keys()
     for peft_type, reason in reasons.items():

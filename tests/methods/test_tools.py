@@ -24,7 +24,7 @@ from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import tensor_entries
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.cli import main
-from jaxadapt.configs import listing
+from jaxadapt.configs import matching
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.demo import finetune, llama
@@ -158,7 +158,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
 def test_every_method_is_listed_with_its_facts():
     found = {info.peft_type: info for info in describe_methods()}
     assert set(METHODS) <= found.keys()
-    assert not listing.passing_types().keys() & found.keys()
+    assert not matching.passing_types().keys() & found.keys()
     for peft_type, info in found.items():
         assert info.summary
         assert info.facts.learning_rate > 0
@@ -172,7 +172,7 @@ def test_the_list_has_all_types_of_peft():
     mapping = pytest.importorskip("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
     package = Path(pytest.importorskip("peft").__file__).parent
     known = {getattr(peft_type, "value", peft_type) for peft_type in mapping}
-    assert known <= {*listing.PEFT_TYPES}
+    assert known <= {*matching.PEFT_TYPES}
     for info in describe_methods():
         assert not info.source or (package.parent / info.source).is_dir(), info.source
 

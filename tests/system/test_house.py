@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from jaxadapt import AdapterError
-from jaxadapt.configs.listing import PEFT_TYPES
+from jaxadapt.configs.matching import PEFT_TYPES
 from jaxadapt.configs.table import FACTS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "jaxadapt"
@@ -289,7 +289,7 @@ def test_files_stay_short():
 NAMING = {
     "analysis.changes": "compares the changes of LORA and IA3, and the tensors of all other methods",
     "cli.reports": "the words for these",
-    "configs.listing": "the types of PEFT",
+    "configs.matching": "the types of PEFT",
     "configs.table": "the table of the methods",
     "persistence.consumers": "the methods that other programs read",
     "persistence.formats.image_files": "the methods of kohya-ss and LyCORIS",
