@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -31,11 +32,10 @@ def here(tmp_path: Path) -> Path:
 def left(folder: Path, name: str, is_folder: bool = False) -> None:
     """Leave what a writer of this name leaves that is killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, fd = atomic._create_temporary(str(folder), name)
-    os.close(fd)  # the kernel unlocks the files of a process that ends
-    if is_folder:
-        path.unlink()
-        (path / "inside").mkdir(parents=True)
+    with contextlib.suppress(ZeroDivisionError), atomic.open_replacement(folder / name) as writer:
+        raise ZeroDivisionError
+    # Without a lock: the kernel unlocks the files of a process that ends.
+    (writer.temporary / "inside").mkdir(parents=True) if is_folder else writer.temporary.touch()
 
 
 RUNS = {
@@ -71,13 +71,10 @@ def test_a_refused_run_removes_the_empty_folder_of_a_killed_run_and_nothing_else
 
 
 def test_a_run_in_progress_keeps_its_files(here):
-    path, fd = atomic._create_temporary(str(here / "base"), "model.safetensors")
-    try:
+    with atomic.open_replacement(here / "base" / "model.safetensors") as writer:
         with pytest.raises(ZeroDivisionError), atomic.clean_target(here / "base"):
             raise ZeroDivisionError
-        assert path.exists()
-    finally:
-        os.close(fd)
+        assert writer.temporary.exists()
 
 
 def test_an_export_that_fails_leaves_no_folder(here, monkeypatch):
