@@ -256,20 +256,16 @@ def read_tied(path: location.Location) -> bool | None:
 
 
 def _read_bytes(path: location.Location) -> bytes:
-    try:
+    with local_files.read_errors(path):
         return path.read_bytes()
-    except OSError as error:
-        raise local_files.file_error("read", str(path), error) from error
 
 
 def read_other_files(source: location.Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
     """Read the model's other files; change its configuration to `dtype`, and `untie` its head, if given."""
     files: dict[str, bytes] = {}
     is_folder = location.is_dir(source)
-    try:
+    with local_files.read_errors(source):
         members = sorted(source.iterdir(), key=str) if is_folder else []
-    except OSError as error:
-        raise local_files.file_error("read", str(source), error) from error
     for path in members:
         name = path.name
         is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != location.CONFIG

@@ -76,6 +76,15 @@ def file_error(action: str, path: str, error: OSError | ValueError, detail: str 
     return FileError("; ".join(part for part in parts if part))
 
 
+@contextlib.contextmanager
+def read_errors(path: object) -> Generator[None]:
+    """Raise the errors of the operating system within a context as those of reading a path."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise file_error("read", str(path), error) from error
+
+
 def _opener(path: str, flags: int) -> int:
     # O_NONBLOCK: opening a FIFO must not wait for its writer. Regular files ignore the flag.
     return os.open(path, flags | os.O_NONBLOCK)
@@ -127,10 +136,8 @@ class LocalFile(ByteSource):
             FileError: missing, not permitted, or not a regular file.
         """
         self.path = path if shown is None else shown
-        try:
+        with read_errors(self.path):
             self.file = io.FileIO(path, "rb", opener=_opener)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            raise file_error("read", self.path, error) from error
         self._fd = self.file.fileno()
         try:
             status = os.fstat(self._fd)
@@ -144,10 +151,8 @@ class LocalFile(ByteSource):
 
     def read_into(self, label: str, view: memoryview, offset: int) -> None:
         while len(view):
-            try:
+            with read_errors(self.path):
                 count = os.preadv(self._fd, [view[:MAX_CALL]], offset)
-            except OSError as error:
-                raise file_error("read", self.path, error) from error
             if count == 0:
                 raise FormatError(
                     f"{self.path}: {label}: expected {len(view)} more bytes at offset {offset}, found the end of the "

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jaxadapt.core.errors import FileError, FormatError
-from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error
+from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error, read_errors
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -349,23 +349,19 @@ def object_stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def content_version(place: Location) -> object:
     """Return a value that changes when a file is replaced or modified. Raises `FileError`."""
-    try:
+    with read_errors(place):
         if isinstance(place, Address):
             return object_stamp(place.info())
         status = place.stat()
-    except (OSError, ValueError) as error:
-        raise file_error("read", str(place), error) from error
-    return status.st_mtime_ns, status.st_ino
+        return status.st_mtime_ns, status.st_ino
 
 
 def total_size(place: Location) -> int:
     """Return the bytes of a file, or of all files in a folder. Raises `FileError`."""
-    try:
+    with read_errors(place):
         if isinstance(place, Address):
             return place.run("read", lambda fs, inner: int(fs.du(inner)))
         return sum(p.stat().st_size for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file())
-    except (OSError, ValueError) as error:
-        raise file_error("read", str(place), error) from error
 
 
 # ---------------------------------------------------------------- queries of any location
@@ -391,10 +387,8 @@ def is_same(one: Location, other: Location) -> bool:
         return True
     if isinstance(one, Address) or isinstance(other, Address) or not (exists(one) and exists(other)):
         return False
-    try:
+    with read_errors(one):
         return one.samefile(other)
-    except OSError as error:
-        raise file_error("read", str(one), error) from error
 
 
 def exists(place: Location, shown: Location | None = None) -> bool:
@@ -436,18 +430,14 @@ def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
         FileError: missing, not permitted, not a regular file, or too large.
     """
     if isinstance(place, Address):
-        try:
+        with read_errors(place):
             size = int(place.info().get("size") or 0)
             data = place.read_bytes() if size <= max_bytes else b""
-        except FileNotFoundError as error:
-            raise file_error("read", str(place), error) from error
     else:
-        with contextlib.closing(LocalFile(os.fspath(place))) as local:
+        with contextlib.closing(LocalFile(os.fspath(place))) as local, read_errors(place):
             size, reader = local.size, io.BufferedReader(local.file)
             try:
                 data = reader.read(max_bytes + 1) if size <= max_bytes else b""
-            except OSError as error:
-                raise file_error("read", str(place), error) from error
             finally:
                 reader.detach()
     if max(size, len(data)) > max_bytes:
@@ -485,10 +475,8 @@ class RemoteObject(ByteSource):
         """Query the object and read its head. Raises `FileError`."""
         self.path = str(address)
         self._address = address
-        try:
+        with read_errors(address):
             info = address.info()
-        except FileNotFoundError as error:
-            raise file_error("read", self.path, error) from error
         if info["type"] != "file" or info.get("size") is None:
             raise FileError(f"{self.path}: cannot read: expected a file of known size, found a folder or a stream")
         self.size = int(info["size"])
@@ -552,9 +540,7 @@ def fetch_object(address: Address) -> LocalFile:
     import tempfile
 
     RemoteObject(address).close()  # raises if it is no file
-    try:
-        with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
-            address.run("read", lambda fs, inner: fs.get_file(inner, copy.name))
-            return LocalFile(copy.name, str(address))
-    except OSError as error:
-        raise file_error("read", f"{address} (through {tempfile.gettempdir()})", error) from error
+    shown = f"{address} (through {tempfile.gettempdir()})"
+    with read_errors(shown), tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
+        address.run("read", lambda fs, inner: fs.get_file(inner, copy.name))
+        return LocalFile(copy.name, str(address))

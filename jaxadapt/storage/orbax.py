@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.storage import atomic, location
-from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.local_files import file_error, read_errors
 from jaxadapt.storage.safetensors import MAX_HEADER
 
 if TYPE_CHECKING:
@@ -200,10 +200,8 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
         raise FileError(
             f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(location.ORBAX_MARKERS)}"
         )
-    try:
+    with read_errors(place):
         names = sorted(p.name for p in place.iterdir() if location.exists(p / "_METADATA"))
-    except OSError as error:
-        raise file_error("read", str(place), error) from error
     items = [item for item in names if not location.exists(place / item / _JSON)]
     with _translate_errors(place), _context():
         if location.exists(place / "_METADATA"):
