@@ -327,9 +327,7 @@ def _letters(axes: Sequence[int]) -> str:
 
 def run_use(use: Use | Operation, x: Array, w: Array) -> Array:
     """Compute a use with another weight of the same shape."""
-    if isinstance(use, Operation):
-        return use.run(x, w)
-    return einsum(f"{use.x},{use.w}->{use.y}", x, w)
+    return use.run(x, w) if isinstance(use, Operation) else einsum(f"{use.x},{use.w}->{use.y}", x, w)
 
 
 def expand_to_letters(vector: Array, letters: str, over: str) -> Array:

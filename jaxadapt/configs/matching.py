@@ -51,17 +51,13 @@ def is_target(config: Config, name: str) -> bool:
     >>> [is_target(config, f"model.layers.{l}.self_attn.q_proj") for l in range(3)]
     [False, True, False]
     """
-    if _excluded(config, name):
-        return False
     targets: str | tuple[str, ...] | None = config.get("target_modules")
-    if targets is None:
+    if _excluded(config, name) or targets is None:
         return False
     if isinstance(targets, str):
         return match("target_modules", targets, name) is not None
     names = config.names("target_modules")
-    if name in names:
-        return True
-    return _ends_in(name, names) and in_layers(config, name)
+    return name in names or (_ends_in(name, names) and in_layers(config, name))
 
 
 def is_parameter(config: Config, name: str) -> bool:

@@ -331,9 +331,7 @@ def is_number(value: object) -> bool:
 
 def is_strings(value: object) -> bool:
     """Return True for a tuple (a frozen list) of strings."""
-    if not isinstance(value, tuple):
-        return False
-    return all(isinstance(item, str) for item in cast("tuple[object, ...]", value))
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in cast("tuple[object, ...]", value))
 
 
 def is_ints(value: object) -> bool:
@@ -365,11 +363,10 @@ class Problems:
 
     def raise_if_any(self, owner: str) -> None:
         """Raise one `ConfigError` that lists every problem, if there are any."""
-        lines = list(self._lines.values())
-        if len(lines) == 1:
-            raise ConfigError(f"{owner}: {lines[0]}")
-        if lines:
-            raise ConfigError("\n  ".join([f"{owner}: {len(lines)} problems", *lines]))
+        if self._lines:
+            lines = list(self._lines.values())
+            listed = "\n  ".join([f"{len(lines)} problems", *lines])
+            raise ConfigError(f"{owner}: {lines[0] if len(lines) == 1 else listed}")
 
     def pattern(self, field: str, value: str) -> None:
         """Check that a pattern is a valid regular expression where PEFT uses it."""
@@ -478,9 +475,8 @@ def _layer_pairs(problems: Problems, field: str, value: Any) -> None:
 
 def _is_pair(value: object) -> bool:
     """Return True for two ints with 0 <= start < end."""
-    if not is_ints(value) or len(pair := cast("tuple[int, ...]", value)) != 2:
-        return False
-    return 0 <= pair[0] < pair[1]
+    pair = cast("tuple[int, ...]", value)
+    return is_ints(value) and len(pair) == 2 and 0 <= pair[0] < pair[1]
 
 
 def _is_tokens(value: Any) -> bool:

@@ -240,9 +240,7 @@ def _requested_file(error: Any, place: HubAddress) -> str:
 
 
 def _login_hint(token: Token) -> str:
-    if isinstance(token, str):
-        return ", or give another token"
-    return ": `hf auth login`, HF_TOKEN or token="
+    return ", or give another token" if isinstance(token, str) else ": `hf auth login`, HF_TOKEN or token="
 
 
 def _list_revisions(place: HubAddress, token: Token) -> str:

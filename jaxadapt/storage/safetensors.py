@@ -91,9 +91,8 @@ def _naturals(value: object) -> tuple[int, ...] | None:
 def _parse_object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | ValueError:
     """Convert an object of the header; a tensor's description immediately, to spare the gc 10^5 small objects."""
     result = dict(pairs)
-    # If three tensors have these names, data_offsets is an object.
-    is_header = isinstance(result.get("data_offsets"), dict | TensorInfo | ValueError)
-    if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and not is_header:
+    # If three tensors have these names, data_offsets is an object, not a list.
+    if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and type(result["data_offsets"]) is list:
         try:
             return _parse_info(result)
         except ValueError as error:
@@ -188,7 +187,7 @@ def parse(path: str, raw: bytes, size: int) -> Header:
         found = items.pop("__metadata__", None)
         # MLX writes null for none, which the reference reader takes.
         metadata = cast("dict[str, str]", {} if found is None else found)
-        if not isinstance(found, dict | None) or not all(isinstance(value, str) for value in metadata.values()):
+        if not isinstance(found, dict | None) or {*map(type, metadata.values())} - {str}:
             raise ValueError(f"__metadata__: expected an object of strings, found {_show(found)}")
         tensors = _read_tensors(items)
         _check_layout(tensors, 8 + len(raw), size)

@@ -92,7 +92,7 @@ class Group:
 
     def _publish(self, name: str, message: Any) -> None:
         try:
-            self._client.key_value_set(self._key(name, self.index), json.dumps(message))
+            self._client.key_value_set(f"{self._prefix}/{name}/{self.index}", json.dumps(message))
         except RuntimeError as error:  # jax.errors.JaxRuntimeError
             raise FileError(
                 f"{self._action}: process 0 no longer answers; see its log ({str(error).splitlines()[0][:200]})"
@@ -124,15 +124,11 @@ class Group:
             raise FileError("; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if problems[8:] else ""))
         return values
 
-    def _key(self, name: str, process: int) -> str:
-        return f"{self._prefix}/{name}/{process}"
-
     def _wait_for(self, name: str, process: int, wait: float) -> Any:
         started = time.monotonic()
         try:
-            message = json.loads(
-                self._client.blocking_key_value_get(self._key(name, process), max(1, int(1000 * wait)))
-            )
+            key = f"{self._prefix}/{name}/{process}"
+            message = json.loads(self._client.blocking_key_value_get(key, max(1, int(1000 * wait))))
         except RuntimeError as error:  # jax.errors.JaxRuntimeError: too late, or the service does not answer
             raise FileError(
                 f"{self._action}: process {process} sent nothing for {time.monotonic() - started:.0f} s; check"
