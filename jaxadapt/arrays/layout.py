@@ -278,21 +278,14 @@ class FileLayout:
         ...     np.arange(24).reshape(4, 2, 3), 0)[5, 3])
         ([(3, 1, 2)], True)
         """
-        parts = {axis: axis_parts(name) for axis, name in enumerate(self.left) if axis not in self.split}
-        found: list[tuple[int, ...]] = []
-        for position in positions:
-            at: dict[str, int] = {}
-            for group, number in zip(self.right, position, strict=True):
-                for name in reversed(group):
-                    number, at[name] = divmod(number, self.inner[name])
-            index = list(self.index(i))
-            for axis, names in parts.items():
-                number = 0
-                for name in names:
-                    number = number * self.inner[name] + at[name]
-                index[axis] = number
-            found.append(tuple(index))
-        return found
+        import numpy as np
+
+        points = np.reshape([*positions], (-1, len(self.right))).T
+        flat = np.unravel_index(np.ravel_multi_index(tuple(points), self.file_shape), (*self.flat.values(),))
+        inner = np.ravel_multi_index(tuple(flat[axis] for axis in self.orders[1]), (*self.inner.values(),))
+        part = iter(np.unravel_index(inner, self._part_shape))
+        axes = [next(part) if isinstance(at, slice) else np.full(points.shape[1:], at) for at in self.index(i)]
+        return [tuple(map(int, index)) for index in zip(*axes, strict=True)]
 
     def decode(self, tensor: Array) -> Array:
         """Return the part of the array for one tensor, as a view if its memory layout allows it."""
@@ -520,6 +513,4 @@ class Axes:
     def sizes(self, role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the sizes of the axes of `role` ("in", "out" or "batch") in a weight of `shape`."""
         sizes = tuple(shape[i] for i in getattr(self, f"{role}_axes"))
-        if role == "batch" and self.parts is not None:
-            return (len(self.parts), *sizes[1:])
-        return sizes
+        return (len(self.parts), *sizes[1:]) if role == "batch" and self.parts is not None else sizes

@@ -527,7 +527,7 @@ def write(
     get: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Header:
     """Write a file durably and atomically in one pass, holding one tensor at a time.
 
@@ -558,7 +558,7 @@ def write_to(
     get: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
     ahead: bool = False,
 ) -> Header:
     """Write an open file, one of several that are replaced together; see `write`.
@@ -571,8 +571,7 @@ def write_to(
     with contextlib.closing(local_files.map_ahead(get, keys) if ahead else (get(key) for key in keys)) as values:
         for key, info in keys.items():
             _write_array(writer, checked_bits(writer.path, key, next(values), info.dtype, info.shape))
-            if progress is not None:
-                progress(info.nbytes)
+            progress(info.nbytes)
     return header
 
 

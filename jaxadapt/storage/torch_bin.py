@@ -545,7 +545,7 @@ def write_to(
     writer: atomic.Writer,
     specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]],
     get: Callable[[str], np.ndarray],
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Write a state dict, holding one tensor at a time; return the size of the file in bytes.
 
@@ -566,8 +566,7 @@ def write_to(
         for number, (key, spec) in enumerate(named.items()):
             data = flat_bytes(safetensors.checked_bits(writer.path, key, get(key), *spec))
             _add(archive, writer.size, f"data/{number}", data)
-            if progress is not None:
-                progress(len(data))
+            progress(len(data))
         _add(archive, writer.size, "version", b"3\n")
     return writer.size
 
