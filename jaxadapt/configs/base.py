@@ -580,9 +580,11 @@ def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := repeated(key for key, _ in pairs):
-        raise ConfigError(f"expected every key once, found twice: {', '.join(twice)}; keep one")
-    return dict(pairs)
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = ", ".join(repeated(key for key, _ in pairs))
+        raise ConfigError(f"expected every key once, found twice: {twice}; keep one")
+    return values
 
 
 def _constant(name: str) -> NoReturn:
