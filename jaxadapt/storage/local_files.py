@@ -160,6 +160,15 @@ class LocalFile(ByteSource):
                 )
             view, offset = view[count:], offset + count
 
+    def read_at_most(self, size: int) -> bytes:
+        """Return the next `size` bytes, or all that are left if there are fewer. Raises `FileError`."""
+        reader = io.BufferedReader(self.file)
+        try:
+            with read_errors(self.path):
+                return reader.read(size)
+        finally:
+            reader.detach()  # so that its destructor does not close the file
+
     def close(self) -> None:
         self.closed = True
         close(self.file)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import os
 import re
@@ -434,12 +433,9 @@ def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
             size = int(place.info().get("size") or 0)
             data = place.read_bytes() if size <= max_bytes else b""
     else:
-        with contextlib.closing(LocalFile(os.fspath(place))) as local, read_errors(place):
-            size, reader = local.size, io.BufferedReader(local.file)
-            try:
-                data = reader.read(max_bytes + 1) if size <= max_bytes else b""
-            finally:
-                reader.detach()
+        with contextlib.closing(LocalFile(os.fspath(place))) as local:
+            size = local.size
+            data = local.read_at_most(max_bytes + 1) if size <= max_bytes else b""
     if max(size, len(data)) > max_bytes:
         actual = size if size > max_bytes else "more"
         raise FileError(
