@@ -26,7 +26,17 @@ from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config, loads
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, MismatchError, Progress, Report, raise_listed, reporter, warn
+from jaxadapt.core.errors import (
+    ConfigError,
+    FileError,
+    MismatchError,
+    Progress,
+    Report,
+    raise_listed,
+    repeated,
+    reporter,
+    warn,
+)
 from jaxadapt.export import conversion, gguf_files
 from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.initializers.start_adapter import convert_start, start
@@ -150,7 +160,7 @@ def rename_files(
         raise_listed(
             MismatchError,
             f"{tensors.source}: several tensors would get each of these names; choose another beginning:",
-            paths.repeated(keys.values()),
+            repeated(keys.values()),
         )
         config = _renamed_config(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
         renamed = rename(as_source(tensors.tensors), {to: key for key, to in keys.items()})

@@ -36,8 +36,16 @@ from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source, numpy_dtype
 from jaxadapt.configs import lora
 from jaxadapt.configs.validation import is_int
-from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, Report, byte_counter, raise_listed
+from jaxadapt.core.errors import (
+    ConfigError,
+    FileError,
+    FormatError,
+    MismatchError,
+    Report,
+    byte_counter,
+    raise_listed,
+    repeated,
+)
 from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.storage import atomic, hf_model, local_files, location
 
@@ -294,7 +302,7 @@ class File:
     def _named(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
         """Return names with what follows each; a count that is too large ends at the file's end."""
         items = [(self._text(), read()) for _ in range(count)]
-        if twice := paths.repeated(name for name, _ in items):
+        if twice := repeated(name for name, _ in items):
             raise ValueError(f"twice {twice[0]!r}")
         return dict(items)
 
