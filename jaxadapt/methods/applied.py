@@ -165,9 +165,7 @@ class AppliedMethod:
 
     def _parts_index(self, letters: str, use: Use) -> tuple[Any, ...] | None:
         letter = use.w[self.axes.batch_axes[0]]
-        if letter not in letters:
-            return None
-        return (slice(None),) * letters.index(letter) + (np.array(self.axes.parts),)
+        return None if letter not in letters else (slice(None),) * letters.index(letter) + (np.array(self.axes.parts),)
 
     def _on_parts(self, letters: str, value: Array, function: Callable[[Array], Array], use: Use) -> Array:
         index = None if self.axes.parts is None else self._parts_index(letters, use)

@@ -164,9 +164,7 @@ class Target:
     def value(self, field: Callable[[str], float]) -> float | PerEntry:
         """Return `field(module)`: one number if all modules agree, else a number for each."""
         values = {field(module) for module in self.modules}
-        if len(values) == 1:
-            return values.pop()
-        return per_entry(self.modules, field, min(values))
+        return values.pop() if len(values) == 1 else per_entry(self.modules, field, min(values))
 
     def rank(self, field: Callable[[str], int]) -> int:
         """Return the largest `field(module)`, the size of the axis "r" in the model."""
@@ -200,8 +198,7 @@ Targets = Sequence[Target]
 
 def shared_value(field: str, values: Mapping[str, Any]) -> Any:
     """Return the one value that all modules of a leaf share; raise `ConfigError` if they differ."""
-    distinct = sorted({repr(v) for v in values.values()})
-    if len(distinct) > 1:
+    if len({repr(v) for v in values.values()}) > 1:
         listed = ", ".join(f"{m}: {v}" for m, v in list(values.items())[:4])
         raise ConfigError(
             f"{field} differs between the modules of one stacked or fused leaf ({listed}, …), but they share one"

@@ -72,9 +72,7 @@ class Boft(Rotation, peft_type="BOFT"):
 
     def init(self, config: BOFTConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         mean = 1.0 if tensor.name == "boft_s" else 0.0
-        if config.init_weights:
-            return Draw("constant", mean)
-        return mean + 0.1 * jax.random.normal(start.key, start.shape)
+        return Draw("constant", mean) if config.init_weights else mean + 0.1 * jax.random.normal(start.key, start.shape)
 
     def before(self, own: OwnHparams, params: Params, x: Array) -> Array:
         return turn(x, _kept_blocks(own, params))

@@ -50,9 +50,7 @@ class Hra(Rotation, peft_type="HRA"):
         inputs = target.own_size("hra_u", 0, lambda: target.in_size * math.prod(window))
         if config.apply_GS and config.r > inputs:
             raise target.refuse(f"HRA with apply_GS needs an r of at most the number of inputs; found r={config.r}")
-        if window:
-            return (own_tensor("hra_u", (inputs, config.r)),)
-        return (axes_tensor("hra_u", "in r", r),)
+        return (own_tensor("hra_u", (inputs, config.r)),) if window else (axes_tensor("hra_u", "in r", r),)
 
     def starts_unchanged(self, config: HRAConfig) -> bool:
         return config.init_weights and config.r % 2 == 0

@@ -60,9 +60,7 @@ class Miss(MatrixMethod, peft_type="MISS"):
                 'cannot train MISS with init_weights="bat" and miss_dropout: PEFT ignores the dropout of this variant;'
                 " set it to 0.0"
             )
-        if config.init_weights:
-            return Draw("constant", 0.0)
-        return Draw.kaiming(start.shape[-1])
+        return Draw("constant", 0.0) if config.init_weights else Draw.kaiming(start.shape[-1])
 
     def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         d = _over_outputs(params["miss_block"], w.shape[0])

@@ -196,8 +196,7 @@ def _blocks(own: OftHparams, params: Params, size: int) -> Array:
 
 def _nearest_divisor(target: Target, size: int, wanted: int) -> int:
     """Return the divisor of `size` that PEFT uses for `wanted`, the smaller one of two equally near."""
-    divisors = [n for n in range(1, size + 1) if size % n == 0]
-    best = min(divisors, key=lambda n: (abs(n - wanted), n))
+    best = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - wanted), n))
     if best != wanted:
         warn(f"{target.leaf}: OFT with blocks of {best}, because {wanted} does not divide the size {size}")
     return best

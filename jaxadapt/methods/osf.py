@@ -125,6 +125,4 @@ def _kept_rank(config: OSFConfig, module: str, smaller: int) -> int:
 def _sizes(target: Target) -> tuple[int, int]:
     """Return the numbers of outputs and inputs, from the tensors if the base is not known."""
     u, v = target.found.get(f"{_P}U_low"), target.found.get(f"{_P}V_low")
-    if u is None or v is None:
-        return target.out_size, target.in_size
-    return math.prod(u[:-1]), math.prod(v[1:])
+    return (target.out_size, target.in_size) if u is None or v is None else (math.prod(u[:-1]), math.prod(v[1:]))

@@ -70,9 +70,7 @@ class Road(MatrixMethod, peft_type="ROAD"):
 
     def init(self, config: RoadConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         mean = 1.0 if tensor.name == "road_alpha" else 0.0
-        if config.init_weights:
-            return Draw("constant", mean)
-        return mean + 0.5 * jax.random.normal(start.key, start.shape)
+        return Draw("constant", mean) if config.init_weights else mean + 0.5 * jax.random.normal(start.key, start.shape)
 
     def after(self, own: RoadHparams, params: Params, x: Array, y: Array) -> Array:
         return self.shift(own, params, y, undo=False)

@@ -66,10 +66,10 @@ class Shira(MatrixMethod, peft_type="SHIRA"):
             )
         count, columns = start.shape[1], start.fan_in
         size = (count // config.r - columns) * columns
-        if config.random_seed is None:
-            flat = _positions(start.key, size, count)
-        else:
-            flat = np.sort(TorchRandom(config.random_seed).permutation(size, count))
+        seed = config.random_seed
+        flat = (
+            _positions(start.key, size, count) if seed is None else np.sort(TorchRandom(seed).permutation(size, count))
+        )
         xp: Any = jnp if isinstance(flat, Tracer) else np
         return xp.stack([flat // columns, flat % columns]).astype("int32")
 
