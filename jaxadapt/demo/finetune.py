@@ -65,8 +65,7 @@ def adapter_config(method: str, steps: int = 40) -> Any:
     Raises:
         ConfigError: the method is unknown.
     """
-    cls = class_of(method.upper())
-    if cls is None:
+    if (cls := class_of(method.upper())) is None:
         raise ConfigError(f"method: expected one of {', '.join(method_names())}, found {method!r}")
     known = {item.name for item in dataclasses.fields(cls)}
     fields: dict[str, Any] = {
@@ -472,8 +471,7 @@ def _check_arguments(steps: int, api: str, method: str) -> None:
         ("api", f"one of {', '.join(APIS)}", api, api in APIS),
         ("method", f"one of {', '.join(method_names())}", method, method in method_names()),
     )
-    problems = [f"{name}: expected {expected}, found {found!r}" for name, expected, found, right in checks if not right]
-    if problems:
+    if problems := [f"{name}: expected {what}, found {found!r}" for name, what, found, right in checks if not right]:
         raise ConfigError("demo: " + "; ".join(problems))
 
 

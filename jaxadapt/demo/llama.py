@@ -100,8 +100,7 @@ class LlamaConfig:
             "mlp_bias": (fields.get("mlp_bias", False), False),
             "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         }
-        wrong = [f"{name} is {found!r}, not {want!r}" for name, (found, want) in expected.items() if found != want]
-        if wrong:
+        if wrong := [f"{name} is {found!r}, not {want!r}" for name, (found, want) in expected.items() if found != want]:
             raise ConfigError("LlamaConfig does not describe this model: " + "; ".join(wrong))
         heads = fields["num_attention_heads"]
         return cls(

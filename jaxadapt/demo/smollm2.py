@@ -83,14 +83,12 @@ class SmolLM2:
         require("gguf")
         path = find_model() if path is None else path
         model = cls(path, gguf_files.File(path))
-        architecture = model._field("general.architecture")
-        if architecture != "llama":
+        if (architecture := model._field("general.architecture")) != "llama":
             raise FormatError(f"{path}: expected architecture llama, found {architecture}")
         return model
 
     def _field(self, name: str) -> Any:
-        value = self.file.value(name)
-        if value is None:
+        if (value := self.file.value(name)) is None:
             raise FormatError(f"{self.path}: expected the field {name}, found none")
         return value
 

@@ -80,8 +80,7 @@ def find(root: Path, name: str, given: str | None = None) -> Path:
         )
     places = (root / name,) if given is None else (root / given, Path(given)) if given.isprintable() else ()
     inside = [path for path in places if given is None or _is_inside(root, path)]
-    path = next(filter(is_adapter, inside), None)
-    if path is None:
+    if (path := next(filter(is_adapter, inside), None)) is None:
         raise FileError(
             f"there is no adapter {(given or name)[:80]!r}: expected a folder in the adapters' folder, with"
             f" {location.CONFIG}"
@@ -159,8 +158,7 @@ class Session:
 
     async def next(self) -> tuple[int, Piece]:
         """Return the next piece and its job's number; raise `RequestError` 499 if the client left."""
-        found = await self._pieces.get()
-        if found is None:
+        if (found := await self._pieces.get()) is None:
             raise RequestError(LEFT, "the client left")
         self._left -= found[1].final
         return found
@@ -232,8 +230,7 @@ class Server:
 
     async def complete(self, http: HttpRequest, *, chat: bool) -> Response:
         """Answer a completion or a chat, whole or as a stream."""
-        seed = int.from_bytes(os.urandom(4), "big")
-        request = parse_request(await self.read_json(http), chat=chat, seed=seed)
+        request = parse_request(await self.read_json(http), chat=chat, seed=int.from_bytes(os.urandom(4), "big"))
         adapter = self.adapter_of(request.model)
         session = Session(self.engine, http)
         with contextlib.ExitStack() as stack:

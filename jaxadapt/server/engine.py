@@ -130,8 +130,7 @@ def open_base(base: str | os.PathLike[str]) -> Base:
         stop = tuple(tokenizer.token_to_id(token) for token in (END, "<|endoftext|>"))
         return Base(MODEL_NAME, model.config, model.weights(), tokenizer, _as_text(tokenizer), stop, SMOLLM2_SYSTEM)
     folder = Path(base)
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]:
         raise FileError(
             f"{folder}: expected {SMOLLM2!r}, or a folder with a Llama; the folder lacks {' and '.join(missing)}"
         )

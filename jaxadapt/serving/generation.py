@@ -278,10 +278,11 @@ def linen_forward(module: Any, *, embedded_prompt: bool = False) -> Forward:
 
 @contextlib.contextmanager
 def _called(model: Any, route: Any, prefilled: bool) -> Generator[Any]:
-    with contextlib.ExitStack() as stack:
-        if prefilled:
-            model = stack.enter_context(invoke(model, prefilled=True))
-        yield model if route is None else stack.enter_context(bank.route(model, route))
+    with (
+        invoke(model, prefilled=True) if prefilled else contextlib.nullcontext(model) as ready,
+        contextlib.nullcontext(ready) if route is None else bank.route(ready, route) as called,
+    ):
+        yield called
 
 
 class Decoder:
@@ -341,10 +342,8 @@ class Decoder:
     @property
     def buckets(self) -> list[int]:
         """The lengths to which prompts are padded: powers of 2, and `length`."""
-        sizes = [SMALLEST_BUCKET]
-        while 2 * sizes[-1] < self.length:
-            sizes.append(2 * sizes[-1])
-        return [size for size in sizes if size < self.length] + [self.length]
+        powers = (SMALLEST_BUCKET << n for n in range(self.length.bit_length()))
+        return [*(size for size in powers if size < self.length), self.length]
 
     def start(
         self, row: int, prompt: Sequence[int], sampling: Sampling = GREEDY, slot: int = 0
@@ -369,9 +368,14 @@ class Decoder:
         for name, values in self._settings.items():
             values[row] = getattr(sampling, name)
         route = None if self.select is None else self.select(np.asarray([slot], np.int32))
-        settings = {name: x[row : row + 1] for name, x in self._settings.items()}
         self.cache, token, finite, scores = self._read(
-            self.state, self.cache, route, tokens, np.int32(len(prompt)), np.int32(row), settings
+            self.state,
+            self.cache,
+            route,
+            tokens,
+            np.int32(len(prompt)),
+            np.int32(row),
+            {name: x[row : row + 1] for name, x in self._settings.items()},
         )
         self._tokens[row], self._counts[row] = int(token), len(prompt)
         self._stale |= self._slots[row] != slot

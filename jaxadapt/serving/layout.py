@@ -368,8 +368,8 @@ def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int
     if not becomes_lora(adapter.config):
         return adapter, sites, find_shared(layout.shared, adapter)
     raise_refused([Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf], _CANNOT_PUT)
-    plain = low_rank_form(adapter, {place.row.leaf: tuple(place.weight.shape) for place in layout.places})
-    if plain is None:
+    shapes = {place.row.leaf: tuple(place.weight.shape) for place in layout.places}
+    if (plain := low_rank_form(adapter, shapes)) is None:
         raise AttachError(f"{_CANNOT_PUT}:\n  it adapts experts that one array holds\n{MERGE}")
     return plain, sites_of(plain), None
 
@@ -464,12 +464,11 @@ def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, tup
             if missing := sorted(set(own.parts or range(len(all_parts))) - set(all_parts)):
                 raise AttachError(f"{site.leaf}: the bank lacks the fused parts {missing}")
             index[axis] = np.array([all_parts.index(part) for part in own.parts or range(x.shape[axis])])
-        misfits = [
+        if misfits := [
             f"{letter.removeprefix('~')} is {size}, the bank has {room}"
             for letter, size, room, at in zip(letters, x.shape, place.stored[name].shape, index, strict=True)
             if isinstance(at, slice) and (size > room if letter.removeprefix("~") in padded else size != room)
-        ]
-        if misfits:
+        ]:
             raise AttachError(f"{site.leaf}.{name}: {'; '.join(misfits)}")
         found[name] = tuple(index)
     return found

@@ -487,8 +487,7 @@ class AdapterPool(RowsByName):
 
 
 def _check_names(names: Sequence[Any]) -> None:
-    wrong = [name for name in names if not isinstance(name, str | None)]
-    if wrong:
+    if wrong := [name for name in names if not isinstance(name, str | None)]:
         raise AttachError(f"names: expected the name of each row's adapter, or None for the base, found {wrong[0]!r}")
 
 

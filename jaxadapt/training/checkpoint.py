@@ -205,8 +205,7 @@ def _check_counts(keep: int | None, keep_best: int | None, keep_every: int | Non
             keep is not None or not (keep_best or keep_every)
         ),
     }
-    problems = [problem for problem, right in checks.items() if not right]
-    if problems:
+    if problems := [problem for problem, right in checks.items() if not right]:
         raise ConfigError("\n".join(problems))
 
 
@@ -378,8 +377,7 @@ class CheckpointManager(run_folder.RunFolder):
 
     def _check_folder(self, step: int) -> tuple[int, float] | None:
         """Raise `FileError` if the folder has later steps; remove leftovers. Return the best step before `step`."""
-        later = [s for s in self.steps if s > step]
-        if later:
+        if later := [s for s in self.steps if s > step]:
             raise FileError(
                 f"{self.folder}: cannot save step {step}, because the folder contains later steps"
                 f" ({', '.join(map(str, later[:8]))}); go back with"

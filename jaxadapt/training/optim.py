@@ -141,8 +141,7 @@ def kasa_loss(tree: Any, name: str = DEFAULT) -> Array:
     1.414
     """
     adapter = lora_carrier(tree).extract(name)
-    kasa = adapter.config.get("kasa_config")
-    if kasa is None:
+    if (kasa := adapter.config.get("kasa_config")) is None:
         raise ConfigError(f"kasa_loss needs an adapter with kasa_config; the adapter {name!r} has none")
     values = {path: at_least_float32(x) for path, x in adapter.flat().items()}
     squares = sum(jnp.sum(x**2) for path, x in values.items() if path.endswith(".lora_diag"))
