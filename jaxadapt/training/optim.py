@@ -340,8 +340,10 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
         "cannot train a DoRA in a bank, where its norm is a constant:",
         [place.row.leaf for place in places if place.reads],
     )
-    trained = [{t.name for t in p.site.tensors if p.row.method.role(p.row.hparams, t.name) != "frozen"} for p in places]
-    axes = [dict.fromkeys(sorted(names), place.layers) for place, names in zip(places, trained, strict=True)]
+    axes = [
+        {t.name: p.layers for t in p.site.tensors if p.row.method.role(p.row.hparams, t.name) != "frozen"}
+        for p in places
+    ]
 
     def choose(bank: Any) -> list[dict[str, Array]]:
         return [{name: arrays[name] for name in of} for of, arrays in zip(axes, bank.arrays, strict=True)]
