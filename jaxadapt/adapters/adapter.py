@@ -313,7 +313,8 @@ class Site:
     @functools.cached_property
     def layers(self) -> dict[str, int]:
         """`{module: index of its layer among those that the leaf stacks}`."""
-        return {name: i // self.named.per_layer for i, name in enumerate(self.named.names) if name is not None}
+        per_layer = math.prod(self.named.sizes)
+        return {name: i // per_layer for i, name in enumerate(self.named.names) if name is not None}
 
     @functools.cached_property
     def axis_sizes(self) -> dict[str, int]:

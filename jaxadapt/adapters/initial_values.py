@@ -226,7 +226,8 @@ def init_values(
 
 def _list_tensors(sites: Sequence[Site]) -> list[_Wanted]:
     wanted = [_Wanted(*each, site, site.method) for site in sites for each in site.bound]
-    if isinstance(sites, Sites) and sites.method is not None:
+    if isinstance(sites, Sites) and sites.shared:
+        assert sites.method is not None
         wanted += [_Wanted(*each, None, sites.method) for each in sites.shared]
     return wanted
 

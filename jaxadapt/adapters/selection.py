@@ -382,7 +382,7 @@ def _select_sites(
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
     selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
-    by_name = bool(config.get("target_parameters"))
+    by_name = config.get("target_parameters")
     parameter_sites, unmatched = _bind_parameters(config, method, keymap, shapes) if by_name else ([], [])
     warnings = doubtful_selection(config, names, (*selected, *adapted_modules(parameter_sites)))
     if unmatched and not parameter_sites and not selected:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
@@ -557,11 +556,6 @@ class Modules:
     def all(self) -> bool:
         """True if every entry is adapted."""
         return None not in self.names
-
-    @property
-    def per_layer(self) -> int:
-        """The number of entries of one layer."""
-        return math.prod(self.sizes)
 
     def each(self, value: Callable[[str], _T], none: _T) -> tuple[_T, ...]:
         """Return `value` of each adapted entry's module, and `none` for the entries that are not adapted."""

@@ -226,10 +226,10 @@ def resolve_keymap(
     # weight's name (wi_0, wi_1). In a model whose blocks are several layers, at most six, these layers differ.
     kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in _BLOCK else "6", p), shape): p for p, shape in shapes.items()}
     leaves = tuple((leaf, shape) for (_, shape), leaf in kinds.items())
-    return _recognize_known(leaves) if families is FAMILIES else _recognize(tuple(families.values()), leaves)
+    return _recognize_known(tuple(families), leaves) if families is FAMILIES else _recognize(families.values(), leaves)
 
 
-def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
+def _recognize(keymaps: Iterable[KeyMap], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
     samples, counts, best = dict(leaves), dict[KeyMap, int](), 1
     # In most keymaps few entries match any of these leaves, so their upper bound excludes them cheaply.
     candidates = [(max_coverage(f, samples, stacked), f, stacked) for f in keymaps for stacked in (False, True)]
@@ -260,8 +260,10 @@ def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, 
     return chosen[0]
 
 
-# The same model is recognized for each adapter. The families are no part of the key: hashing them all takes its time.
-_recognize_known = functools.lru_cache(maxsize=128)(functools.partial(_recognize, tuple(FAMILIES.values())))
+@functools.lru_cache(maxsize=128)  # the same model is recognized for each adapter
+def _recognize_known(names: tuple[str, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
+    """Return the keymap that `_recognize` chooses among these families; hashing their names takes less time."""
+    return _recognize(map(FAMILIES.__getitem__, names), leaves)
 
 
 def family_of_leaves(leaves: Iterable[str], families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
