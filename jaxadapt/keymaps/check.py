@@ -91,35 +91,31 @@ def check_keymap(keymap: KeyMap, leaves: Shapes | None = None, tensors: Shapes |
 def _check_model(keymap: KeyMap, leaves: Shapes, tensors: Shapes | None) -> KeyMapReport:
     found: dict[str, tuple[Weight, PlanEntry]] = {}
     counts, mismatches = dict.fromkeys(keymap.weights, 0), Counter[Weight]()
-    unclaimed: list[str] = []
-    misshapen: list[str] = []
-    twice: list[str] = []
+    problems: dict[str, list[str]] = {kind: [] for kind in _KINDS}
     for leaf, shape in leaves.items():
         hits = [w for w in keymap.weights if w.regex.fullmatch(leaf)]
         if not hits:
-            unclaimed.append(leaf)
+            problems["unclaimed"].append(leaf)
         elif len(hits) > 1:
-            twice.append(f"{leaf}: {len(hits)} entries")
+            problems["twice"].append(f"{leaf}: {len(hits)} entries")
         else:
             counts[hits[0]] += 1
             try:
                 plan_entry = base_plan_entry(keymap, leaf, shape)
             except (KeyMapError, MismatchError) as error:
-                misshapen.append(str(error))
+                problems["misshapen"].append(str(error))
                 mismatches[hits[0]] += 1
             else:
                 assert plan_entry is not None
                 found[leaf] = hits[0], plan_entry
-    twice += contested_keys(plan_entry for _, plan_entry in found.values())
+    problems["twice"] += contested_keys(plan_entry for _, plan_entry in found.values())
+    problems["missing"] += _missing_needs(keymap, counts)
     report = KeyMapReport(
         keymap.name,
         {leaf: tuple(map(file_key, plan_entry.keys)) for leaf, (_, plan_entry) in found.items()},
         counts,
-        tuple(unclaimed),
-        tuple(_missing_needs(keymap, counts)),
-        tuple(twice),
-        tuple(misshapen),
-        _without_fit(counts, mismatches),
+        **{kind: tuple(found_problems) for kind, found_problems in problems.items()},
+        wrong=_without_fit(counts, mismatches),
     )
     return report if tensors is None else _compare(keymap, report, found, leaves, tensors)
 

@@ -302,13 +302,12 @@ _STORED = {"complete": "whole", "expert_modules": "each", "per_expert": "single"
 
 def to_data(keymap: KeyMap) -> dict[str, Any]:
     """Return a keymap as plain JSON values; `from_data` is the inverse."""
-    entries = [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]
     rest = {
         _STORED.get(f.name, f.name): getattr(keymap, f.name)
         for f in dataclasses.fields(keymap)
         if f.name != "weights" and (f.name != "relative_positions" or keymap.relative_positions)
     }
-    return {**rest, "weights": entries}
+    return {**rest, "weights": [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]}
 
 
 def from_data(data: Mapping[str, Any]) -> KeyMap:

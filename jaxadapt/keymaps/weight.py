@@ -127,12 +127,11 @@ class Weight:
         layers: Sequence[int] = (1, 0),
         **over: Sequence[str] | int,
     ) -> None:
-        axes = {1: "vector", 2: "linear"}.get(len(parse_pattern(pattern).right), "other")
         vars(self).update(
             leaf=leaf,
             key=key,
             pattern=pattern,
-            kind=kind or axes,
+            kind=kind or {1: "vector", 2: "linear"}.get(len(parse_pattern(pattern).right), "other"),
             fan_in_fan_out=fan_in_fan_out,
             groups=groups,
             over=tuple(sorted((n, tuple(v)) for n, v in over.items() if not isinstance(v, int))),
@@ -422,9 +421,8 @@ class Weight:
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the entry: everything except leaf, key and pattern."""
         options = {"kind": self.kind, "fan_in_fan_out": self.fan_in_fan_out, "scale": self.scale}
-        options |= {"groups": self.groups} if self.groups != 1 else {}
-        options |= {"shift": self.shift} if self.shift else {}
-        options |= {"layers": self.layers + self.scan} if self.layers + self.scan != (1, 0) else {}
+        rare = (("groups", self.groups, 1), ("shift", self.shift, 0.0), ("layers", self.layers + self.scan, (1, 0)))
+        options |= {name: value for name, value, default in rare if value != default}
         return {**options, **dict(self.over), **dict(self.sizes)}
 
     def factor(self, sizes: Mapping[str, int]) -> float:
