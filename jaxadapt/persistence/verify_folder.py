@@ -25,7 +25,6 @@ from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import errors
-from jaxadapt.core.errors import Progress, Report, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks
@@ -376,7 +375,7 @@ def check_identity(
 # ---------------------------------------------------------------- verify
 
 
-def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress = None) -> list[Finding]:
+def verify(path: str | os.PathLike[str], base: Any = None, *, progress: errors.Progress = None) -> list[Finding]:
     """Check the files of an adapter and return every problem and the main facts as values.
 
     Reads also damaged files and those of other libraries that are easily taken for PEFT's. One tensor is in memory at a
@@ -409,7 +408,7 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
     """
     known_base = None if base is None else base_shapes(base)
     name = os.fspath(base) if isinstance(base, str | os.PathLike) else "the base"
-    with reporter(progress) as report, open_stored(path, report) as stored:
+    with errors.reporter(progress) as report, open_stored(path, report) as stored:
         reading = read_stored(stored)
         found = [*reading.findings, *_check_content(stored, reading, base, known_base, name, report)]
         if isinstance(base, str | os.PathLike) and stored.fingerprint and not isinstance(known_base, KeyMap):
@@ -418,7 +417,7 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress
 
 
 def _check_content(
-    stored: StoredAdapter, reading: Reading, base: Any, known_base: Any, base_name: str, report: Report
+    stored: StoredAdapter, reading: Reading, base: Any, known_base: Any, base_name: str, report: errors.Report
 ) -> list[Finding]:
     """Check the tensors, by their names in PEFT, and describe the adapter."""
     specs, tensors, config, keys = stored.specs, stored.tensors, reading.config, reading.keys
@@ -428,7 +427,7 @@ def _check_content(
     dtypes = {name: specs[key][0] for name, key in keys.items()}
     # A .bin file may have the dtype C128, which safetensors lacks.
     sizes = [math.prod(shapes[name]) * safetensors.BITS.get(dtype, 128) // 8 for name, dtype in dtypes.items()]
-    progress = byte_counter(report, "verify", sum(sizes))
+    progress = errors.byte_counter(report, "verify", sum(sizes))
 
     def get(key: str) -> Any:
         value = tensors[key]
@@ -507,7 +506,7 @@ _NAMES = (location.CONFIG, *location.WEIGHTS)
 
 
 def repair(
-    path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, progress: Progress = None
+    path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, progress: errors.Progress = None
 ) -> Repaired:
     """Write a repaired copy of an adapter's folder, if something in it can be repaired with certainty.
 
@@ -543,7 +542,7 @@ def repair(
     target = _default_target(path) if out is None else out
     if location.is_hub_address(target):
         raise errors.FileError(f"{target}: expected a local folder; pass out=, then upload it with jaxadapt.push")
-    with reporter(progress) as report, contextlib.ExitStack() as stack:
+    with errors.reporter(progress) as report, contextlib.ExitStack() as stack:
         tensors, done = apply_fixes(stack.enter_context(open_stored(path, report)))
         if tensors is None:
             lines = [f"{found.found}; {found.remedy}" for found in _problems(path)]
