@@ -317,10 +317,10 @@ def _unlock(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile shares the descriptor
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, folder: bool) -> None:
     """Remove a temporary file or folder, as far as possible."""
     with contextlib.suppress(OSError):  # it was renamed
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        shutil.rmtree(path, ignore_errors=True) if folder else path.unlink()
 
 
 @contextlib.contextmanager
@@ -338,7 +338,7 @@ def _temporary(target: str, *, folder: bool = False) -> Generator[Writer]:
                     temporary.mkdir()
                 flags = _FOLDER if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
                 fd = stack.enter_context(opened(temporary, flags))
-                stack.callback(_remove, temporary)
+                stack.callback(_remove, temporary, folder)
                 lock(fd, wait=True)
                 # Before we locked it, another writer may have locked it and removed it as a leftover.
                 is_there = os.path.lexists(temporary) if folder else os.fstat(fd).st_nlink > 0

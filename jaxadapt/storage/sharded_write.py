@@ -13,6 +13,7 @@ timeout. (JAX itself ends the others when it misses heartbeats of one process.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -327,19 +328,15 @@ def _write_parts(
     count = byte_counter(report, "save", total)
     failed: BaseException | None = None
 
-    def write_part(part: TensorPart) -> None:
-        begin = start + tensors[part.key].start
-
-        def put(data: memoryview, offset: int) -> None:
-            atomic.write_at(fd, data, begin + offset, path)
-
-        local_files.write_region(put, part.shape, safetensors.little_bits(part.array), part.region)
+    def put(begin: int, data: memoryview, offset: int) -> None:
+        atomic.write_at(fd, data, begin + offset, path)
 
     for part in each:
         if failed is not None:
             continue
         try:
-            write_part(part)
+            put_part = functools.partial(put, start + tensors[part.key].start)
+            local_files.write_region(put_part, part.shape, safetensors.little_bits(part.array), part.region)
             count(part.array.nbytes)
         except FileError as error:
             failed = error
