@@ -41,7 +41,6 @@ from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.demo.llama import PROJECTIONS, LinenLlama, LlamaConfig, to_linen, to_nnx
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
 from jaxadapt.methods.base import COLLECTIONS, get_method
-from jaxadapt.methods.prompt import PromptMethod
 
 # ---------------------------------------------------------------- training
 
@@ -72,12 +71,6 @@ def adapter_config(method: str, steps: int = 40) -> Any:
         "task_type": "CAUSAL_LM", "target_modules": list(PROJECTIONS), "num_virtual_tokens": 16, "total_step": steps
     }  # fmt: skip
     return cls(**{name: value for name, value in fields.items() if name in known} | dict(FACTS[cls.peft_type].demo))
-
-
-def _is_started(config: Any) -> bool:
-    """Return True if `initializers.start` creates the adapter, because it may read the base's embeddings."""
-    method = get_method(config)
-    return isinstance(method, PromptMethod) and method.from_base
 
 
 def task_data(config: Any, batch: int) -> dict[str, jax.Array]:
@@ -194,10 +187,7 @@ def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, s
 def _make_nnx(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:
     """Return a trainer of the NNX model."""
     model = to_nnx(config, weights)
-    if _is_started(adapter):
-        jaxadapt.initializers.start(model, adapter, key=key, example=[TOKENS])
-    else:
-        jaxadapt.adapt(model, adapter, rngs=nnx.Rngs(key), example=[TOKENS])
+    jaxadapt.initializers.start(model, adapter, rngs=nnx.Rngs(key), example=[TOKENS])
     # Flax's default filter, nnx.Param, also selects the base, so pass AdapterParam.
     graphdef, trained, rest = nnx.split(model, jaxadapt.AdapterParam, ...)
     return Trainer(
@@ -215,11 +205,7 @@ def _make_linen(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeO
     module: Any = jaxadapt.adapt(LinenLlama(config), adapter)
     if get_method(adapter).scope == "model":  # a trace completes its configuration with the base's sizes
         adapter = jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), TOKENS)).config
-    lora = (
-        jaxadapt.initializers.start(base, adapter, key=key).adapter
-        if _is_started(adapter)
-        else jaxadapt.init(base, adapter, key=key)
-    )
+    lora = jaxadapt.initializers.start(base, adapter, key=key).adapter
     roles = jaxadapt.optim.roles(lora.collection)
 
     def keep(tree: Any, *, frozen: bool) -> Any:
