@@ -111,8 +111,9 @@ class Initialization:
         return [_pair(b) for b in self.sites if self._has_matrices(b)]
 
     def _has_matrices(self, b: Site) -> bool:
-        is_matrix = b.effects.weight != "replaces" and b.match.weight.kind in self.kind.kinds
-        return is_matrix and factors.has_one_pair(_pair(b))
+        return (
+            b.effects.weight != "replaces" and b.match.weight.kind in self.kind.kinds and factors.has_one_pair(_pair(b))
+        )
 
     def module_values(self, b: Site, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, ModuleValues]:
         """Return the values of each module of a site that the initialization reads; `data` are those of each module."""
@@ -169,8 +170,9 @@ class Initialization:
             shardings: of the base leaves, by path.
         """
         config: Any = self.recipe.config
-        init = True if self.kind.factors is not None else config.init_lora_weights
-        plain = config.replace(init_lora_weights=init, kasa_config=None)
+        plain = config.replace(
+            init_lora_weights=True if self.kind.factors is not None else config.init_lora_weights, kasa_config=None
+        )
         key = jax.random.key(0) if self.key is None else self.key  # then all random values are given
         init_values = functools.partial(
             initial_values.init_values, plain, self.sites, key, dtype, base_shardings=shardings

@@ -101,9 +101,8 @@ class Target:
         if len(shape) > 2:
             weight = Weight(leaf, key, f"{axes} -> {axes}", kind="conv")
             return Target(Match(leaf, weight), Modules((module,)), dict(zip(weight.left, shape, strict=True)), found)
-        is_embedding = any("_embedding_" in name for name in found)
-        weight = Weight(leaf, key, "o i -> o i", kind="embedding" if is_embedding else "linear")
-        return Target(Match(leaf, weight), Modules((module,)), {}, found)
+        kind = "embedding" if any("_embedding_" in name for name in found) else "linear"
+        return Target(Match(leaf, Weight(leaf, key, "o i -> o i", kind=kind)), Modules((module,)), {}, found)
 
     @property
     def leaf(self) -> str:
@@ -574,8 +573,7 @@ def file_sizes(
 
 def as_computable(x: Array) -> Array:
     """Cast 8-bit floats to float32, because JAX does not promote them implicitly; return other arrays as they are."""
-    narrow = x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)
-    return x.astype("float32") if narrow else x
+    return x.astype("float32") if x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def at_least_float32(x: Array) -> Array:

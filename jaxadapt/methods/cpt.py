@@ -63,8 +63,7 @@ class Cpt(EmbeddingPrompt, peft_type="CPT"):
         kinds = np.remainder(np.asarray(config.cpt_tokens_type_mask), 4)
         trained = jnp.where(jnp.asarray(kinds > 0)[:, None], delta, jax.lax.stop_gradient(delta))
         unchanged = trained - jax.lax.stop_gradient(trained)  # zeros, with the gradient of the parameter
-        projected = jax.lax.stop_gradient(project(config, delta))
-        return jax.lax.stop_gradient(shared[FIXED]) + projected + unchanged
+        return jax.lax.stop_gradient(shared[FIXED]) + jax.lax.stop_gradient(project(config, delta)) + unchanged
 
 
 def project(config: CPTConfig, delta: Array) -> Array:
@@ -145,5 +144,4 @@ def _later_outputs(types: Array) -> Array:
     """Return for each token the number of different outputs of its row whose type is larger than its own."""
     ordered = jnp.sort(jnp.where((types > 0) & (types % 4 == 0), types, 0), axis=1)
     first = jnp.concatenate([ordered[:, :1] > 0, ordered[:, 1:] > ordered[:, :-1]], axis=1)
-    larger = (ordered[:, None] > types[:, :, None]) & first[:, None]
-    return larger.sum(-1).astype(jnp.float32)
+    return ((ordered[:, None] > types[:, :, None]) & first[:, None]).sum(-1).astype(jnp.float32)

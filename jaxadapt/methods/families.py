@@ -80,8 +80,7 @@ class Projected(FactoredMethod):
 
     def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         b = params[self._name("B")][: y.shape[-1]]
-        h = self.hidden(params, x, b.shape[1])
-        return y + params[self._name("lambda_b")] * jnp.einsum("...r,or->...o", h, b)
+        return y + params[self._name("lambda_b")] * jnp.einsum("...r,or->...o", self.hidden(params, x, b.shape[1]), b)
 
     def hidden(self, params: Params, x: Array, rows: int) -> Array:
         """Return the first values of d∘(A·x), (…, rows)."""

@@ -340,8 +340,9 @@ class Lora(Method, peft_type="LORA"):
             check_site(config, match, rank)
         if self.wrapper_depth is not None:
             check_parameter(config, match)
-        names = ("lora_embedding_A", "lora_embedding_B", "") if kind == "embedding" else ("lora_A", "lora_B", ".weight")
-        a, b, last = names
+        a, b, last = (
+            ("lora_embedding_A", "lora_embedding_B", "") if kind == "embedding" else ("lora_A", "lora_B", ".weight")
+        )
         wrapped = ".base_layer" * (self.wrapper_depth or 0)
         window = ((),) * (len(match.weight.right) - 2) if kind == "conv" else ()
         group_axis = ("g",) if groups > 1 else ()
@@ -434,8 +435,7 @@ class Lora(Method, peft_type="LORA"):
         if hparams.kind == "embedding" and not hparams.tied and isinstance(use, Use):
             return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted
         x = x if drop is None else drop(x)
-        factors = _factors(hparams, params)
-        delta = products.low_rank_delta(use, _scale(hparams, params), hparams.groups, *factors, x, y)
+        delta = products.low_rank_delta(use, _scale(hparams, params), hparams.groups, *_factors(hparams, params), x, y)
         if hparams.dora:
             return dora_output(hparams, params, use, delta, x, y, w, drop is not None).astype(y.dtype)
         if hparams.bias:
@@ -525,8 +525,7 @@ def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:
     known, file_version = (
         [int(n) for n in re.findall(r"\d+", version)[:3]] for version in (PEFT_VERSION, config.peft_version or "")
     )
-    projections = (match.weight.products == 2 for match in sites)
-    return config.peft_type == "LORA" and file_version > known and any(projections)
+    return config.peft_type == "LORA" and file_version > known and any(match.weight.products == 2 for match in sites)
 
 
 def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:

@@ -80,8 +80,7 @@ class Osf(MatrixMethod, peft_type="OSF"):
     def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         high = params["osf_U_high"]
         u, s, v = _low(params)
-        kept = (y.astype(high.dtype) @ high) @ high.T
-        return kept + ((x.astype(u.dtype) @ v.T) * s) @ u.T
+        return (y.astype(high.dtype) @ high) @ high.T + ((x.astype(u.dtype) @ v.T) * s) @ u.T
 
     def matrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
         high = params["osf_U_high"]

@@ -67,9 +67,8 @@ class TinyLora(FactoredMethod, peft_type="TINYLORA"):
         )
 
     def shared(self, config: TinyLoraConfig, targets: Targets, found: Shapes) -> tuple[MethodTensor, ...]:
-        count = sum(len(tuple(target.modules)) for target in targets)
         # The trained parameters alone are v, without the modules.
-        groups = _groups(config, count) if targets else found["tinylora_v"][0]
+        groups = _groups(config, sum(len(tuple(t.modules)) for t in targets)) if targets else found["tinylora_v"][0]
         return (own_tensor("tinylora_v", (groups, config.u), numbered=True),)
 
     def starts_unchanged(self, config: TinyLoraConfig) -> bool:
