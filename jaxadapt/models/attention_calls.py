@@ -301,45 +301,46 @@ Heads = tuple[int, int, int]
 """The queries' heads, the keys' heads and the size of a head in one call of `attention`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CallCounts:
-    """The calls of `attention` in one call of a model: those that a prefix may enter, and those with `prefix=False`."""
-
-    prefixed: int
-    others: int
-
-
-def rewrite_attention(f: Callable[..., Any], change: Change, layers: Callable[[CallCounts], Any], *args: Any) -> Any:
+def rewrite_attention(f: Callable[..., Any], change: Change, layers: Any, *args: Any, decoder: bool = False) -> Any:
     """Evaluate `f(*args)` with the result of each call of `attention` replaced.
 
     Args:
         f: a function; it may close over arrays and tracers. Works inside jit, grad, vmap, scan and remat.
         change: called as `change(call, arrays, layer)`; returns what replaces the result of the call.
-        layers: returns, for the numbers of calls, a tree of arrays whose first axis numbers those that a prefix may
-            enter, in the order in which `f` makes them. `change` gets the tree of one call.
+        layers: a tree of arrays whose first axis numbers the calls that a prefix may enter, in the order in which `f`
+            makes them. `change` gets the tree of one call.
+        args: the arguments of `f`.
+        decoder: True if the layers are those of the decoder of an encoder-decoder; see `require_count`.
+
+    Raises `AttachError` if `f` makes another number of such calls.
 
     >>> x = jnp.ones((1, 3, 2, 4))
     >>> double = lambda call, arrays, factor: call.run(arrays) * factor
-    >>> twice = lambda calls: jnp.full(calls.prefixed, 2.0)
-    >>> rewrite_attention(lambda x: attention(x, x, x), double, twice, x).max().item()
+    >>> rewrite_attention(lambda x: attention(x, x, x), double, jnp.full(1, 2.0), x).max().item()
     2.0
     """
     traced = trace(lambda _, *a: f(*a), {}, args)
     jaxpr = traced.closed.jaxpr
     calls = _find(jaxpr)
-    of_calls = layers(CallCounts(len(calls) - calls.count(None), calls.count(None)))
-    return traced.result(_evaluate(jaxpr, traced.closed.consts, traced.arrays, change, of_calls))
+    others = calls.count(None)
+    require_count(len(calls) - others, others, len(jax.tree.leaves(layers)[0]), decoder)
+    return traced.result(_evaluate(jaxpr, traced.closed.consts, traced.arrays, change, layers))
 
 
-def require_count(calls: CallCounts, expected: int, decoder: bool = False) -> None:
+def require_count(count: int, others: int, expected: int, decoder: bool) -> None:
     """Raise `AttachError` if the call of a model has another number of attention layers than its adapter.
 
     With `decoder`, the layers are those of the decoder of an encoder-decoder, which may be fewer. Each has a cross
     attention, and the encoder has `expected` layers, unless its outputs are given. Another number of calls without a
     prefix shows that some of those with one are no self-attention of the decoder.
+
+    Args:
+        count: the number of calls that a prefix may enter.
+        others: the number of calls with `prefix=False`.
+        expected: the number of layers of the adapter.
+        decoder: True for an encoder-decoder.
     """
-    count = calls.prefixed
-    if count == expected or (decoder and 0 < count < expected and calls.others in (count, count + expected)):
+    if count == expected or (decoder and 0 < count < expected and others in (count, count + expected)):
         return
     if not count:
         raise AttachError(
@@ -353,7 +354,7 @@ def require_count(calls: CallCounts, expected: int, decoder: bool = False) -> No
     if not decoder:
         raise AttachError(f"{text}. Use an adapter of a model with as many layers")
     raise AttachError(
-        f"{text} with a prefix, and {calls.others} without one. Only the self-attention of the decoder has a prefix:"
+        f"{text} with a prefix, and {others} without one. Only the self-attention of the decoder has a prefix:"
         " call jaxadapt.models.attention with prefix=False in the encoder and in the cross attention. A decoder may"
         " have fewer layers than num_layers, which PEFT takes from the encoder; for one with more layers, where PEFT"
         " fails, train an adapter with its number"

@@ -496,7 +496,7 @@ def call_module(
         args, rest = prompts.with_embeddings(prompt, type(module).__call__, args, rest, embed)
         return apply(variables, *args, **rest, **options)
 
-    def run(state: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(state: Any, args: Any, kwargs: Any) -> Any:
         variables, rngs = state
         with nn.intercept_methods(find_attention):
             return apply(variables, *args, **{**options, **({} if rngs is None else {"rngs": rngs}), **kwargs})

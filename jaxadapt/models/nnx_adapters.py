@@ -380,7 +380,7 @@ def call_with_keys(
     # The model's transforms (nnx.scan, nnx.remat) write to all variables, so they must belong to the current trace.
     open_model, inputs = graph.open_copy(graph.plain_view(module, base, {}))
 
-    def run(inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def run(inputs: Mapping[str, Any], args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         copy = open_model(inputs)
         planning.mark_attention(copy)
         y = call(copy, args, kwargs)

@@ -17,8 +17,14 @@ from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.base import METHODS, get_method
 from jaxadapt.methods.prompt import PREFILLED, PromptMethod, keys_and_values
-from jaxadapt.models import attention_calls
-from jaxadapt.models.attention_calls import AttentionCall, RelativeBias, TakesEmbeddings, TakesKeys, hide_later
+from jaxadapt.models.attention_calls import (
+    AttentionCall,
+    RelativeBias,
+    TakesEmbeddings,
+    TakesKeys,
+    hide_later,
+    rewrite_attention,
+)
 
 # ---------------------------------------------------------------- arguments
 
@@ -262,17 +268,10 @@ class Prompt:
         """True if the base has an encoder and a decoder."""
         return self.recipe.config.get("num_transformer_submodules") == 2
 
-    def keys_and_values(self, calls: attention_calls.CallCounts | None = None) -> Array:
-        """Return the keys and values of every attention layer, (layers, 2, n, heads · size).
-
-        Raises `AttachError` if the call of the model has another number of layers.
-        """
+    def keys_and_values(self) -> Array:
+        """Return the keys and values of every attention layer, (layers, 2, n, heads · size)."""
         layers = self.recipe.config.get("num_layers")
-        whole = keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
-        if calls is None:
-            return whole
-        attention_calls.require_count(calls, layers, self.encoder_decoder)
-        return whole[: calls.prefixed]
+        return keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
 
     def tokens(self) -> Array:
         """Return the virtual tokens, (n, width) or (batch, n, width)."""
@@ -351,7 +350,7 @@ def call_with_keys(
     state: Any,
     base: Callable[[], Mapping[str, Any]],
 ) -> Any:
-    """Evaluate `f(state, *args, **kwargs)` with keys and values of an adapter in the attention layers.
+    """Evaluate `f(state, args, kwargs)` with keys and values of an adapter in the attention layers.
 
     Args:
         f: the call of the model, as a function of its state and its arguments.
@@ -365,24 +364,17 @@ def call_with_keys(
     Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
     """
     method, recipe = prompt.method, prompt.recipe
-
-    def run(state: Any, arguments: Arguments) -> Any:
-        return f(state, *arguments[0], **arguments[1])
-
     if method.adds == "attention":
         layers = method.layers(recipe.config, recipe.keymap, prompt.params, base())
 
         def attend(call: AttentionCall, arrays: Mapping[str, Any], layer: Mapping[str, Array]) -> Array:
             return method.attend(call.run, arrays, layer)
 
-        def of_calls(calls: attention_calls.CallCounts) -> Mapping[str, Array]:
-            attention_calls.require_count(calls, len(next(iter(layers.values()))))
-            return layers
-
-        return attention_calls.rewrite_attention(run, attend, of_calls, state, (tuple(args), dict(kwargs)))
+        return rewrite_attention(f, attend, layers, state, tuple(args), dict(kwargs))
     bound, names = _bind(call, args, kwargs), DECODER if prompt.encoder_decoder else INPUT
     _shift_positions(bound, prompt.n, method.peft_type, names, recipe.keymap.relative_positions)
-    return attention_calls.rewrite_attention(run, add_keys, prompt.keys_and_values, state, (bound.args, bound.kwargs))
+    layers, decoder = prompt.keys_and_values(), prompt.encoder_decoder
+    return rewrite_attention(f, add_keys, layers, state, bound.args, bound.kwargs, decoder=decoder)
 
 
 def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Array:

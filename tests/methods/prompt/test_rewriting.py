@@ -11,7 +11,7 @@ import pytest
 
 from jaxadapt import AttachError
 from jaxadapt.models import attention
-from jaxadapt.models.attention_calls import CallCounts, require_count, rewrite_attention
+from jaxadapt.models.attention_calls import require_count, rewrite_attention
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 2, 4)), jnp.float32)
 SCALES = jnp.asarray([1.0, 0.5, 2.0, 3.0], jnp.float32)
@@ -21,9 +21,9 @@ SCALES = jnp.asarray([1.0, 0.5, 2.0, 3.0], jnp.float32)
 def test_a_decoder_with_calls_that_fit_no_cross_attention_is_refused(others: int):
     """Two decoder layers beside four encoder layers have two calls without a prefix, or six with the encoder's."""
     with pytest.raises(AttachError, match=f"computes 2 with a prefix, and {others} without one"):
-        require_count(CallCounts(2, others), 4, True)
+        require_count(2, others, 4, True)
     for fitting in (2, 6):
-        require_count(CallCounts(2, fitting), 4, True)
+        require_count(2, fitting, 4, True)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -37,26 +37,20 @@ def test_a_scan_keeps_its_direction(reverse: bool):
 
         return jax.lax.scan(step, x, SCALES, reverse=reverse)
 
-    same = rewrite_attention(f, lambda call, arrays, _: call.run(arrays), lambda calls: jnp.zeros(calls.prefixed), X)
+    same = rewrite_attention(f, lambda call, arrays, _: call.run(arrays), jnp.zeros(4), X)
     for ours, expected in zip(same, f(X), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)  # compiled in another way
 
 
 def test_calls_without_a_prefix_count_once_for_each_step_of_a_scan():
-    counted: list[Any] = []
-
     def f(x: Any) -> Any:
         def step(h: Any, scale: Any) -> Any:
             return attention(h, h, h, prefix=False) + scale * attention(h, h, h), None
 
         return jax.lax.scan(step, x, SCALES)[0]
 
-    def layers(calls: CallCounts) -> Any:
-        counted.append((calls.prefixed, calls.others))
-        return jnp.zeros(calls.prefixed)
-
-    rewrite_attention(f, lambda call, arrays, _: call.run(arrays), layers, X)
-    assert counted == [(4, 4)]
+    with pytest.raises(AttachError, match="computes 4 with a prefix, and 4 without one"):
+        rewrite_attention(f, lambda call, arrays, _: call.run(arrays), jnp.zeros(3), X, decoder=True)
 
 
 def test_the_weights_of_attention_are_computed_in_32_bits():
