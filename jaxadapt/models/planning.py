@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.adapters import selection
-from jaxadapt.adapters.adapter import Recipe, Site, Sites, is_array
+from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, Site, Sites, is_array
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import contradiction_message, transposed_axes
@@ -28,7 +28,7 @@ from jaxadapt.core.errors import AttachError, TargetError, raise_listed
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, entry_from_axes, linen_example
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods.applied import AppliedMethod, Hook
+from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import get_method
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.models import attention_calls, call, graph, tracing, trees
@@ -141,12 +141,6 @@ def _list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, gra
         if roles is not None and set(roles.axes.in_axes) != set(site.axes.in_axes):
             problems.append(f"{site.leaf}: {contradiction_message(site.axes, roles.axes)}")
     return problems
-
-
-def describe_use(module: nnx.Module) -> str:
-    """Describe for `summary` how the use of a layer's weight is found: from its class, or by tracing its call."""
-    base = base_class(module)
-    return f"{base.__name__}'s own call" if base.__call__ in call.KERNELS else f"traced {base.__name__}"
 
 
 # ---------------------------------------------------------------- entries for leaves without one
@@ -355,20 +349,33 @@ def trace_axes(
     return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
 
 
-def record_uses(model: nnx.Module, adapted: Mapping[str, Hook], args: call.Args) -> dict[str, str]:
-    """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
-    notes: dict[str, str] = {}
-    owners = graph.walk_model(model).leaves
-    leaves = custom_leaves(owners, adapted)
+def describe_uses(walk: graph.ModelWalk, inputs: call.Args) -> dict[str, str]:
+    """Return `{leaf: how the use of a weight is found}`: from its layer's class, or by tracing the layer's call.
+
+    With the `inputs` of one call, the call's trace shows how the adapters follow the weights of custom layers.
+    """
+    classes = {leaf: base_class(module) for leaf, (module, _) in walk.leaves.items()}
+    notes = {
+        leaf: f"{base.__name__}'s own call" if base.__call__ in call.KERNELS else f"traced {base.__name__}"
+        for leaf, base in classes.items()
+    }
+    if not inputs:
+        return notes
+    variables = [pair for by_path in walk.adapters.values() for pair in by_path.items()]
+    attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables}
+    attached.pop(SHARED_NODE, None)
+    hooks = {leaf: AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
+    custom = custom_leaves(walk.leaves, [leaf for leaf, hook in hooks.items() if not hook.by_weight])
+    notes |= {leaf: f"{classes[leaf].__name__}, not called with these inputs" for leaf in custom}
 
     def observe(
         leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        notes[leaf] = call.describe(layer.name, layer, {attr: adapted[leaf]}, args, kwargs)[attr]
+        notes[leaf] = call.describe(layer.name, layer, {attr: hooks[leaf]}, args, kwargs)[attr]
         return {}
 
-    jax.eval_shape(*instrument(model, leaves, observe, args))
-    return {leaf: f"{base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in leaves} | notes
+    jax.eval_shape(*instrument(walk.model, custom, observe, inputs))
+    return notes
 
 
 def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None) -> None:

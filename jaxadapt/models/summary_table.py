@@ -20,10 +20,9 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, TargetError, escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import METHODS, get_method
-from jaxadapt.models import attachment, graph, planning
-from jaxadapt.models.carriers import Carrier, Wrapper, carrier
+from jaxadapt.models import attachment, planning
+from jaxadapt.models.carriers import Wrapper, carrier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +169,8 @@ def summary(model: Any, *inputs: Any) -> Summary:
             )
         base, how = carrier(variables), model.notes(variables, *rest) if rest else {}
     else:
-        base, how = held, _describe_uses(held, inputs)
+        walk = held.walk()
+        base, how = held, {} if walk is None else planning.describe_uses(walk, inputs)
     leaves = base.leaves() if base.has_base else {}
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if is_array(leaf) or is_quantized(leaf)}
     if (walk := base.walk()) is not None:
@@ -206,21 +206,6 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
         )
         for site in sites
     ]
-
-
-def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
-    """Return `{leaf: how}`: the layer class, or the trace of a call with `inputs`, that shows a weight's use."""
-    if (walk := held.walk()) is None:
-        return {}
-    how = {leaf: planning.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
-    if not inputs:
-        return how
-    variables = [pair for by_path in graph.adapter_variables(walk).values() for pair in by_path.items()]
-    attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables}
-    attached.pop(SHARED_NODE, None)
-    hooks = {leaf: AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
-    used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
-    return how | planning.record_uses(held.tree, used, inputs)
 
 
 # ---------------------------------------------------------------- sizes of methods
