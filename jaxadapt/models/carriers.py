@@ -367,8 +367,6 @@ class Model(_Variables, Object):
         abstract = rngs is None and any(isinstance(x, jax.ShapeDtypeStruct) for x in base.leaves.values())
         if rngs is None and not abstract:
             raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
-        if rngs is not None:
-            nnx_adapters.require_stream(rngs, "params")
         key = None if rngs is None else nnx_adapters.draw_params_key(rngs)
         values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
         nnx_adapters.attach(self.tree, recipe, sites, name, values, rngs, base.walked)

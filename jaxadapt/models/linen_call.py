@@ -497,15 +497,19 @@ def call_module(
         return apply(variables, *args, **rest, **options)
 
     def run(state: Any, args: Any, kwargs: Any) -> Any:
-        variables, rngs = state
+        variables, options = state
         with nn.intercept_methods(find_attention):
-            return apply(variables, *args, **{**options, **({} if rngs is None else {"rngs": rngs}), **kwargs})
+            return apply(variables, *args, **options, **kwargs)
 
-    def base() -> dict[str, Any]:
-        return paths.flatten(trees.unbox_tree(variables.get("params", {})))
-
-    state = (variables, options.get("rngs"))
-    return prompts.call_with_keys(run, prompt, type(module).__call__, args, rest, state, base)
+    return prompts.call_with_keys(
+        run,
+        prompt,
+        type(module).__call__,
+        args,
+        rest,
+        state=(variables, options),
+        base=lambda: paths.flatten(trees.unbox_tree(variables.get("params", {}))),
+    )
 
 
 class _EmbeddedError(Exception):

@@ -74,8 +74,10 @@ def require_stream(rngs: Any, name: str) -> None:
 def draw_params_key(rngs: nnx.Rngs) -> Any:
     """Return the key that `rngs.params()` returns, and advance the stream as it does.
 
-    Flax compiles two programs for that call in every new process. Outside jit, this function compiles none.
+    Flax compiles two programs for that call in every new process. Outside jit, this function compiles none. Raises
+    `AttachError` unless `rngs` is an `nnx.Rngs` with such a stream.
     """
+    require_stream(rngs, "params")
     stream: Any = rngs["params"]
     if type(stream) is not nnx.RngStream or regions.is_tracing():
         return stream()
@@ -385,10 +387,15 @@ def call_with_keys(
         y = call(copy, args, kwargs)
         return y, graph.changed_values(base.__name__, inputs, graph.open_copy(copy)[1])
 
-    def base_parameters() -> dict[str, Any]:
-        return graph.base_values(graph.walk_model(module).leaves)
-
-    y, changed = prompts.call_with_keys(run, prompt, base.__call__, args, kwargs, inputs, base_parameters)
+    y, changed = prompts.call_with_keys(
+        run,
+        prompt,
+        base.__call__,
+        args,
+        kwargs,
+        state=inputs,
+        base=lambda: graph.base_values(graph.walk_model(module).leaves),
+    )
     variables = {paths.join(*map(str, path)): var for path, var in nnx.to_flat_state(nnx.state(module))}
     graph.set_values(variables, changed)
     return y
