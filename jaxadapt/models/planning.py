@@ -349,11 +349,14 @@ def trace_axes(
     return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
 
 
-def describe_uses(walk: graph.ModelWalk, inputs: call.Args) -> dict[str, str]:
+def describe_uses(walk: graph.ModelWalk | None, inputs: call.Args) -> dict[str, str]:
     """Return `{leaf: how the use of a weight is found}`: from its layer's class, or by tracing the layer's call.
 
-    With the `inputs` of one call, the call's trace shows how the adapters follow the weights of custom layers.
+    With the `inputs` of one call, the call's trace shows how the adapters follow the weights of custom layers. Nothing
+    is known without a walk over a model.
     """
+    if walk is None:
+        return {}
     classes = {leaf: base_class(module) for leaf, (module, _) in walk.leaves.items()}
     notes = {
         leaf: f"{base.__name__}'s own call" if base.__call__ in call.KERNELS else f"traced {base.__name__}"

@@ -169,8 +169,7 @@ def summary(model: Any, *inputs: Any) -> Summary:
             )
         base, how = carrier(variables), model.notes(variables, *rest) if rest else {}
     else:
-        walk = held.walk()
-        base, how = held, {} if walk is None else planning.describe_uses(walk, inputs)
+        base, how = held, planning.describe_uses(held.walk(), inputs)
     leaves = base.leaves() if base.has_base else {}
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if is_array(leaf) or is_quantized(leaf)}
     if (walk := base.walk()) is not None:
