@@ -171,8 +171,7 @@ class Adapter:
     @property
     def recipe(self) -> Recipe:
         """The recipe of this adapter, with the number of its leaves."""
-        leaves = {path.rpartition(".")[0] for path in self.flat()} - {SHARED_NODE}
-        return Recipe(self.config, self.keymap, len(leaves))
+        return Recipe(self.config, self.keymap, len({path.rpartition(".")[0] for path in self.flat()} - {SHARED_NODE}))
 
     @property
     def collection(self) -> dict[str, dict[str, Any]]:

@@ -352,8 +352,7 @@ def select_sites(
     Raises `TargetError` if nothing matches, or if a match cannot be adapted. Raises `KeyMapError` if a matching weight
     has no entry in the keymap, so that no target is left out silently.
     """
-    in_file = tuple((found or {}).items())
-    sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure, in_file)
+    sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure, tuple((found or {}).items()))
     if config.get("modules_to_save"):  # not cached: it depends on the task, which equality of configurations ignores
         saved = [name for site in sites if site.method.copies for name in site.modules]
         warnings += tuple(unmatched_modules_to_save(config, saved, tied_heads(keymap, shapes)))

@@ -414,8 +414,7 @@ class Weight:
         left = list(self.left)
         (axis,) = self.scan or (axis,)
         left.insert(axis if axis >= 0 else max(0, len(left) + 1 + axis), "{l}")
-        pattern = " ".join(left) + " ->" + self.pattern.split("->")[1]
-        return Weight(leaf, self.key, pattern, **self.options)
+        return Weight(leaf, self.key, f"{' '.join(left)} ->{self.pattern.split('->')[1]}", **self.options)
 
     @property
     def options(self) -> dict[str, Any]:
