@@ -138,8 +138,7 @@ def quantize_weight(
     if size < 1 or (kind == "nf4" and size % 2):
         raise AttachError(f"block={size}: expected a positive{' even' if kind == 'nf4' else ''} number of values")
     sharding = w.sharding if isinstance(w, jax.Array) and not isinstance(w, Tracer) else None
-    named = sharding if isinstance(sharding, NamedSharding) else None
-    return _quantize_weight(w, kind, order, stack, size, named)
+    return _quantize_weight(w, kind, order, stack, size, sharding if isinstance(sharding, NamedSharding) else None)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
