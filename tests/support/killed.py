@@ -209,7 +209,7 @@ def _die() -> None:
 
 
 def _die_at(moment: str, folder: Path) -> None:
-    from jaxadapt.storage import sharded_write
+    from jaxadapt.storage import atomic, sharded_write
 
     if moment == "begin":
         _die()
@@ -223,7 +223,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
         return
-    say, write, manager = sharded_write.Group._publish, sharded_write.write_at, jaxadapt.CheckpointManager
+    say, write, manager = sharded_write.Group._publish, atomic.write_at, jaxadapt.CheckpointManager
     gather = multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
@@ -241,7 +241,7 @@ def _die_at(moment: str, folder: Path) -> None:
                 _die()
             write(fd, data, offset, path)
 
-        sharded_write.write_at = dying_write
+        atomic.write_at = dying_write
     elif moment == "gather":
         gathered = itertools.count()
 
