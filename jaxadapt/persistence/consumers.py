@@ -220,7 +220,8 @@ def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = 
     >>> found["vLLM"].verdict, found["llama.cpp"].verdict, found["llama.cpp"].reasons
     ('right', 'wrong', ('use_rslora: ignored',))
     """
-    properties, readers = _properties(config, list(keys), tied), list[Reader]()
+    readers: list[Reader] = []
+    properties = _properties(config, list(keys), tied)
     require_known(properties, "this adapter")
     for name, (version, rule) in _RULES.items():
         hits = {prop: rule[prop] for prop in properties if prop in rule}

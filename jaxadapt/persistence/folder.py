@@ -360,8 +360,9 @@ def _push(
     image = _picture(source, info, page.picture)
     if image is not None:
         files[PICTURE] = image
-    picture, path = None if image is None else PICTURE, source / location.CARD
+    picture = None if image is None else PICTURE
     new = consumers.card_text(info.config, info.tensors, info.file_bytes, page, place, picture)
+    path = source / location.CARD
     card = _read_card(path) if location.exists(path) else None
     if card is None or not consumers.is_edited(card):
         card = hub.fetch_text(place, location.CARD, commit["token"])

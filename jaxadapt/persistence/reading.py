@@ -229,14 +229,16 @@ def _check_values(config: Config, values: Mapping[str, Any] | None) -> list[Find
         config: the configuration.
         values: those that its file states; None for a copy of the configuration.
     """
-    is_known, is_newer = not isinstance(config, GenericConfig), _version(config.peft_version or "") > _NEWEST
-    alpha, stated = next((name for name in ("lora_alpha", "alpha") if name in config.to_dict()), ""), values or {}
+    is_known = not isinstance(config, GenericConfig)
+    is_newer = _version(config.peft_version or "") > _NEWEST
+    alpha = next((name for name in ("lora_alpha", "alpha") if name in config.to_dict()), "")
+    is_stated = alpha in (values or {})
     zero = f"{alpha} is 0: PEFT multiplies the change by 0, so the adapter has no effect"
     unknown = sorted(config.extra) if is_known else []
     old = [name for name in unknown if name in _OLD_FIELDS and config.extra[name] not in (_OLD_FIELDS[name], False)]
     rows = (
-        (is_known and alpha and values is not None and (alpha not in stated or config.get(alpha) == 0), warning(
-            "alpha", (alpha,), zero if alpha in stated else f"{alpha} is missing: PEFT takes {config.get(alpha)}",
+        (is_known and alpha and values is not None and (not is_stated or config.get(alpha) == 0), warning(
+            "alpha", (alpha,), zero if is_stated else f"{alpha} is missing: PEFT takes {config.get(alpha)}",
             "the alpha of the training, on which the scale depends", f"state {alpha} as it was in the training",
         )),
         (old, error(

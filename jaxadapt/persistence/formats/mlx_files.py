@@ -294,7 +294,8 @@ def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted
 def _refuse_modules(
     tensors: PeftTensors, arrays: TensorSource, modules: dict[str, PairKeys], tied: bool | None, dora: bool
 ) -> None:
-    problems, has_parameters = list[str](), bool(tensors.config.get("target_parameters"))
+    problems: list[str] = []
+    has_parameters = bool(tensors.config.get("target_parameters"))
     why = "the head is tied to it" if tied else "the head may be tied to it; pass base="
     for module, keys in modules.items():
         a, b = (arrays.specs[key].shape for key in keys)

@@ -68,7 +68,8 @@ class StoredAdapter:
 
 def write(adapter: Adapter, path: location.Location, report: Report) -> None:
     """Write an adapter; every process calls this, with the same path. See `orbax.save`."""
-    flat, documents = adapter.flat(), {_RECIPE: {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}}
+    flat = adapter.flat()
+    documents = {_RECIPE: {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}}
     with name_donated_arrays(flat):
         orbax.save(path, {_ADAPTER: paths.unflatten(flat)}, documents, jax.process_count() == 1)
     report_total(report, "save", adapter)
