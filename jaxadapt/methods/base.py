@@ -376,7 +376,7 @@ class Method(abc.ABC):
         """The way in which the rows of a batch may each have their own adapter; see `MethodFacts`."""
         return FACTS[self.peft_type].rows
 
-    @property
+    @functools.cached_property
     def has_shared(self) -> bool:
         """True if it has tensors that belong to the whole adapter."""
         return type(self).shared is not Method.shared

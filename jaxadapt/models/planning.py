@@ -549,28 +549,29 @@ def _plan_on_model(
         _raise_for_qwix(walked, error)
         raise
     adapted = {site.leaf for site in sites}
-    raise_listed(
-        TargetError,
-        "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
-        [leaf for leaf in traced if not all_linear and leaf not in adapted],
-    )
-    raise_listed(AttachError, "these layers cannot carry the adapter:", _list_contradictions(sites, owners))
+    ambiguous = traced.keys() - adapted
+    if ambiguous and not all_linear:
+        raise_listed(
+            TargetError,
+            "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
+            sorted(ambiguous),
+        )
+    if contradictions := _list_contradictions(sites, owners):
+        raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
     _check_calls(base.target, sites, example)
     return recipe, sites
 
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
-    raise_listed(
-        AttachError,
-        "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
-        " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
-        " or pass exclude_modules:",
-        (
-            leaf
-            for leaf, shape in walked.unowned.items()
-            if len(shape) > 1 and matching.is_target(config, leaf.rpartition(".")[0])
-        ),
-    )
+    matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
+    if untraceable := [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]:
+        raise_listed(
+            AttachError,
+            "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
+            " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
+            " or pass exclude_modules:",
+            untraceable,
+        )
 
 
 def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:
