@@ -36,8 +36,8 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import GENERIC, tied_heads
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
-from jaxadapt.models import graph, nnx_adapters
-from jaxadapt.models.carriers import Carrier, Module, Variables, carrier
+from jaxadapt.models import nnx_adapters
+from jaxadapt.models.carriers import Carrier, Model, Module, Variables, carrier
 
 # ---------------------------------------------------------------- changed leaf
 
@@ -238,8 +238,8 @@ def merge(
     model = given.to_change(in_place, donate)
     held = carrier(model)
     selected = _select_held(held, adapter) if held.has_base else {}
-    if held.in_place and selected:
-        return _merge_and_detach(model, selected, options)
+    if isinstance(held, Model) and selected:
+        return _merge_and_detach(held, selected, options)
     chosen = next(iter(selected.values()), None) if adapter is None else adapter
     if chosen is None:
         raise AttachError("cannot merge: these parameters contain no adapter; pass one: merge(params, adapter)")
@@ -280,20 +280,20 @@ def _is_selected(held: Adapter, adapter: Any) -> bool:
     return arrays.keys() == other_arrays.keys() and all(other_arrays[path] is x for path, x in arrays.items())
 
 
-def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any) -> Any:
+def _merge_and_detach(held: Model, adapters: Mapping[str, Adapter], options: Any) -> Any:
     """Merge a model's active adapters and remove them; on failure the model stays unchanged."""
     if len(adapters) > 1:
         refuse_dependent(adapters)
-    walked = graph.walk_model(model)
+    walked = held.walk()
     nnx_adapters.require_current_trace(layer for _, layer in nnx_adapters.adapted_layers(walked))
     nnx_adapters.activate(walked, ())
     try:
-        _apply_changes(model, tuple(adapters.values()), *options)
+        _apply_changes(held.tree, tuple(adapters.values()), *options)
     except BaseException:
         nnx_adapters.activate(walked, tuple(adapters))
         raise
     nnx_adapters.delete(walked, *adapters)
-    return model
+    return held.tree
 
 
 def _unmerge_bias(applied: AppliedMethod, bias: Any) -> Any:

@@ -23,7 +23,7 @@ from typing import Any, cast
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.core import errors
+from jaxadapt.core import errors, paths
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks
