@@ -557,8 +557,8 @@ def to_lora(
     dtype = None if dtype is None else float_dtype(dtype)
     plain = _as_product(source, params) if isinstance(source, Adapter) else None
     if plain is not None:
-        largest = max(pair.rank for pair in factors.pairs_of(plain).values())
-        reduced = resize_rank(plain, largest if r is None else r)
+        ranks = [pair.rank for pair in factors.pairs_of(plain).values()]
+        reduced = resize_rank(plain, max(ranks) if r is None else r)
         return reduced if dtype is None else _cast(reduced, dtype)
     if r is None:
         raise ConfigError("to_lora: pass r (the rank); a change of weights has no rank of its own")
