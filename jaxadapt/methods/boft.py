@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.full_rank import BOFTConfig
 from jaxadapt.core.errors import warn
-from jaxadapt.methods.families import Rotation, cayley, check_window, turn
 from jaxadapt.methods.matrix import (
     CALL_KEY,
     Array,
@@ -38,6 +37,7 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
+from jaxadapt.methods.shared_parts import Rotation, cayley, check_window, turn
 
 
 class Boft(Rotation, peft_type="BOFT"):

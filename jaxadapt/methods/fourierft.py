@@ -11,8 +11,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxadapt.arrays.products import transform
-from jaxadapt.methods.families import Spectrum, SpectrumHparams, positions, used_values
 from jaxadapt.methods.matrix import Array, Params, at_least_float32, tensor_roles
+from jaxadapt.methods.shared_parts import Spectrum, SpectrumHparams, positions, used_values
 
 
 class FourierFt(Spectrum, peft_type="FOURIERFT"):

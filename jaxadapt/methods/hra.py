@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.full_rank import HRAConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.families import Rotation, check_window
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -35,6 +34,7 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
+from jaxadapt.methods.shared_parts import Rotation, check_window
 
 
 class Hra(Rotation, peft_type="HRA"):

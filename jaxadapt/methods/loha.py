@@ -15,7 +15,6 @@ import math
 import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import LoHaConfig
-from jaxadapt.methods.families import DroppedHparams, Lycoris, kept_rows
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -29,6 +28,7 @@ from jaxadapt.methods.matrix import (
     shared_value,
     tensor_roles,
 )
+from jaxadapt.methods.shared_parts import DroppedHparams, Lycoris, kept_rows
 
 
 class Loha(Lycoris, FactoredMethod, peft_type="LOHA"):

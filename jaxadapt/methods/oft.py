@@ -32,7 +32,6 @@ import numpy as np
 from jaxadapt.arrays import products
 from jaxadapt.configs.full_rank import OFTConfig
 from jaxadapt.core.errors import AttachError, ConfigError, bullets, warn
-from jaxadapt.methods.families import Rotation, cayley, check_window, turn
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -50,6 +49,7 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
+from jaxadapt.methods.shared_parts import Rotation, cayley, check_window, turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,6 @@ import numpy as np
 
 from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
-from jaxadapt.methods.families import Projected
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -32,6 +31,7 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
+from jaxadapt.methods.shared_parts import Projected
 
 NOISE = "noise"
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxadapt.configs.fixed_bases import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.families import check_projections
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -34,6 +33,7 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
+from jaxadapt.methods.shared_parts import check_projections
 
 
 class Randlora(MatrixMethod, peft_type="RANDLORA"):
