@@ -40,7 +40,7 @@ LOAD, HOTSWAP = "jaxadapt.load, into the attached adapter", "PEFT hotswap_adapte
 INJECT, ACTIVATE, SET = "jaxadapt.inject", "jaxadapt.activate", "PEFT set_adapter"
 CONVERT, CONVERT_ADAPTER = "jaxadapt.to_peft(model)", "jaxadapt.to_peft(adapter)"
 SAVE, SAVE_ADAPTER = "jaxadapt.save(model)", "jaxadapt.save(adapter)"
-TARGETS = ((LOAD, HOTSWAP, 1.0), (INJECT, SET, 1.0), (CONVERT, CONVERT_ADAPTER, 1.5), (SAVE, SAVE_ADAPTER, 1.5))
+TARGETS = ((LOAD, HOTSWAP, 0.75), (INJECT, SET, 1.0), (CONVERT, LEAST_CONVERT, 1.25), (SAVE, SAVE_ADAPTER, 1.5))
 
 
 class Block(nnx.Module):
