@@ -1,10 +1,11 @@
 """Load an adapter into a model, and convert PEFT's tensors to a model's layout.
 
     file ──formats.open_place──► PeftTensors, read on demand
-    model ──carriers.lora_carrier──► Carrier, whose `base` walks it ──planning.plan_adapter──► Sites and their plan
-    both ──rules.fit──► the plan's tensors ──rules.load_arrays──► Adapter on the devices ──Carrier.attach──► the model
+    model ──carriers.lora_carrier──► Carrier, with the one walk over the model ──Carrier.base──► BaseParams
+    both ──bind, by planning.plan_adapter──► Expected: the sites and the plan of their tensors
+         ──rules.fit──► the plan's tensors ──rules.load_arrays──► Adapter on the devices ──Carrier.attach──► the model
 
-A format that keeps the model's layout (Orbax) reads its adapters itself: `formats.read_adapter`.
+A format that keeps the model's layout (Orbax) reads its adapters itself: `Format.read_adapter`.
 """
 
 from __future__ import annotations
@@ -121,56 +122,56 @@ def load(
     """
     if strict not in (True, False, "base"):
         raise MismatchError(f'strict={strict!r}: expected True, False or "base"')
-    held = lora_carrier(model, takes=("stack_axes", "example"))
-    options = rules.Options(keymap, requested_dtype(dtype), shardings, bool(strict), held.given)
-    if held.foreign is None and not held.has_base:
+    holder = lora_carrier(model, takes=("stack_axes", "example"))
+    options = rules.Options(keymap, requested_dtype(dtype), shardings, bool(strict), holder.given)
+    if holder.foreign is None and not holder.has_base:
         if not isinstance(source, PeftTensors):
             location.to_location(source)  # raises if the two arguments are exchanged
-        raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
-    if held.foreign is not None:
+        raise holder.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
+    if holder.foreign is not None:
         refuse(
             {
-                "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": held.given.stack_axes,
-                "example": held.given.example, "strict": None if strict is True else strict,
+                "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": holder.given.stack_axes,
+                "example": holder.given.example, "strict": None if strict is True else strict,
                 "dtype": options.dtype if options.dtype == AUTOCAST else None,
             },
-            f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave it out",
+            f"no effect on a target with {holder.foreign.dialect.name} leaves, which are filled in place; leave it out",
         )  # fmt: skip
-    with reporter(progress) as report, _open(source, name, held, report) as opened:
-        if held.foreign is not None and isinstance(opened, PeftTensors):
+    with reporter(progress) as report, _open(source, name, holder, report) as opened:
+        if holder.foreign is not None and isinstance(opened, PeftTensors):
             tensors = folder.in_memory(opened, lambda _, done, total: report("load", done, total))
-            return foreign.fill_tree(held.foreign, tensors, keymap, options.dtype)
-        parameters, present = held.base(), held.attached(name)
+            return foreign.fill_tree(holder.foreign, tensors, keymap, options.dtype)
+        parameters, present = holder.base(), holder.attached(name)
         if isinstance(opened, PeftTensors):
-            text, stored, policy = opened.source, opened.fingerprint, opened.change_base
+            origin, stored, change_base = opened.source, opened.fingerprint, opened.change_base
             adapter, adapter_sites = adapter_from_tensors(opened, parameters, options, report, check=True)
         else:
             place, read_adapter = opened
-            text, stored = os.fspath(place.path), None
-            adapter, adapter_sites, policy = read_adapter(place, parameters, present, name, options, report)
-        _check_base(stored, parameters, adapter, adapter_sites, text, strict == "base")
-    LOGGER.info("%s: %d weights adapted, by the keymap %s", text, len(adapter_sites), adapter.keymap.name)
+            origin, stored = os.fspath(place.path), None
+            adapter, adapter_sites, change_base = read_adapter(place, parameters, present, name, options, report)
+        _check_base(stored, parameters, adapter, adapter_sites, origin, strict == "base")
+    LOGGER.info("%s: fits %d weights, by the keymap %s", origin, len(adapter_sites), adapter.keymap.name)
     if present is not None and not replace:
-        adapter, adapter_sites = _trained_as(present.config, adapter, adapter_sites)
+        adapter, adapter_sites = _keep_dropout_and_start(present.config, adapter, adapter_sites)
     if present is not None:
-        adapter = _in_place_of(present, adapter, options.dtype, text, replace=replace, name=name)
-    changed = _changed_base(parameters, policy, present, adapter, adapter_sites, text)
-    return held.attach(adapter, adapter_sites, name, present, rngs, changed)
+        adapter = _in_place_of(present, adapter, options.dtype, origin, replace=replace, name=name)
+    changed = _changed_base(parameters, change_base, present, adapter, adapter_sites, origin)
+    return holder.attach(adapter, adapter_sites, name, present, rngs, changed)
 
 
 @contextlib.contextmanager
 def _open(
-    source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
+    source: str | os.PathLike[str] | PeftTensors, name: str, holder: Carrier, report: Report
 ) -> Generator[PeftTensors | tuple[formats.Place, formats.ReadAdapter]]:
     """Open an adapter, or find the place and the reader of one in a model's layout, unless it fills foreign leaves."""
     place = source if isinstance(source, PeftTensors) else _find(source, name, report)
     if isinstance(place, PeftTensors):
-        if place.fit_vocabulary and held.foreign is not None:
+        if place.fit_vocabulary and holder.foreign is not None:
             raise AttachError(
-                f"{place.source}: fit_vocabulary=True: no effect on leaves of {held.foreign.dialect.name}"
+                f"{place.source}: fit_vocabulary=True: no effect on leaves of {holder.foreign.dialect.name}"
             )
         yield peft_tensors.without_names(place)
-    elif held.foreign is None and (found := formats.find(place)) is not None and found.read_adapter is not None:
+    elif holder.foreign is None and (found := formats.find(place)) is not None and found.read_adapter is not None:
         yield place, found.read_adapter
     else:
         with formats.open_place(place) as opened:
@@ -190,26 +191,28 @@ def _find(path: str | os.PathLike[str], name: str, report: Report) -> formats.Pl
     return formats.look(location.to_location(path))
 
 
-def _trained_as(attached: Config, adapter: Adapter, adapter_sites: Sequence[Site]) -> tuple[Adapter, Sequence[Site]]:
+def _keep_dropout_and_start(
+    present: Config, adapter: Adapter, adapter_sites: Sequence[Site]
+) -> tuple[Adapter, Sequence[Site]]:
     """Return a file's adapter, and its sites, with the attached adapter's dropout and way to begin.
 
     The adapter stays as it is if the configurations differ in more, if a start changes more than the initial values (a
     variant of the method), or if a start changes the base.
     """
     own = adapter.config
-    if type(own) is not type(attached) or own == attached or lora.changes_base(own):
+    if type(own) is not type(present) or own == present or lora.changes_base(own):
         return adapter, adapter_sites
     fields = [field.name for field in dataclasses.fields(own)]
-    dropping = own.replace(**{name: attached.get(name) for name in fields if "dropout" in name})
-    config = dropping.replace(**{name: attached.get(name) for name in fields if name.startswith("init_")})
-    if config != attached or lora.changes_base(config):
+    dropping = own.replace(**{name: present.get(name) for name in fields if "dropout" in name})
+    config = dropping.replace(**{name: present.get(name) for name in fields if name.startswith("init_")})
+    if config != present or lora.changes_base(config):
         return adapter, adapter_sites
     before, after = (Adapter(each, adapter.params, adapter.keymap) for each in (dropping, config))
     old_sites, new_sites = sites.sites_of(before), sites.sites_of(after)
     return (after, new_sites) if old_sites == new_sites else (adapter, adapter_sites)
 
 
-def _in_place_of(present: Adapter, adapter: Adapter, dtype: Any, source: str, *, replace: bool, name: str) -> Adapter:
+def _in_place_of(present: Adapter, adapter: Adapter, dtype: Any, origin: str, *, replace: bool, name: str) -> Adapter:
     """Return the adapter that replaces the attached one, in the wider dtype of both unless `dtype` is given.
 
     Raises `ConfigError` or `MismatchError` if the two differ, unless `replace` is True.
@@ -219,13 +222,13 @@ def _in_place_of(present: Adapter, adapter: Adapter, dtype: Any, source: str, *,
         if replace:
             return adapter
         raise ConfigError(
-            f"{source}: the configuration differs from that of the attached adapter {name!r} in"
+            f"{origin}: the configuration differs from that of the attached adapter {name!r} in"
             f" {present.config.differences(adapter.config)}; {ways_out.format('')}"
         )
     is_encoded = bool(adapter.shared) and present.shapes != adapter.shapes
     if is_encoded and not replace:
         raise MismatchError(
-            f"{source}: the attached adapter {name!r} has an encoder, but the file holds only an encoder's output"
+            f"{origin}: the attached adapter {name!r} has an encoder, but the file holds only an encoder's output"
             f" ({', '.join(adapter.shared)}); {ways_out.format(' by one without its encoder')}"
         )
     return adapter if dtype is not None or is_encoded else _promote(adapter, present)
@@ -236,7 +239,7 @@ def _check_base(
     parameters: planning.BaseParams,
     adapter: Adapter,
     adapter_sites: Sequence[Site],
-    source: str,
+    origin: str,
     strict: bool,
 ) -> None:
     """Compare the base with the one that the adapter was trained on.
@@ -255,12 +258,12 @@ def _check_base(
         found = save_adapter.combine_values(
             "the comparison of the bases", found, fingerprint.merge, save_adapter.MultihostFolder.timeout
         )
-    fingerprint.check(stored, found, source, strict=strict)
+    fingerprint.check(stored, found, origin, strict=strict)
 
 
-def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
+def _promote(adapter: Adapter, present: Adapter) -> Adapter:
     """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
-    old, new = attached.flat(), adapter.flat()
+    old, new = present.flat(), adapter.flat()
     wider = {pair: jnp.promote_types(*pair) for pair in {(x.dtype, old[path].dtype) for path, x in new.items()}}
     if all(kept == pair[0] for pair, kept in wider.items()):
         return adapter
@@ -270,25 +273,25 @@ def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
 
 def _changed_base(
     parameters: planning.BaseParams,
-    policy: bool | None,
+    change_base: bool | None,
     present: Adapter | None,
     adapter: Adapter,
     adapter_sites: Sequence[Site],
-    source: str,
+    origin: str,
 ) -> dict[str, Any]:
     """Return {leaf: array} of the base weights that load must change for the adapter; empty if none.
 
-    `policy` is the `change_base` of the tensors.
+    `change_base` is that of the tensors.
     """
-    if policy is None:
-        lora.require_original_base(adapter.config, source)
-    if not policy:
+    if change_base is None:
+        lora.require_original_base(adapter.config, origin)
+    if not change_base:
         return {}
     if not lora.changes_base(adapter.config):
-        raise AttachError(f"{source}: change_base=True: this adapter does not change its base; leave change_base= out")
+        raise AttachError(f"{origin}: change_base=True: this adapter does not change its base; leave change_base= out")
     if present is not None and lora.changes_base(present.config):
         raise AttachError(
-            f"{source}: change_base=True, but the attached adapter has already changed this base; read it with"
+            f"{origin}: change_base=True, but the attached adapter has already changed this base; read it with"
             " change_base=False"
         )
     from jaxadapt.initializers import start_adapter  # here only: few adapters change their base
@@ -387,7 +390,7 @@ def adapter_from_tensors(
 def bind(
     tensors: PeftTensors, base: planning.BaseParams, options: rules.Options, *, has_values: bool = True
 ) -> rules.Expected:
-    """Bind a file's configuration to a base, whose experts may be fused.
+    """Bind a file to a base: choose the keymap, fuse the file's single experts if the base's are fused, plan, check.
 
     `has_values` is False for tensors that are shapes only, whose experts cannot be fused.
     """

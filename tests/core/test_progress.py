@@ -219,7 +219,7 @@ def test_merge_under_jit_tells_while_it_is_traced(here):
     [
         ("save, NNX", "new: 4 tensors written, "),
         ("save, Orbax", "new: an Orbax checkpoint of 4 arrays written"),
-        ("load, NNX", "peft: 2 weights adapted, by the keymap "),
+        ("load, NNX", "peft: fits 2 weights, by the keymap "),
         ("export", "new: 4 tensors, "),
         ("import", "base/model.safetensors: 4 weights read with the keymap small"),
         ("merge of files", "new: 2 of 4 tensors changed"),
