@@ -120,7 +120,7 @@ class Carrier:
         raise self.unsupported("an NNX model, a Linen module or an adapted Linen module")
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
-        """Return the adapter called `name`, as `jaxadapt.extract` does; `given` may have its configuration."""
+        """Return the adapter called `name`, as `jaxadapt.extract` does; `self.given` may have its configuration."""
         raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
 
     def inject(self, adapter: Adapter, name: str) -> Any:

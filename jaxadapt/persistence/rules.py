@@ -74,6 +74,7 @@ class Expected:
         recipe: the resolved configuration, and the model's keymap.
         sites: the adapted leaves.
         base: the base parameters.
+        options: the caller's options.
         refusals: what the rules refuse, one text a rule.
     """
 
@@ -101,7 +102,7 @@ class Expected:
             self.refusals.append(f"{self.file.source}{message}\n{bullets(items)}{advice}")
 
     def is_lenient(self, source: TensorSource) -> bool:
-        """Return True if only the tensors of a file that fit are loaded."""
+        """Return True if only the tensors of a file that fit are loaded: with strict=False, if at least one fits."""
         return not self.options.strict and not self.plan.keys.keys().isdisjoint(source)
 
     @functools.cached_property

@@ -1,8 +1,8 @@
-"""The file formats of adapters: one file each, and one row of `FORMATS`.
+"""The file formats of adapters: one file each, and one row of `persistence.FORMATS`.
 
 A format recognises the content of a path, opens it as `PeftTensors`, and writes `PeftTensors`. `look` turns a path into
-a `Place` once; the formats decide by the names in it. No other file asks what a path holds. Each problem of the files
-is a `Finding`: `read` raises its error, and `verify` returns it. The findings about files that hold no adapter of PEFT
+a `Place` once; the formats decide by the names in it, and other files ask the formats. Each problem of the files is
+a `Finding`: `read` raises its error, and `verify` returns it. The findings about files that hold no adapter of PEFT
 (adapters of other libraries, whole models, checkpoints of a run) stand here.
 """
 
