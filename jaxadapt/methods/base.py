@@ -317,6 +317,7 @@ class Method(abc.ABC):
         kinds: the kinds of weight (`Weight.kind`) that it adapts.
         roles: `{tensor: role in training}`; `optim.roles` lists the roles.
         scaled: the tensors to multiply in order to multiply the change of the weight.
+        has_shared: True if it has tensors that belong to the whole adapter (`shared`); set for each class.
         copies: True if the tensors accompany another method's: a full or partial copy of the weight.
         replaced_rows: the rows that a copy replaces (the numbers of tokens); None if it replaces the whole weight.
         on_parameters: True if it adapts a parameter in `target_parameters`, by the parameter's own name.
@@ -344,6 +345,7 @@ class Method(abc.ABC):
     kinds: frozenset[str] = frozenset({"linear"})
     roles: Mapping[str, str] = MappingProxyType({})
     scaled: frozenset[str] = frozenset()
+    has_shared: ClassVar[bool] = False
     copies: bool = False
     replaced_rows: frozenset[int] | None = None
     on_parameters: bool = False
@@ -360,8 +362,9 @@ class Method(abc.ABC):
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
 
     def __init_subclass__(cls, peft_type: str = "") -> None:
-        """Set PEFT's name of the method; a class without one is the base of others, or states it in its body."""
+        """Set `has_shared`, and PEFT's name; a class without one is the base of others, or states it in its body."""
         super().__init_subclass__()
+        cls.has_shared = cls.shared is not Method.shared
         if peft_type:
             cls.peft_type = peft_type
 
@@ -375,11 +378,6 @@ class Method(abc.ABC):
     def rows(self) -> Literal["call", "put", "no"]:
         """The way in which the rows of a batch may each have their own adapter; see `MethodFacts`."""
         return FACTS[self.peft_type].rows
-
-    @functools.cached_property
-    def has_shared(self) -> bool:
-        """True if it has tensors that belong to the whole adapter."""
-        return type(self).shared is not Method.shared
 
     def check(self, config: Any) -> None:
         """Raise `ConfigError` if the configuration sets a field that the method would ignore."""

@@ -128,6 +128,16 @@ def make_shared() -> Method:
     return Code()
 
 
+@pytest.mark.parametrize("peft_type", ["IA3", "VERA"])
+def test_a_method_that_was_used_may_be_registered_again(peft_type: str):
+    used = METHODS[peft_type]
+    assert used.has_shared is (peft_type == "VERA")
+    again = type(used)()
+    assert methods.register(again) == used
+    assert vars(again) == vars(used) == {}
+    METHODS.loaded[peft_type] = used
+
+
 def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path):
     method = make_shared()
     with registered(method, rows="call"):
