@@ -470,7 +470,7 @@ def reason_not_applied(peft_type: str) -> str:
 
 def _describe(peft_type: str, cls: type[Config]) -> MethodInfo:
     """Describe a method by the first line of its configuration's docstring, "Name (arXiv:…): what it changes."."""
-    first = " ".join(str(cls.__doc__).strip().partition("\n\n")[0].split())
+    first = " ".join((cls.__doc__ or "").strip().partition("\n\n")[0].split())
     number = re.search(r"arXiv:(\d+\.\d+)", first)
     title, colon, text = first.partition(": ")
     summary = (text if colon else title).removesuffix(".")

@@ -234,9 +234,10 @@ def _read_tensors(items: Mapping[str, object]) -> dict[str, TensorInfo]:
         elif isinstance(value, ValueError):
             problems.append(f"tensor {_show(key)}: {value}")
         elif isinstance(value, dict):
-            fields = _show(list(cast("dict[str, object]", value)))
+            fields = cast("dict[str, object]", value)
+            found = f"data_offsets {_show(fields['data_offsets'])}" if fields.keys() == _FIELDS else _show([*fields])
             problems.append(
-                f"tensor {_show(key)}: expected the fields dtype, shape and data_offsets [start, stop], found {fields}"
+                f"tensor {_show(key)}: expected the fields dtype, shape and data_offsets [start, stop], found {found}"
             )
         else:
             problems.append(f"tensor {_show(key)}: expected an object, found {_show(value)}")

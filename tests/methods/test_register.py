@@ -138,6 +138,13 @@ def test_a_method_that_was_used_may_be_registered_again(peft_type: str):
     METHODS.loaded[peft_type] = used
 
 
+def test_a_configuration_without_a_docstring_has_no_summary():
+    method = make_shared()
+    method.config.__doc__ = None  # type: ignore[attr-defined]
+    with registered(method, rows="call"):
+        assert {info.peft_type: info.summary for info in describe_methods()}["CODE"] == ""
+
+
 def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path):
     method = make_shared()
     with registered(method, rows="call"):

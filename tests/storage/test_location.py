@@ -517,3 +517,15 @@ def test_a_models_bin_is_fetched_once(tmp_path: Path, monkeypatch: pytest.Monkey
     with hf_model.open_model(location.to_location("memory://bin")) as tensors:
         np.testing.assert_array_equal(tensors.read("x"), np.arange(6, dtype="f4"))
     assert len(fetched) == 1
+
+
+def test_a_configuration_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path):
+    """The base of an export may be given as a file in place of its folder."""
+    for place in (tmp_path / "config.json", location.to_location("memory://nowhere/config.json")):
+        assert hf_model.read_tied(place) is None
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(jaxadapt.FileError, match="a part of the path is a file, not a directory"):
+        hf_model.read_tied(tmp_path / "model.safetensors" / "config.json")
+    (tmp_path / "config.json").symlink_to("config.json")
+    with pytest.raises(jaxadapt.FileError, match="links of the path form a loop"):
+        hf_model.read_tied(tmp_path / "config.json")

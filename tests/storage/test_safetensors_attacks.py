@@ -62,6 +62,10 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "metadata number": (packed({"__metadata__": {"a": 1}}), "__metadata__: expected an object of strings"),
     "metadata list": (packed({"__metadata__": []}), "__metadata__"),
     "tensor is a number": (packed({"a": 1}), "'a': expected an object, found 1"),
+    "offsets that are no list": (
+        packed({"a": {**entry(0, 4, [1]), "data_offsets": None}}, b"1234"),
+        "'a': expected the fields .* found data_offsets None",
+    ),
     "missing field": (packed({"a": {"dtype": "F32", "shape": []}}), "'a': expected the fields"),
     "unknown field": (packed({"a": {**entry(0, 4, []), "stride": 1}}, b"1234"), "'a': expected the fields"),
     "unknown dtype": (
