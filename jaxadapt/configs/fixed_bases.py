@@ -41,7 +41,7 @@ _UNGROUPED = all_of(RANKS, _refuse_alternatives)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class ProjectionsConfig(LinearConfig, BiasConfig):
+class ProjectionsConfig(BiasConfig, LinearConfig):
     """A configuration whose modules share random projections; its fields are as in `VeraConfig`."""
 
     r: int = checked(RANK, 256)
@@ -50,7 +50,7 @@ class ProjectionsConfig(LinearConfig, BiasConfig):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class C3AConfig(LayersConfig, BiasConfig, peft_type="C3A", bias="c3a_only"):
+class C3AConfig(BiasConfig, LayersConfig, peft_type="C3A", bias="c3a_only"):
     """C3A (arXiv:2407.19342): the change of a weight consists of circulant blocks.
 
     Besides the attributes of `Config`:
@@ -78,7 +78,7 @@ class C3AConfig(LayersConfig, BiasConfig, peft_type="C3A", bias="c3a_only"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class FourierFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="FOURIERFT", bias="fourier_only"):
+class FourierFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="FOURIERFT", bias="fourier_only"):
     """FourierFT (arXiv:2405.03003): the change of a weight has a sparse spectrum at random frequencies.
 
     Besides the attributes of `Config`:
@@ -170,7 +170,7 @@ class RandLoraConfig(ProjectionsConfig, peft_type="RANDLORA", bias="randlora_onl
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TinyLoraConfig(LayersConfig, BiasConfig, peft_type="TINYLORA", bias="tinylora_only"):
+class TinyLoraConfig(BiasConfig, LayersConfig, peft_type="TINYLORA", bias="tinylora_only"):
     """TinyLoRA (arXiv:2602.04118): a tiny vector mixes random matrices between a weight's largest singular vectors.
 
     Besides the attributes of `Config`:
@@ -208,7 +208,7 @@ class TinyLoraConfig(LayersConfig, BiasConfig, peft_type="TINYLORA", bias="tinyl
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class UniLoraConfig(LinearConfig, BiasConfig, peft_type="UNILORA", bias="unilora_only"):
+class UniLoraConfig(BiasConfig, LinearConfig, peft_type="UNILORA", bias="unilora_only"):
     """Uni-LoRA (arXiv:2506.00799): the entries of all LoRA matrices are those of one trained vector.
 
     Besides the attributes of `Config`:
@@ -240,7 +240,7 @@ class UniLoraConfig(LinearConfig, BiasConfig, peft_type="UNILORA", bias="unilora
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class VBLoRAConfig(ExcludesConfig, BiasConfig, peft_type="VBLORA", bias="vblora_only"):
+class VBLoRAConfig(BiasConfig, ExcludesConfig, peft_type="VBLORA", bias="vblora_only"):
     """VB-LoRA (arXiv:2405.15179): the matrices of LoRA consist of vectors from one bank that all modules share.
 
     Besides the attributes of `Config`:
@@ -309,7 +309,7 @@ class VeraConfig(ProjectionsConfig, peft_type="VERA", bias="vera_only"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class WaveFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="WAVEFT", bias="waveft_only"):
+class WaveFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="WAVEFT", bias="waveft_only"):
     """WaveFT (arXiv:2505.12532): the change of a weight has a few wavelet coefficients at random positions.
 
     Besides the attributes of `Config`:

@@ -58,7 +58,7 @@ class BeftConfig(InitConfig, TargetsConfig, peft_type="BEFT"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BOFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="BOFT", bias="boft_only"):
+class BOFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="BOFT", bias="boft_only"):
     """BOFT (arXiv:2311.06243): a block-diagonal orthogonal matrix rotates the inputs, and a vector scales the outputs.
 
     Besides the attributes of `Config`:
@@ -98,7 +98,7 @@ class BOFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="BOFT", bia
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class HRAConfig(InitConfig, ExcludesConfig, BiasConfig, peft_type="HRA", bias="hra_only"):
+class HRAConfig(BiasConfig, InitConfig, ExcludesConfig, peft_type="HRA", bias="hra_only"):
     """HRA (arXiv:2405.17484): a chain of r reflections of the inputs of a module.
 
     Besides the attributes of `Config`:
@@ -220,7 +220,7 @@ class LNTuningConfig(MethodConfig, peft_type="LN_TUNING"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class OFTConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="OFT", bias="oft_only"):
+class OFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="OFT", bias="oft_only"):
     """OFT (arXiv:2306.07280): an orthogonal matrix of equal diagonal blocks rotates the inputs of a module.
 
     Besides the attributes of `Config`:

@@ -115,7 +115,7 @@ class AdaLoraConfig(LoraFields, peft_type="ADALORA"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeftConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="DEFT", bias="deft_only"):
+class DeftConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="DEFT", bias="deft_only"):
     """DEFT: removes a subspace of the outputs from a weight, and puts a trained matrix in its place.
 
     Besides the attributes of `Config`:
@@ -147,7 +147,7 @@ class DeftConfig(ExcludesConfig, LinearConfig, BiasConfig, peft_type="DEFT", bia
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class DeloraConfig(InitConfig, RanksConfig, BiasConfig, peft_type="DELORA", bias="delora_only"):
+class DeloraConfig(BiasConfig, InitConfig, RanksConfig, peft_type="DELORA", bias="delora_only"):
     """DeLoRA (arXiv:2503.18225): a low-rank change whose components have unit length and one learned strength.
 
     Besides the attributes of `Config`:
@@ -174,7 +174,7 @@ class DeloraConfig(InitConfig, RanksConfig, BiasConfig, peft_type="DELORA", bias
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class GraloraConfig(LinearConfig, BiasConfig, peft_type="GRALORA", bias="gralora_only"):
+class GraloraConfig(BiasConfig, LinearConfig, peft_type="GRALORA", bias="gralora_only"):
     """GraLoRA (arXiv:2505.20355): the weight is a grid of equal blocks, each with a low-rank change of its own.
 
     Besides the attributes of `Config`:
@@ -309,7 +309,7 @@ class LoKrConfig(LycorisConfig, peft_type="LOKR"):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class MissConfig(ExcludesConfig, BiasConfig, peft_type="MISS", bias="MiSS_only"):
+class MissConfig(BiasConfig, ExcludesConfig, peft_type="MISS", bias="MiSS_only"):
     """MiSS (arXiv:2409.15371): all blocks of r inputs get the same change of the weight.
 
     Besides the attributes of `Config`:

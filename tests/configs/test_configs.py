@@ -307,6 +307,11 @@ def test_a_frozen_dict_is_a_mapping():
             freeze(bad)
 
 
+def test_the_targets_are_named_before_the_bias():
+    config = jaxadapt.VeraConfig(target_modules=["q"], bias="all")
+    assert repr(config) == "VeraConfig(target_modules=['q'], bias='all')"
+
+
 def test_enums_that_are_strings_become_strings():
     import enum
 
