@@ -319,12 +319,13 @@ def _require_equal(
 
     Those in `turned` are transposed.
     """
-    here = {key: name for key, name in originals.items() if key in source and name in source}  # `require_fit` asks
-    different = [
-        f"{key} and {name}"
-        for key, name in here.items()
-        if not np.array_equal(source[key].T if key in turned else source[key], source[name])
-    ]
+    different: list[str] = []
+    for key, name in originals.items():
+        if key in source and name in source:  # `require_fit` refuses a missing one
+            # `array_equal` alone takes values that it cannot read, such as traced ones, for different.
+            one, other = np.asarray(source[name]), np.asarray(source[key])
+            if not np.array_equal(one.T if key in turned else one, other):
+                different.append(f"{key} and {name}")
     expected.refuse(f"{message}, and they differ:", different)
 
 

@@ -118,3 +118,24 @@ def test_a_configuration_may_not_ask_for_huge_tensors():
     file = jaxadapt.PeftTensors(config, {}, "a file")
     with pytest.raises(MismatchError, match="asks for 83886080 values"):
         rules.create_missing(as_source({}), Expected(file, recipe, sites, base, Options()))
+
+
+TIED = jaxadapt.KeyMap(
+    "tied",
+    (jaxadapt.Weight("wte.embedding", "embed_tokens.weight", "v d -> v d", kind="embedding"),),
+    tied=(("lm_head.weight", "embed_tokens.weight"),),
+)
+
+
+def test_traced_tensors_are_never_said_to_differ():
+    base = {"wte": {"embedding": np.ones((6, 4), np.float32)}}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    file = jaxadapt.to_peft(jaxadapt.init(base, config, key=jax.random.key(0), keymap=TIED))
+    assert f"{PREFIX}lm_head.lora_A.weight" in file.tensors
+
+    def values(tensors: dict[str, Any]) -> Any:
+        return jaxadapt.from_peft(jaxadapt.PeftTensors(file.config, tensors), base, keymap=TIED).params
+
+    values(dict(file.tensors))
+    with pytest.raises(jax.errors.TracerArrayConversionError):
+        jax.jit(values)(dict(file.tensors))
