@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import as_source
@@ -37,9 +37,6 @@ from jaxadapt.core.errors import (
 from jaxadapt.persistence import consumers, formats, reading
 from jaxadapt.persistence.formats import Place, Wanted, peft_folder
 from jaxadapt.storage import location
-
-if TYPE_CHECKING:
-    from jaxadapt.storage import hub
 
 # ---------------------------------------------------------------- read and write
 
@@ -272,7 +269,7 @@ def push(
     commit_message: str | None = None,
     create_pr: bool = False,
     tag: str | None = None,
-    token: hub.Token = None,
+    token: location.Token = None,
     card: consumers.Card | None = None,
     progress: Progress = None,
     **saving: Any,

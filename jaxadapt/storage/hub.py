@@ -40,7 +40,16 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from jaxadapt.core.errors import LOGGER, FileError, Progress, Report, is_watched, no_report, reporter
 from jaxadapt.storage.local_files import MAX_TEXT, file_error
-from jaxadapt.storage.location import CARD, CONFIG, HUB_EXAMPLE, MLX_WEIGHTS, WEIGHTS, HubAddress, parse_hub_address
+from jaxadapt.storage.location import (
+    CARD,
+    CONFIG,
+    HUB_EXAMPLE,
+    MLX_WEIGHTS,
+    WEIGHTS,
+    HubAddress,
+    Token,
+    parse_hub_address,
+)
 
 # ---------------------------------------------------------------- hub answers
 
@@ -130,10 +139,6 @@ def check_in_cache(path: str, place: HubAddress, cache_dir: str | os.PathLike[st
 
 
 # ---------------------------------------------------------------- hub errors
-
-
-Token = str | bool | None
-"""A token. None: the stored one, if any. True: the stored one, which must exist. False: no token."""
 
 
 def hub_api(token: Token) -> Any:

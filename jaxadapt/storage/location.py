@@ -286,6 +286,8 @@ def _open_store(text: str) -> tuple[Any, str]:
 # ---------------------------------------------------------------- addresses of the Hub
 
 
+Token = str | bool | None
+"""A token of the Hub. None: the stored one, if any. True: the stored one, which must exist. False: no token."""
 HUB_EXAMPLE = "expected org/name, org/name@revision or org/name@revision/subfolder, with or without the prefix hf://"
 _NAME = r"[A-Za-z0-9_.-]+"
 _HUB_ADDRESS = re.compile(

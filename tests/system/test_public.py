@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,12 @@ def test_each_name_is_there(name: str):
     value = value_of(name)
     assert name in VALUES or callable(value)
     assert name in VALUES or value.__doc__, f"{name} has no docstring"  # a filter is a value
+
+
+@pytest.mark.parametrize("name", sorted(EVERY - VALUES))
+def test_the_types_of_each_name_can_be_looked_up(name: str):
+    """Builders of documentation do so; a type that only a type checker imports has no value."""
+    typing.get_type_hints(value_of(name))
 
 
 @pytest.mark.parametrize("name", sorted(EVERY - VALUES - RETURNED))
