@@ -136,7 +136,10 @@ def real_adapters() -> Path:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave long cases to tests/full, torch one thread, and tests marked `peft` to where the extra `test` is."""
+    second = matrices.second_halves(item.nodeid for item in items if not matrices.is_long(item.nodeid))
     for item in items:
+        if item.nodeid in second:
+            item.add_marker("second_half")
         if matrices.is_long(item.nodeid):
             item.add_marker("full")
         if matrices.is_of_another_method(item.nodeid):
