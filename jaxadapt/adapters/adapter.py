@@ -561,9 +561,10 @@ class FileShapes:
     def of(self, modules: Modules) -> dict[str, Shape]:
         """Return the shapes of one entry's tensors, the largest where modules differ."""
         found: dict[str, Shape] = {}
-        for name, shape in (item for module in modules for item in self._by_module.get(module, {}).items()):
-            known = found.setdefault(name, shape)
-            found[name] = tuple(map(max, known, shape)) if len(known) == len(shape) else shape
+        for module in modules:
+            for name, shape in self._by_module.get(module, {}).items():
+                known = found.setdefault(name, shape)
+                found[name] = tuple(map(max, known, shape)) if len(known) == len(shape) else shape
         return found
 
 

@@ -221,8 +221,9 @@ def _find_gaps(matches: Mapping[Weight, Mapping[str, Mapping[str, str]]], tensor
 def _similar_layers(matches: Mapping[Weight, Mapping[str, Mapping[str, str]]]) -> dict[Weight, list[str]]:
     """Return `{entry: numbers of the layers that are like those with its keys}`."""
     layers: dict[str, int] = {}  # encoder and decoder may have different numbers of layers
-    for prefix, texts in ((_stack_prefix(w), texts) for w, keys in matches.items() for texts in keys.values()):
-        layers[prefix] = max(layers.get(prefix, 0), int(texts.get("l", -1)) + 1)
+    for w, keys in matches.items():
+        for texts in keys.values():
+            layers[_stack_prefix(w)] = max(layers.get(_stack_prefix(w), 0), int(texts.get("l", -1)) + 1)
     experts = [w for w in matches if w.kind == "experts"]
     blocks = tuple(w.key.rpartition(".")[0].rpartition(".")[0] + "." for w in experts)
     sparse = {texts["l"] for w in experts for texts in matches[w].values() if "l" in texts}

@@ -527,8 +527,9 @@ def make_plan(entries: Sequence[PlanEntry]) -> Plan:
 def contested_keys(entries: Iterable[PlanEntry]) -> list[str]:
     """Return the keys that several leaves claim, each with these leaves."""
     owners: dict[str, list[str]] = {}
-    for key, leaf in ((key, entry.path) for entry in entries for key in entry.keys):
-        owners.setdefault(key, []).append(leaf)
+    for entry in entries:
+        for key in entry.keys:
+            owners.setdefault(key, []).append(entry.path)
     return [f"{key}: {', '.join(sorted(leaves))}" for key, leaves in owners.items() if len(leaves) > 1]
 
 
