@@ -227,7 +227,7 @@ def start(function: Callable[[], _T]) -> Future[_T]:
         except BaseException as error:  # raised by `result`
             future.set_exception(error)
 
-    threading.Thread(target=run).start()
+    threading.Thread(target=run, daemon=False).start()  # also if a daemon calls: the interpreter joins the thread
     return future
 
 

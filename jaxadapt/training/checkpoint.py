@@ -58,13 +58,19 @@ from jaxadapt.training import step_files
 class Background:
     """A runner that starts one thread for each task, also while the program ends.
 
-    An error is kept until `wait` raises it. If the program ends before that, the error is printed and the exit status
-    is 1.
+    The thread is not a daemon, so the interpreter joins it before it ends. An error is kept until `wait` raises it. If
+    the program ends before that, the error is printed and the exit status is 1.
     """
 
     def __init__(self) -> None:
-        self.task: concurrent.futures.Future[None] | None = None
+        self._task: concurrent.futures.Future[None] | None = None
+        self._process = os.getpid()  # of the task
         self._joins_early = False
+
+    @property
+    def task(self) -> concurrent.futures.Future[None] | None:
+        """The task that `wait` waits for; None in a forked process, which has no thread that could end it."""
+        return self._task if self._process == os.getpid() else None
 
     @property
     def running(self) -> bool:
@@ -94,15 +100,16 @@ class Background:
             may_begin.wait()
             work()
 
+        self._process = os.getpid()
         try:
-            self.task = local_files.start(run)
+            self._task = local_files.start(run)
         finally:
             may_begin.set()  # only now, so that the task does not delay the training loop by sharing the interpreter
 
     def wait(self) -> None:
         """Wait until the task is done. Raise its error, once, if it failed."""
         self._join()
-        task, self.task = self.task, None
+        task, self._task = self.task, None
         if task is not None:
             task.result()
 
