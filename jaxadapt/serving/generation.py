@@ -342,7 +342,7 @@ class Decoder:
     @property
     def buckets(self) -> list[int]:
         """The lengths to which prompts are padded: powers of 2, and `length`."""
-        powers = (SMALLEST_BUCKET << n for n in range(self.length.bit_length()))
+        powers = (SMALLEST_BUCKET << n for n in range(int(self.length).bit_length()))
         return [*(size for size in powers if size < self.length), self.length]
 
     def start(

@@ -101,6 +101,12 @@ def test_answers_are_those_of_transformers(api: str, scan: bool) -> None:
     assert decoder.compiled() == 3  # two buckets and the step, for ten requests
 
 
+@pytest.mark.parametrize(("length", "buckets"), [(8, [8]), (16, [16]), (np.int64(33), [16, 32, 33])])
+def test_prompts_are_padded_to_powers_of_two(length: int, buckets: list[int]) -> None:
+    """A length that numpy computed is one, too."""
+    assert make("nnx", True, rows=1, length=length).buckets == buckets
+
+
 @pytest.mark.peft
 def test_top_k_and_top_p_leave_the_tokens_that_transformers_leaves() -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
