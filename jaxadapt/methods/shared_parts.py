@@ -68,9 +68,10 @@ class Projected(FactoredMethod):
             return Draw("constant", 0.0 if config.init_weights else 1.0)
         if tensor.name == self._name("lambda_d"):
             return Draw("constant", config.d_initial) if config.init_weights else Draw("normal", 1.0)
+        # PyTorch's Kaiming-uniform (a = 0) of the last axis; B's numbers follow A's.
         random, shapes = TorchRandom(config.projection_prng_key), {n: start.shared[n] for n in map(self._name, "AB")}
         drawn = {name: random.uniform(x, -math.sqrt(6 / x[-1]), math.sqrt(6 / x[-1])) for name, x in shapes.items()}
-        return drawn[tensor.name]  # B's numbers follow A's
+        return drawn[tensor.name]
 
     def factors(self, own: OwnHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
         out, inputs = shape

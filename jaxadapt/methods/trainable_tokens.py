@@ -26,8 +26,6 @@ class TrainableTokens(CopyingMethod, peft_type="TRAINABLE_TOKENS"):
             raise ConfigError("token_indices: expected the tokens to train, found none")
 
     def copy_of(self, config: TrainableTokensConfig, parameter: str) -> Method | None:
-        return (
-            None
-            if parameter != "weight"
-            else RowCopy(tuple(config.token_indices), "token_indices", "", not config.init_weights)
-        )
+        if parameter != "weight":
+            return None
+        return RowCopy(tuple(config.token_indices), "token_indices", "", not config.init_weights)

@@ -95,11 +95,9 @@ class Vblora(FactoredMethod, peft_type="VBLORA"):
                 "cannot create an adapter with save_only_topk_weights=true: its vectors are chosen in training, which"
                 " needs the logits of all of them. Set save_only_topk_weights to false"
             )
-        return (
-            Draw("uniform", config.init_vector_bank_bound)
-            if tensor.name == BANK
-            else Draw("normal", config.init_logits_std)
-        )
+        if tensor.name == BANK:
+            return Draw("uniform", config.init_vector_bank_bound)
+        return Draw("normal", config.init_logits_std)
 
     def factors(self, own: VbloraHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
         bank = params[BANK]
