@@ -48,6 +48,17 @@ def test_a_16_bit_base_is_rounded_once():
     assert a.dtype == "float32"
 
 
+def test_doras_magnitudes_lie_as_the_outputs_of_the_base():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("model",))
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    params = small.base()["params"]
+    base = {name: {**own, "kernel": jax.device_put(own["kernel"], cut)} for name, own in params.items()}
+    _, adapter = jaxadapt.initializers.start(base, config("pissa", use_dora=True))
+    held = {path.rpartition(".")[2]: x.sharding.spec for path, x in adapter.flat().items()}
+    assert held["lora_magnitude_vector"] == jax.sharding.PartitionSpec("model")
+    assert held["lora_B"] == jax.sharding.PartitionSpec("model", None)
+
+
 def test_orthogonal_factors_are_not_zero_and_their_product_is():
     _, adapter = jaxadapt.initializers.start(small.base()["params"], config("orthogonal"), key=jax.random.key(0))
     a, b = (np.asarray(adapter.flat()[f"q_proj.kernel.lora_{x}"]) for x in "AB")
