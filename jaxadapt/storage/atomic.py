@@ -337,7 +337,12 @@ def _temporary(target: str, *, folder: bool = False) -> Generator[Writer]:
                 if folder:
                     temporary.mkdir()
                 flags = _FOLDER if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                fd = stack.enter_context(opened(temporary, flags))
+                try:
+                    fd = stack.enter_context(opened(temporary, flags))
+                except FileNotFoundError:
+                    if not folder:
+                        raise
+                    continue  # another writer removed the new folder as a leftover, before we could lock it
                 stack.callback(_remove, temporary, folder)
                 lock(fd, wait=True)
                 # Before we locked it, another writer may have locked it and removed it as a leftover.

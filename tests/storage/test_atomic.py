@@ -148,6 +148,25 @@ def test_many_threads(tmp_path: Path) -> None:
     assert names(tmp_path) == ["f"]
 
 
+def test_a_new_folder_that_another_writer_takes_for_a_leftover_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = os.open, list[Path]()
+
+    def open_late(path: Path, *rest: int, **options: int) -> int:
+        if not removed and str(path).endswith(".tmp"):
+            removed.append(path)
+            path.rmdir()
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", open_late)
+    with atomic.staging_folder(tmp_path / "f") as staged:
+        staged.mkdir()
+        staged.rename(tmp_path / "f")
+    assert removed
+    assert names(tmp_path) == ["f"]
+
+
 # --- failures -----------------------------------------------------------------------------------------------
 
 
