@@ -154,7 +154,7 @@ def _fill(code: str, target: object, items: Sequence[object]) -> object:
         raise UnsupportedPickle(f"the pickle adds items to a value that is not a {kind.__name__}")
     if code.startswith("APPEND"):
         cast("list[object]", target).extend(items)
-    elif code != "BUILD":  # with attributes of an OrderedDict, such as `_metadata`: no tensors
+    elif code != "BUILD":  # which sets attributes of an OrderedDict, such as `_metadata`: no tensors
         if len(items) % 2:
             raise UnsupportedPickle("the pickle sets a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
