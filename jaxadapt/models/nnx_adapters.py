@@ -207,6 +207,7 @@ def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owne
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
+    problems += planning.list_contradictions(adapter_sites, owners)
     held = {site.leaf: vars(owners[site.leaf][0]) for site in adapter_sites}
     own = [leaf for leaf, attributes in held.items() if collection in attributes and ACTIVE not in attributes]
     return problems + [f"{leaf}: its module already has an attribute {collection!r} of its own" for leaf in own]

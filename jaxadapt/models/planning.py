@@ -124,7 +124,7 @@ def kernel_roles(module: nnx.Module, attr: str) -> call.Roles | None:
     return call.roles_of(module, base_class(module).__call__, attr)
 
 
-def _list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owner]) -> list[str]:
+def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owner]) -> list[str]:
     """Return a message for each site whose keymap entry and layer class disagree about the input axes."""
     problems: list[str] = []
     for site in adapter_sites:
@@ -484,7 +484,9 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     Parameters without a model have no layers that define the layout, so every kernel is assumed to be one of Flax's,
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
-    if base.walked is not None:  # whose layers `plan_adapter` has asked
+    if base.walked is not None:
+        if contradictions := list_contradictions(sites, base.walked.leaves):
+            raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
         return
     attached = base.keymap
     reverse: list[str] = []
@@ -556,8 +558,6 @@ def _plan_on_model(
             "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
             sorted(ambiguous),
         )
-    if contradictions := _list_contradictions(sites, owners):
-        raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
     _check_calls(base.target, sites, example)
     return recipe, sites
 

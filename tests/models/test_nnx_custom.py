@@ -118,6 +118,30 @@ def test_a_custom_layer_that_never_runs_is_named():
         adapt(Idle(), lora("layer"), example=(layers.x(),))
 
 
+class TransposedEinsum(nnx.Module):
+    """An einsum with the kernel (out, in), which the generic keymap takes for (in, out), behind two tied layers."""
+
+    def __init__(self) -> None:
+        self.layer = nnx.Einsum("bi,oi->bo", (4, 8), rngs=nnx.Rngs(0))
+        self.first, self.twin = nnx.Linear(8, 8, rngs=nnx.Rngs(1)), nnx.Linear(8, 8, rngs=nnx.Rngs(2))
+        self.twin.kernel = self.first.kernel
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.layer(self.twin(self.first(x)))
+
+
+def test_all_reasons_why_layers_cannot_carry_an_adapter_are_in_one_error():
+    with pytest.raises(AttachError, match=r"(?s)first.kernel: several.*layer.kernel: the keymap's .* contradicts"):
+        adapt(TransposedEinsum(), lora("layer", "first"))
+
+
+def test_a_layer_that_contradicts_the_keymap_may_be_quantised():
+    """Its codes do not depend on the roles of the axes, and its own call dequantises them."""
+    model, x = TransposedEinsum(), jnp.ones((2, 8))
+    y = model(x)
+    np.testing.assert_allclose(jaxadapt.models.quantize(model, "int8", modules=["layer"])(x), y, rtol=0.05, atol=0.05)
+
+
 def test_two_contradictory_uses_are_named():
     with pytest.raises(AttachError, match=r"layer.w.*several ways"):
         adapt(own(lambda x, w: jnp.tanh(x @ w) @ w.T, 8, 6), lora("layer"), example=(layers.x(),))
