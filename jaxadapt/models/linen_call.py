@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, meta, unfreeze
 from flax.core.scope import Scope, in_filter, subtract_filters
-from flax.traverse_util import flatten_dict
 
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name, map_stack
 from jaxadapt.adapters.sites import sites_from_shapes
@@ -421,14 +420,19 @@ def _adapter_collections(variables: Mapping[str, Any], configs: Mapping[str, Con
     return {c: variables[c] for c in variables if c in names}
 
 
-def key_paths(tree: Any) -> dict[str, Keys]:
-    """Return `{dotted path: keys}` for the leaves of a tree whose keys may contain dots."""
-    return {".".join(keys): keys for keys in flatten_dict(tree)}
+def key_paths(tree: Any, prefix: Keys = ()) -> dict[str, Keys]:
+    """Return `{dotted path: keys}` for the leaves of nested mappings, whose keys may contain dots."""
+    out: dict[str, Keys] = {}
+    for key, value in tree.items():
+        keys = (*prefix, key)
+        out |= key_paths(value, keys) if isinstance(value, Mapping) else {".".join(keys): keys}
+    return out
 
 
 def _quantized_modules(params: Any) -> frozenset[Keys]:
     """Return the paths of the modules that hold quantised weights."""
-    return frozenset(keys[:-1] for keys, x in flatten_dict(params).items() if quantized.is_quantized(x))
+    leaves = {keys: trees.lookup(params, keys) for keys in key_paths(params).values()}
+    return frozenset(keys[:-1] for keys, x in leaves.items() if quantized.is_quantized(x))
 
 
 # ---------------------------------------------------------------- rows

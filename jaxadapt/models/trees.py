@@ -18,7 +18,6 @@ import jax
 from flax import nnx, serialization
 from flax.core import meta
 from flax.linen import spmd
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import FlattenedIndexKey, keystr
 
 from jaxadapt.adapters import initial_values
@@ -80,8 +79,15 @@ def lookup(tree: Any, keys: Sequence[str]) -> Any:
 
 
 def overlay(tree: Mapping[str, Any], leaves: Mapping[Keys, Any]) -> dict[str, Any]:
-    """Return nested dicts with these leaves added or replaced."""
-    return unflatten_dict({**flatten_dict(tree, keep_empty_nodes=True), **leaves})
+    """Return nested mappings with these leaves added or replaced; all other mappings are shared with `tree`."""
+    inner: dict[str, dict[Keys, Any]] = {}
+    out = dict(tree)
+    for (first, *rest), value in leaves.items():
+        if rest:
+            inner.setdefault(first, {})[tuple(rest)] = value
+        else:
+            out[first] = value
+    return {**out, **{key: overlay(out.get(key, {}), below) for key, below in inner.items()}}
 
 
 def with_value(tree: Any, value: Any, *keys: str) -> Any:

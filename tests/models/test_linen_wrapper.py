@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
+import types
 from typing import Any
 
 import flax.linen as nn
@@ -162,6 +164,16 @@ def test_frozen_variables(net):
     close(model.apply(freeze(variables), x), model.apply(variables, x))
     _, changed = model.apply(freeze(variables), x, mutable=["lora"])
     assert jax.tree.structure(changed["lora"]) == jax.tree.structure(freeze(variables)["lora"])
+
+
+@pytest.mark.parametrize("mapping", [types.MappingProxyType, collections.UserDict])
+def test_parameters_may_be_any_mappings(mapping: Any):
+    """Flax calls a module with them, so the wrapper does."""
+    x = jnp.ones((1, 4))
+    model = jaxadapt.adapt(nn.Sequential([nn.Dense(4)]), lora("layers_0", init_lora_weights=False))
+    variables = model.init(KEY, x)
+    params = {name: mapping(leaves) for name, leaves in variables["params"].items()}
+    close(model.apply({**variables, "params": params}, x), model.apply(variables, x))
 
 
 def test_transforms(net):
