@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import click
 
 import jaxadapt
 from jaxadapt.cli import output
-from jaxadapt.core import errors
+from jaxadapt.core import errors, paths
 
 if TYPE_CHECKING:
     from jaxadapt.analysis.changes import Difference, Norms
@@ -535,9 +535,8 @@ def _describe_unused(report: KeyMapReport) -> list[str]:
 
 
 def read_model_shapes(path: Path) -> Shapes:
-    """Read `{leaf: shape}` of a model from a .json or .safetensors file or an Orbax folder."""
-    from jaxadapt.persistence import verify_folder
-    from jaxadapt.storage import location, orbax
+    """Read `{leaf: shape}` of a model: an Orbax folder, a .safetensors file, or JSON under any other name."""
+    from jaxadapt.storage import location, orbax, safetensors
 
     if location.is_dir(path):  # of a training run; if any leaf is below a key "params", only such leaves are the base
         shapes: Shapes = {}
@@ -545,7 +544,21 @@ def read_model_shapes(path: Path) -> Shapes:
             chosen = [names for names in leaves if "params" in names] or leaves
             shapes |= {orbax.parameter_path(names): leaves[names][0] for names in chosen}
         return shapes
-    return {key.replace("/", "."): shape for key, shape in verify_folder.stored_shapes(path).items()}
+    if path.suffix == ".safetensors":
+        return {key.replace("/", "."): tuple(info.shape) for key, info in safetensors.read_header(path).tensors.items()}
+    try:
+        document: Any = json.loads(location.read_text_bytes(path, safetensors.MAX_HEADER).decode("utf-8"))
+        flat: Mapping[str, Any] = paths.flatten(document)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise jaxadapt.FormatError(
+            f"{path}: expected a JSON object of shapes such as {{leaf: [2, 3]}}, but reading failed: {error}"
+        ) from error
+    invalid = [
+        key for key, sizes in flat.items() if not isinstance(sizes, list) or not all(isinstance(n, int) for n in sizes)
+    ]
+    expected = "expected a shape such as [2, 3] for each leaf, found another value at"
+    errors.raise_listed(jaxadapt.FormatError, f"{path}: {expected}:", invalid)
+    return {key: tuple(shape) for key, shape in flat.items()}
 
 
 def _read_checkpoint_shapes(path: Path) -> Shapes:

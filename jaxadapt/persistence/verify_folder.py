@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any, cast
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.core import errors, paths
+from jaxadapt.core import errors
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks
@@ -68,7 +69,7 @@ def base_shapes(base: Any) -> tensor_checks.Shapes | KeyMap:
         return {key: tuple(value) if isinstance(value, list | tuple) else tuple(value.shape) for key, value in items}
     place = location.to_location(cast("str | os.PathLike[str]", base))
     if location.exists(place):
-        return stored_shapes(place)
+        return _stored_shapes(place)
     if isinstance(place, Path) and len(place.parts) == 1:
         from jaxadapt.keymaps import families
 
@@ -98,26 +99,23 @@ def base_family(base: Any, known: tensor_checks.Shapes | KeyMap | None) -> str:
     return str((values or {}).get("model_type") or "")
 
 
-def stored_shapes(place: location.Location) -> tensor_checks.Shapes:
-    """Return the shapes in a folder of weights, or in one file; a .json file may nest its keys."""
+def _stored_shapes(place: location.Location) -> tensor_checks.Shapes:
+    """Return the shapes in a folder of weights, or in one file."""
     if location.is_dir(place):
         main = hf_model.main_file(place)
         files = dict.fromkeys(hf_model.read_index(main).values()) if main.suffix == ".json" else (main.name,)
-        return {key: shape for file in files for key, shape in stored_shapes(place / file).items()}
+        return {key: shape for file in files for key, shape in _stored_shapes(place / file).items()}
     if place.suffix == ".safetensors":
         return {key: info.shape for key, info in safetensors.read_header(place).tensors.items()}
     if place.suffix != ".json":
         return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(place).items()}
     try:
-        values = paths.flatten(json.loads(location.read_text_bytes(place, safetensors.MAX_HEADER)))
-    except (ValueError, AttributeError, RecursionError) as problem:
+        values: Any = json.loads(location.read_text_bytes(place))
+        return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as problem:
         raise errors.FormatError(
-            f"{place}: expected a JSON object of shapes such as {{key: [2, 3]}}, but reading failed: {problem}"
+            f"{place}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
         ) from problem
-    wrong = [k for k, s in values.items() if not isinstance(s, list) or not all(isinstance(n, int) for n in s)]
-    text = f"{place}: expected a shape such as [2, 3] for each key, found another value at:"
-    errors.raise_listed(errors.FormatError, text, wrong)
-    return {key: tuple(shape) for key, shape in values.items()}
 
 
 # ---------------------------------------------------------------- findings about the base

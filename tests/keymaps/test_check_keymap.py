@@ -121,6 +121,14 @@ def test_the_help_shows_how_shapes_are_written(tmp_path):
     assert done.exit_code == 0, done.output
 
 
+def test_shapes_are_read_as_json_from_a_file_of_any_name(tmp_path):
+    """As from a pipe, such as /dev/stdin. A slash belongs to the name of a leaf."""
+    leaves = {leaf: x.shape for leaf, x in LEAVES.items()}
+    for name, separator, status in (("pipe", ".", 0), ("shapes.txt", ".", 0), ("slashes.json", "/", 1)):
+        (tmp_path / name).write_text(json.dumps({leaf.replace(".", separator): x for leaf, x in leaves.items()}))
+        assert run("auto", "--model", tmp_path / name).exit_code == status
+
+
 def test_what_is_claimed_twice(shapes):
     """A model that holds k and v together and by themselves."""
     layer = {"attn.kv_einsum.w": (2, 1, 8, 4), "attn.q_einsum.w": (2, 8, 4), "attn.qkv_einsum.w": (3, 2, 8, 4)}

@@ -448,6 +448,10 @@ def test_bases_are_read_without_their_tensors(kind: str, folder: Path, tmp_path:
         path = path / "model.safetensors" if kind == "file" else path
     assert codes(folder, path) == []
     assert codes(damaged(folder, changed("q_proj.lora_B", lambda x: x[:6])(sound())), path) == ["shape"]
+    if kind == "json":
+        path.write_text(json.dumps({"model": BASE}))
+        with pytest.raises(jaxadapt.FormatError, match=r"expected a JSON object \{key: \[size, …\]\}"):
+            jaxadapt.verify(folder, path)
 
 
 WORDS = (
