@@ -147,15 +147,14 @@ def _measure_lora(config: LoraConfig, module: str, arrays: Mapping[str, Any]) ->
     shapes = {name: tuple(x.shape) for name, x in arrays.items()}
     if config.use_qalora or config.use_bdlora or not _has_change({name: name for name in arrays}, shapes):
         return None
-    a, b = _factors(config, module, arrays)
+    a, b, scale = _factors(config, module, arrays)
     if matching.is_parameter(config, module) and a.shape[1] % config.rank_of(module):
         return None
-    scale = float(config.scale_of(module))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):  # a diverged run, on which decompositions fail
         return Change(math.nan, None, a.shape[1], scale)
     inner, outer = (np.asarray(np.linalg.qr(x.swapaxes(1, 2), mode="r")) for x in (a, b))
     s = np.linalg.svd(outer @ inner.swapaxes(1, 2), compute_uv=False)
-    return Change(float(np.sqrt((s**2).sum())), sum(map(effective_rank, s)) / len(s), a.shape[1], scale)
+    return Change(abs(scale) * float(np.sqrt((s**2).sum())), sum(map(effective_rank, s)) / len(s), a.shape[1], scale)
 
 
 def as_float64(x: Any) -> np.ndarray:
@@ -164,7 +163,6 @@ def as_float64(x: Any) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- grid
-
 
 _Cell = TypeVar("_Cell", Norm, "ModuleDifference")
 
@@ -267,7 +265,6 @@ def _combine_norms(norms: Sequence[Norm]) -> Norm:
 
 # ---------------------------------------------------------------- heat maps
 
-
 _INK, _FAINT = "#222222", "#e8e8e8"
 
 
@@ -312,9 +309,8 @@ def _draw_map(figure: Any, axis: Any, grid: Grid[Any], heat_map: HeatMap, width:
     (low, high), rows, columns = heat_map.limits, grid.rows, grid.columns
     values = np.array([[np.nan if v is None else v for v in row] for row in heat_map.cells], float)
     axis.set_facecolor(_FAINT)
-    image = axis.imshow(
-        values, aspect="auto", cmap="viridis" if low == 0 else "RdBu", vmin=low, vmax=high, interpolation="nearest"
-    )
+    colors = "viridis" if low == 0 else "RdBu"
+    image = axis.imshow(values, aspect="auto", cmap=colors, vmin=low, vmax=high, interpolation="nearest")
     axis.set_title(heat_map.title, fontsize=9, color=_INK)
     axis.set_xticks(range(len(columns)), columns, fontsize=8, rotation=40, ha="right", rotation_mode="anchor")
     ticks = range(0, len(rows), max(1, round(len(rows) / 32)))
@@ -358,11 +354,8 @@ def norms_png(norms: Norms, config: Config) -> bytes:
             + bullets(norms.left_out)
         )
     # Beside the norms, the values of some cells that are not the same in all.
-    names = [
-        n
-        for n in _NAMES
-        if n == "norm" or {getattr(cell, n) for cell in grid.cells.values()} - {None, grid.constant(n)}
-    ]
+    found = grid.cells.values()
+    names = [n for n in _NAMES if n == "norm" or {getattr(norm, n) for norm in found} - {None, grid.constant(n)}]
     maps: list[HeatMap] = []
     for name in names:
         cells = grid.values(name)
@@ -398,8 +391,7 @@ def _grams(x: np.ndarray, y: np.ndarray) -> _Grams:
     return _Grams(x @ x.swapaxes(1, 2), x @ columns, y @ columns)
 
 
-Factors = tuple[np.ndarray, np.ndarray]
-"""s·A (experts, r, in) and Bᵀ (experts, r, out) of a module, in float64."""
+Factors = tuple[np.ndarray, np.ndarray, float]  # A (experts, r, in), Bᵀ (experts, r, out), in float64; the scale s
 
 
 def _factors(config: Config, module: str, arrays: Mapping[str, Any]) -> Factors:
@@ -409,12 +401,12 @@ def _factors(config: Config, module: str, arrays: Mapping[str, Any]) -> Factors:
     pair = read_pairs(arrays, {module: PairKeys(f"{kind}_A", f"{kind}_B")}, config)[module]
     a, b = (np.array(x if x.ndim == 3 else x[None], float, order="C") for x in (pair.a, pair.b.swapaxes(-1, -2)))
     kasa = as_float64(arrays["lora_diag"])[:, None] if "lora_diag" in arrays else 1.0
-    return a * (pair.scale * kasa), b
+    return a * kasa, b, float(pair.scale)
 
 
 def _compare_products(module: str, one: Factors, other: Factors) -> ModuleDifference:
     """Compare s₁·B₁·A₁ with s₂·B₂·A₂ of the same sizes and number of experts; the norms are over all experts."""
-    (a1, b1), (a2, b2) = one, other
+    (a1, b1), (a2, b2) = ((a * scale, b) for a, b, scale in (one, other))
     a, b = _grams(a1, a2), _grams(b1, b2)
     squares = [max(float((p * q).sum()), 0.0) for p, q in ((a.x, b.x), (a.y, b.y))]
     norms = math.sqrt(squares[0]), math.sqrt(squares[1])
@@ -432,26 +424,34 @@ _NEAR = 1e-4
 """Ratio of the squared distance to the squared norms below which it is computed from the factors' differences."""
 _SMALLEST = 1e-13
 """Ratio to the largest eigenvalue of a Gram matrix below which a direction counts as none; about 3e-7 of the factor."""
+_WELL_CONDITIONED = 1e-3
+"""Ratio of the diagonal of a Cholesky factor above which the angles follow from it to about 1e-10."""
 
 
 def _angles(grams: _Grams) -> tuple[float, float] | None:
     """Return the smallest and largest principal angle over all experts, in degrees; None if a factor is zero."""
     if not all(np.isfinite(gram).all() for gram in grams):
         return None
-    bases: list[np.ndarray] = []
-    ranks: list[np.ndarray] = []
-    for gram in (grams.x, grams.y):
-        values, vectors = np.linalg.eigh(gram)
-        is_kept = values > _SMALLEST * np.maximum(values[:, -1:], 0)
-        bases.append(vectors * np.where(is_kept, 1 / np.sqrt(np.where(is_kept, values, 1)), 0)[:, None])
-        ranks.append(is_kept.sum(1))
-    shared = np.minimum(*ranks)
+    (one, ranks), (other, other_ranks) = _orthonormalize(grams.x), _orthonormalize(grams.y)
+    shared = np.minimum(ranks, other_ranks)
     if not shared.all():
         return None
-    cosines = np.linalg.svd(bases[0].swapaxes(1, 2) @ grams.xy @ bases[1], compute_uv=False)
+    cosines = np.linalg.svd(one.swapaxes(1, 2) @ grams.xy @ other, compute_uv=False)
     # A direction that is left out has the cosine 0, and so comes last.
     angles = np.degrees(np.arccos(np.clip(cosines, -1, 1)))[np.arange(cosines.shape[1]) < shared[:, None]]
     return float(angles.min()), float(angles.max())
+
+
+def _orthonormalize(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return W with Wᵀ·XᵀX·W = 1 for each expert, with zeros for directions that X lacks, and the ranks of X."""
+    with contextlib.suppress(np.linalg.LinAlgError):  # of a singular matrix, whose eigenvectors follow below
+        factor = np.linalg.cholesky(gram)
+        diagonal = factor.diagonal(axis1=1, axis2=2)
+        if (diagonal.min(1) > _WELL_CONDITIONED * diagonal.max(1)).all():  # several times as fast
+            return np.linalg.inv(factor).swapaxes(1, 2), np.full(len(gram), gram.shape[1])
+    values, vectors = np.linalg.eigh(gram)
+    is_kept = values > _SMALLEST * np.maximum(values[:, -1:], 0)
+    return vectors * np.where(is_kept, 1 / np.sqrt(np.where(is_kept, values, 1)), 0)[:, None], is_kept.sum(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -640,7 +640,7 @@ def _has_change(keys: _TensorKeys, shapes: Mapping[str, tuple[int, ...]]) -> boo
         if {f"{kind}_A", f"{kind}_B"} <= keys.keys():
             a, b = (shapes[keys[f"{kind}_{side}"]] for side in "AB")
             diagonal = shapes[keys["lora_diag"]] if "lora_diag" in keys else a[:1]
-            return len(a) > 1 < len(b) and 0 not in a + b and a[:1] == diagonal == (math.prod(b[1:]),)
+            return len(a) > 1 < len(b) and 0 not in a + b and a[:1] == diagonal == b[1:2] == (math.prod(b[1:]),)
     return "ia3_l" in keys
 
 
@@ -658,7 +658,7 @@ def _compare(
     if "ia3_l" in x:
         return _compare_tensor(name, as_float64(x["ia3_l"]) - 1, as_float64(y["ia3_l"]) - 1, "IA3"), nbytes
     one, other = (_factors(adapter.config, name, own) for adapter, own in zip(adapters, (x, y), strict=True))
-    sizes = [(b.shape[2], a.shape[2]) for a, b in (one, other)]
+    sizes = [(b.shape[2], a.shape[2]) for a, b, _ in (one, other)]
     if sizes[0] != sizes[1] or len(one[0]) != len(other[0]):
         return f"{name}: {list(sizes[0])} and {list(sizes[1])}", nbytes
     return _compare_products(name, one, other), nbytes

@@ -122,6 +122,15 @@ def test_ia3_and_methods_that_need_the_base():
         measure_norms(tensors(other, **{"q.hada_w1_a": l}))
 
 
+def test_a_scale_of_zero_and_factors_without_a_product():
+    factors = {"q.lora_A.weight": array(3, 5), "q.lora_B.weight": array(4, 3)}
+    off, on = (jaxadapt.LoraConfig(r=3, lora_alpha=alpha, target_modules=["q"]) for alpha in (0, 3))
+    zero, one = (measure_norms(tensors(config, **factors)).modules[0] for config in (off, on))
+    assert (zero.norm, zero.scale, zero.effective_rank) == (0, 0, one.effective_rank)
+    odd = {"k.lora_A.weight": array(4, 2), "k.lora_B.weight": array(6, 2, 2)}
+    assert measure_norms(tensors(on, **factors, **odd)).left_out == ("k",)
+
+
 def test_a_run_that_went_astray_is_shown_not_decomposed(tmp_path):
     """NumPy's decompositions raise LinAlgError for NaN."""
     config = jaxadapt.LoraConfig(r=4, target_modules=["q"])
