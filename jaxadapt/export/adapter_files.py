@@ -33,7 +33,6 @@ from jaxadapt.core.errors import (
     Progress,
     Report,
     raise_listed,
-    repeated,
     reporter,
     warn,
 )
@@ -155,15 +154,8 @@ def rename_files(
                 else f"the names are those of {base} already"
             )
             raise MismatchError(f"{tensors.source}: {why}; nothing to rename")
-        prefixed = {PEFT_PREFIX + name: PEFT_PREFIX + to for name, to in changed.items()}
-        keys = {key: _rename(key, prefixed) for key in tensors.tensors}
-        raise_listed(
-            MismatchError,
-            f"{tensors.source}: several tensors would get each of these names; choose another beginning:",
-            repeated(keys.values()),
-        )
+        renamed = rename(as_source(tensors.tensors), _renamed_keys(tensors, changed))
         config = _renamed_config(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
-        renamed = rename(as_source(tensors.tensors), {to: key for key, to in keys.items()})
         conversion.write_like(PeftTensors(config, renamed, tensors.source), out, origin, None, report)
         return changed
 
@@ -187,6 +179,20 @@ def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterabl
         if (names := verify_folder.names_in_base(each, shapes)) is not None:
             return names
     raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(in_files))
+
+
+def _renamed_keys(tensors: PeftTensors, changed: Mapping[str, str]) -> dict[str, str]:
+    """Return {new key: key}. Raises `MismatchError` if several tensors would get one key."""
+    prefixed = {PEFT_PREFIX + name: PEFT_PREFIX + to for name, to in changed.items()}
+    keys: dict[str, list[str]] = {}
+    for key in tensors.tensors:
+        keys.setdefault(_rename(key, prefixed), []).append(key)
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: several tensors would get one name; choose another beginning:",
+        [f"{' and '.join(own)} would be called {to}" for to, own in keys.items() if len(own) > 1],
+    )
+    return {to: own[0] for to, own in keys.items()}
 
 
 def _rename(name: str, changed: Mapping[str, str]) -> str:

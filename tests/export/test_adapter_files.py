@@ -116,6 +116,14 @@ def test_rename_takes_the_names_of_the_base(folder: Path, tmp_path: Path):
         assert (tmp_path / "new" / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
 
 
+def test_rename_names_the_tensors_that_would_get_one_name(folder: Path, tmp_path: Path):
+    words = ["--from", "model.layers.0.self_attn.q_proj", "--to", "model.layers.1.mlp.up_proj", "--out"]
+    refused = CliRunner().invoke(main, ["rename", str(folder), *words, str(tmp_path / "new")])
+    q, up = (f"{P}{module}.lora_A.weight" for module in MODULES)
+    assert f"choose another beginning:\n  {q} and {up} would be called {up}\n" in refused.output
+    assert not (tmp_path / "new").exists()
+
+
 def test_rename_changes_the_names_in_the_configuration(tmp_path: Path):
     config = CONFIG.replace(
         target_modules=list(MODULES), rank_pattern={"model.layers.0.self_attn.q_proj": 4}, r=2, lora_alpha=3
