@@ -686,8 +686,9 @@ def _read_adapter(
 
 def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
     """Raise `MismatchError` if an adapter holds a NaN or an infinity."""
-    arrays = {f"{each.source}: {key}": x for each in adapters for key, x in each.tensors.items()}
-    regions.require_finite(arrays, _ALLOW.format(command))
+    names = [f"{each.source}: {key}" for each in adapters for key in regions.names_not_finite(each.tensors)]
+    if names:
+        raise MismatchError(regions.not_finite_message(names, _ALLOW.format(command)))
 
 
 def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) -> dict[str, Any]:

@@ -150,3 +150,10 @@ def test_inspect_names_the_modules(tmp_path):
     assert "modules with a NaN or an infinity: 1\n  q\n" in command("inspect", adapter, "--norms").output
     found = json.loads(command("inspect", adapter, "--norms", "--json").output)["norms"]
     assert found["not_finite"] == ["q"]
+
+
+def test_adapters_of_one_name_are_looked_at_each_by_itself():
+    config = jaxadapt.LoraConfig(r=1, target_modules=["q"])
+    bad, good = (jaxadapt.PeftTensors(config, {f"{P}q.lora_A.weight": np.array([[x]])}, "one") for x in (np.nan, 1.0))
+    with pytest.raises(jaxadapt.MismatchError, match=r"\n  one: base_model.model.q.lora_A.weight$"):
+        merge_files.refuse_nan([bad, good], "combine")
