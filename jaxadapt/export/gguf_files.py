@@ -44,7 +44,6 @@ from jaxadapt.core.errors import (
     Report,
     byte_counter,
     raise_listed,
-    repeated,
 )
 from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.storage import atomic, hf_model, local_files, location
@@ -301,10 +300,13 @@ class File:
 
     def _named(self, count: int, read: Callable[[], Any]) -> dict[str, Any]:
         """Return names with what follows each; a count that is too large ends at the file's end."""
-        items = [(self._text(), read()) for _ in range(count)]
-        if twice := repeated(name for name, _ in items):
-            raise ValueError(f"twice {twice[0]!r}")
-        return dict(items)
+        items: dict[str, Any] = {}
+        for _ in range(count):
+            name = self._text()
+            if name in items:
+                raise ValueError(f"twice {name!r}")
+            items[name] = read()
+        return items
 
     def _field(self, types: Any) -> Field:
         (kind,) = self._numbers(4)

@@ -217,9 +217,11 @@ def test_a_damaged_count_is_refused(tmp_path):
         good[:8] + struct.pack("<Q", 1 << 60) + good[16:],
         good[:16] + b"\xff" * 8 + good[24:],
         good[:20],
+        good[:24] + struct.pack("<Q1sII", 1, b"x", 4, 5) * 2 + struct.pack("<Q", 1 << 60),  # before the rest is read
     ):
         (tmp_path / "bad.gguf").write_bytes(data)
-        with pytest.raises(jaxadapt.FormatError, match=r"bad\.gguf: expected a GGUF file"):
+        says = "twice 'x'" if len(data) == 66 else ""
+        with pytest.raises(jaxadapt.FormatError, match=rf"bad\.gguf: expected a GGUF file.*{says}"):
             merge_files.merge_gguf(tmp_path / "bad.gguf", tmp_path / "in", tmp_path / "out.gguf")
 
 
