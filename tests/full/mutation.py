@@ -65,6 +65,7 @@ EQUIVALENT = {
         "jaxadapt/methods/tinylora.py",
         "return start.w.astype(a.dtype) @ a.T",
     ): "the product is zero where the divisor is",
+    ("jaxadapt/keymaps/check.py", "layers[prefix] = max("): "no layer is none, however far below zero",
     ("jaxadapt/arrays/products.py", "_MAX_TERMS ="): "a matter of speed, which benchmarks/ measures",
     ("jaxadapt/keymaps/plan.py", "match = _PART_KEY.fullmatch(key) if"): "a matter of speed: a part's key ends in ]",
     ("jaxadapt/methods/unilora.py", "return indices.astype("): "no parameter uses an index that was dealt to none",
