@@ -123,8 +123,9 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
     if isinstance(source, PeftTensors):
         if config.target_parameters:
             raise ConfigError(
-                f"{source.source}: the tensors do not contain the layout of the parameters in target_parameters. Load"
-                " the adapter into its model, and use jaxadapt.combine or jaxadapt.merging.resize_rank"
+                f"{source.source}: cannot combine or resize these tensors, because they do not contain the layout of"
+                " the parameters in target_parameters. Load the adapter into its model, and use jaxadapt.combine or"
+                " jaxadapt.merging.resize_rank"
             )
         keys = pair_keys(source)
         is_listed = config.target_modules not in (None, matching.ALL_LINEAR)  # otherwise a model decides
