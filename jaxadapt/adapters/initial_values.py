@@ -183,12 +183,13 @@ def init_values(
         for each in wanted
         if each.site and each.tensor.from_base and not has_value(base.get(each.site.leaf), abstract)
     }
-    raise_listed(
-        AttachError,
-        "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
-        " parameters with values:",
-        without_values,
-    )
+    if without_values:
+        raise_listed(
+            AttachError,
+            "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
+            " parameters with values:",
+            without_values,
+        )
     context = _make_context(sites, whole)
 
     def dtype_of(each: _Wanted) -> Any:

@@ -131,7 +131,8 @@ def attach(
     saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
     problems = [*planning.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
     problems += _find_misfits(adapter_sites, owners, collection)
-    raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
+    if problems:
+        raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
     method = get_method(recipe.config)
