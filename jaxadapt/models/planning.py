@@ -73,6 +73,10 @@ class BaseParams:
         found = trees.variable_adapters(self.target)
         return next((trees.read_adapter(tree, name).keymap for name, tree in found), None)
 
+    def resolve_keymap(self, keymap: KeyMap | str | None) -> KeyMap:
+        """Return a keymap as it is; look up the name of one, or recognize the model."""
+        return keymap if isinstance(keymap, KeyMap) else families.resolve_keymap(keymap, self.shapes)
+
 
 def read_params(params: Any, target: Any = None) -> BaseParams:
     """Return the base parameters in nested mappings. Raises `AttachError` if a leaf is not an array."""
@@ -468,7 +472,7 @@ def plan_adapter(
         raise AttachError(
             f"example: expected a list of the inputs of one call, as in example=[x], found {type(example).__name__}"
         )
-    keymap, method = families.resolve_keymap(keymap, base.shapes), get_method(config)
+    keymap, method = base.resolve_keymap(keymap), get_method(config)
     if isinstance(method, PromptMethod):
         sizes = BaseSizes() if example is None else measure_base(base.target, example)
         config = method.complete(config, attention_calls.with_width(sizes, keymap, base.shapes))
@@ -586,4 +590,4 @@ def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:
 def target_keymap(base: BaseParams, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
     """Return the keymap of a target, in the spelling of a file's `keys` (without PEFT's prefix)."""
     keymap = base.keymap if keymap is None else keymap
-    return families.resolve_keymap(keymap, base.shapes).spelling_for(keys, base.shapes)
+    return base.resolve_keymap(keymap).spelling_for(keys, base.shapes)
