@@ -613,14 +613,16 @@ def adapter_gradient(
     def is_wanted(path: Any, value: Any) -> bool:
         return isinstance(value, graph.AdapterParam) and path[-1] == tensor and name in path
 
-    gradient: Any = nnx.grad(f, argnums=nnx.DiffState(0, is_wanted))
-
     @functools.partial(jax.jit, static_argnums=0)
-    def compiled(graphdef: Any, state: Any, batch: Any) -> Any:
-        return gradient(nnx.merge(graphdef, state), batch)
+    def gradient(graphdef: Any, wanted: Any, rest: Any, batch: Any) -> Any:
+        def value(wanted: Any) -> Any:
+            copies = jax.tree.map(lambda x: x, rest)  # variables belong to the trace that creates them
+            return f(nnx.merge(graphdef, wanted, copies), batch)
+
+        return jax.grad(value)(wanted)  # nnx.grad takes a filter in Flax's graph mode only
 
     def run(model: Any, batch: Any) -> dict[str, dict[str, Any]]:
-        variables = graph.adapter_variables(compiled(*nnx.split(model), batch))
+        variables = graph.adapter_variables(gradient(*nnx.split(model, is_wanted, ...), batch))
         return {name: {path: var.get_value() for path, var in each.items()} for name, each in variables.items()}
 
     return run

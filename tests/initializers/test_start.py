@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxadapt
 from jaxadapt import AttachError, ConfigError, MismatchError
@@ -46,6 +47,14 @@ def test_a_16_bit_base_is_rounded_once():
     a, b = (np.asarray(adapter.flat()[f"q_proj.kernel.lora_{x}"]) for x in "AB")
     np.testing.assert_array_equal(left["q_proj"]["kernel"], jnp.asarray(w - 3 * (b @ a).T).astype("bfloat16"))
     assert a.dtype == "float32"
+
+
+def test_statistics_are_computed_in_flaxs_tree_mode_too():
+    given = {"key": jax.random.key(0), "data": Batches([small.X])}
+    expected = jaxadapt.initializers.start(small.net(), config("corda"), **given).adapter
+    with nnx.set_graph_mode(False):
+        found = jaxadapt.initializers.start(small.net(), config("corda"), **given).adapter
+    assert small.same(found.flat(), expected.flat())
 
 
 def test_doras_magnitudes_lie_as_the_outputs_of_the_base():
