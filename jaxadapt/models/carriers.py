@@ -229,6 +229,7 @@ class _Variables(Carrier):
 
     @functools.cached_property
     def _adapters(self) -> dict[str, dict[str, Any]]:
+        """The adapters as `graph.adapter_variables` lists them; `attach` and `delete` make the list outdated."""
         return graph.adapter_variables(self.walk() or self.tree)
 
     def names(self) -> list[str]:

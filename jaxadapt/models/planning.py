@@ -224,10 +224,11 @@ def custom_leaves(owners: Mapping[str, graph.Owner], leaves: Iterable[str]) -> l
     ]
 
 
+# ---------------------------------------------------------------- the model's leaves
+
+
 _REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
 """Modules that change the parameters inside them, adapters included, at every call."""
-
-# ---------------------------------------------------------------- the model's leaves
 
 
 def find_obstacles(walk: graph.ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
