@@ -128,11 +128,7 @@ def attach(
     owners = walk.leaves
     require_current_trace(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
-    saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
-    problems = [*planning.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
-    problems += _find_misfits(adapter_sites, owners, collection)
-    if problems:
-        raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
+    _require_room(walk, adapter_sites, collection)
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
     method = get_method(recipe.config)
@@ -200,6 +196,15 @@ def _site_variables(recipe: Recipe, site: Site, values: Mapping[str, Any], base:
     sharding = regions.sharding_of(base.get_value())
     shardings = {} if sharding is None else dict.fromkeys(site.data, NamedSharding(sharding.mesh, PartitionSpec()))
     return tensors | {name: graph.LayerNumber(x) for name, x in regions.put_on_devices(site.data, shardings).items()}
+
+
+def _require_room(walk: graph.ModelWalk, adapter_sites: Sequence[Site], collection: str) -> None:
+    """Raise `AttachError`, listing all problems, if a layer cannot carry the adapter."""
+    saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
+    problems = [*planning.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
+    problems += _find_misfits(adapter_sites, walk.leaves, collection)
+    if problems:
+        raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
 
 
 def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owner], collection: str) -> list[str]:
