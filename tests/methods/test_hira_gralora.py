@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import ConfigError, GraloraConfig, HiraConfig
+from jaxadapt import ConfigError, GraloraConfig, HiraConfig, Weight
+from tests.methods.one_layer import hook_of
 
 BASE = {"q": {"kernel": jnp.ones((4, 6))}}
 
@@ -82,3 +83,9 @@ def test_a_new_gralora_has_the_bounds_of_pefts():
     assert tensors.keys() == state.keys()
     for key, want in state.items():
         assert np.abs(tensors[key]).max() == pytest.approx(want.abs().max().item(), rel=0.05), key
+
+
+def test_hira_refuses_convolutions_with_groups_as_peft_does():
+    groups = Weight("w", "a.q.weight", "k i o -> o i k", kind="conv", groups=2)
+    with pytest.raises(ConfigError, match="PEFT does not implement HIRA for convolutions with groups"):
+        hook_of(HiraConfig(target_modules=["q"]), (3, 4, 8), weight=groups)
