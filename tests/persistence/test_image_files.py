@@ -451,6 +451,19 @@ def test_a_rank_that_only_the_configuration_states_is_refused(tmp_path: Path):
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.parametrize("style", ["kohya-ss", "diffusers"])
+def test_a_method_that_image_programs_do_not_know_is_refused(style: str, tmp_path: Path):
+    """Its file would hold no configuration, and nothing could read it."""
+    config = jaxadapt.IA3Config(target_modules=["q"], feedforward_modules=[])
+    file = {"base_model.model.unet.q.ia3_l": np.ones((6, 1), "f4")}
+    jaxadapt.write(jaxadapt.PeftTensors(config, file), tmp_path / "ia3")
+    target = tmp_path / "new.safetensors"
+    found = CliRunner().invoke(main, ["convert", str(tmp_path / "ia3"), str(target), "--format", style])
+    assert found.exit_code == 1
+    assert f"cannot write one file of {style}, which has no name for:" in found.stderr
+    assert not target.exists()
+
+
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
     tensors = kohya(KNOWN[:1]) | {f"{KNOWN[0][0]}.alpha": np.ones(2, "float16")}
     save_file(tensors, tmp_path / "a.safetensors")

@@ -514,10 +514,10 @@ def _file_keys(
 ) -> tuple[dict[str, str], dict[str, tuple[str, float]], dict[str, tuple[int, float]]]:
     """Return {PEFT's key: the file's key}, {module: (the key of its alpha, alpha)}, and what the header states."""
     method = tensors.config.peft_type
-    if method not in ("LORA", "LOHA", "LOKR"):
+    if method == OPAQUE:
         return {key: key for key in tensors.tensors}, {}, {}
     modules = {key: split_key(key) for key in tensors.tensors}
-    settings = _file_settings(tensors, modules)
+    settings = _file_settings(tensors, modules) if method in _FIELDS else {}
     kohya, known = kohya_keys(settings), {} if layout is None else layout.keys
     found = {**_new_keys(modules, method, style, kohya), **known}
     names = {key: found[key] for key in modules if key in found}
