@@ -132,6 +132,11 @@ def is_known_method(peft_type: str) -> bool:
     return peft_type in FACTS or peft_type in _OTHER_PREFIXES
 
 
+def is_method_of_peft(peft_type: str) -> bool:
+    """Return True if PEFT has this method, too; other packages may register methods that it lacks."""
+    return is_known_method(peft_type) and peft_type in matching.PEFT_TYPES
+
+
 def has_adapter_tensors(keys: Iterable[str]) -> bool:
     """Return True if any key is a tensor of some method of PEFT."""
     known = {*matching.tensor_prefixes(), *_OTHER_PREFIXES.values()}

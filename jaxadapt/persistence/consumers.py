@@ -289,7 +289,7 @@ def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str,
     if config.peft_type == "IA3":
         found["ia3"] = "IA3"
     elif config.peft_type != "LORA":
-        found["method" if peft_tensors.is_known_method(config.peft_type) else "type"] = config.peft_type
+        found["method" if peft_tensors.is_method_of_peft(config.peft_type) else "type"] = config.peft_type
     found |= {prop: setting for prop, setting in _SETTINGS.items() if config.get(setting)}
     init, bias, alpha = config.get("init_lora_weights"), config.get("bias", "none"), config.get("lora_alpha")
     is_other_base = isinstance(init, str) and lora.changes_base(config) and not config.get("kasa_config")
@@ -453,13 +453,13 @@ def card_text(
         image: the name of an image file beside the card.
     """
     readers = judge_readers(config, tensors)
-    refused = any(reader.name == "vLLM" and reader.verdict != RIGHT for reader in readers)
-    base = _base(config)
+    refused = {reader.name for reader in readers if reader.verdict != RIGHT}
+    base, places = _base(config), "JAX" if "PEFT" in refused else "JAX and in PyTorch"
     title, link = (f" for {base}", f" for [{base}](https://huggingface.co/{base})") if base else ("", "")
     lines = [
         f"# {config.peft_type} adapter{title}",
         "",
-        f"An adapter{link} in PEFT's format, saved by jaxadapt: it loads in JAX and in PyTorch.",
+        f"An adapter{link} in PEFT's format, saved by jaxadapt: it loads in {places}.",
         "",
         *_usage(config, place, refused),
         *_settings(config, tensors, nbytes, page, image),
@@ -576,7 +576,7 @@ def _front_matter(config: Config, license_name: str | None) -> str:
     return "\n".join([*lines, "tags:", *(f"- {_plain(tag)}" for tag in tags)]) + "\n"
 
 
-def _usage(config: Config, place: HubAddress | None, refused: bool) -> list[str]:
+def _usage(config: Config, place: HubAddress | None, refused: Collection[str]) -> list[str]:
     base = _base(config)
     here = there = json.dumps("path/to/this/folder")
     if place is not None:
@@ -584,6 +584,14 @@ def _usage(config: Config, place: HubAddress | None, refused: bool) -> list[str]
         there = json.dumps(place.repo) + (f", subfolder={json.dumps(place.subfolder)}" if place.subfolder else "")
     name = _CLASSES.get(config.task_type or "")
     load_base = f"from transformers import {name}\n\nbase_model = {name}.from_pretrained({json.dumps(base)})"
+    pytorch = [
+        "In PyTorch (`pip install peft`):\n",
+        "```python\nfrom peft import PeftModel",
+        load_base if base and name else "",
+        f"model = PeftModel.from_pretrained(base_model, {there})",
+        "```",
+        "",
+    ]
     return [
         "## Use it",
         "",
@@ -596,15 +604,8 @@ def _usage(config: Config, place: HubAddress | None, refused: bool) -> list[str]
         f'variables = jaxadapt.load({here}, {{"params": params}})  # Linen',
         "```",
         "",
-        "In PyTorch (`pip install peft`):",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        load_base if base and name else "",
-        f"model = PeftModel.from_pretrained(base_model, {there})",
-        "```",
-        "",
-        *([] if refused else _vllm(config, place, base)),
+        *([] if "PEFT" in refused else pytorch),
+        *([] if "vLLM" in refused else _vllm(config, place, base)),
     ]
 
 

@@ -256,7 +256,7 @@ def _check_values(config: Config, values: Mapping[str, Any] | None) -> list[Find
             "unknown-fields", unknown,
             f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
         )),
-        (not peft_tensors.is_known_method(config.peft_type), warning(
+        (not peft_tensors.is_method_of_peft(config.peft_type), warning(
             "unknown-method", ("peft_type",), f"PEFT {PEFT_VERSION} has no method {config.peft_type}",
             "a method of PEFT", "load it with the program that wrote it",
         )),

@@ -168,7 +168,10 @@ def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path
         assert jaxadapt.read(tmp_path / "file").tensors.keys() == {
             "base_model.code_c", "base_model.model.q.code_a", "base_model.model.up.code_a",
         }  # fmt: skip
-        assert "CODE" in (tmp_path / "file" / "README.md").read_text()
+        card = (tmp_path / "file" / "README.md").read_text()
+        assert "CODE" in card
+        assert "PeftModel.from_pretrained" not in card
+        assert "unknown-method" in [found.code for found in jaxadapt.verify(tmp_path / "file")]
         again = jaxadapt.load(tmp_path / "file", Net())
         np.testing.assert_array_equal(again(X), model(X))
         np.testing.assert_allclose(jaxadapt.merge(again)(X), want, rtol=1e-5, atol=1e-5)
