@@ -56,7 +56,7 @@ POOL = [
     "tests/arrays/test_*.py", "tests/configs/test_*.py", "tests/keymaps/test_*.py", "tests/methods/test_*.py",
     "tests/core/test_*.py", "tests/adapters/test_joint_tensors.py", "tests/storage/test_safetensors*.py",
     "tests/storage/test_strided.py", "tests/storage/test_torch_bin.py", "tests/persistence/test_bad_lora.py",
-    "tests/persistence/test_narrow_dtypes.py",
+    "tests/persistence/test_narrow_dtypes.py", "tests/merging/test_pairs.py", "tests/merging/test_resize.py",
     "tests/reference/test_adaption_prompt.py", "tests/reference/test_prompts.py", "tests/serving/test_row_methods.py",
 ]  # fmt: skip
 # (file, the beginning of the changed line): why the change cannot be seen.
@@ -276,6 +276,9 @@ def prepare() -> None:
     import jax  # noqa: F401
     import pytest  # noqa: F401
     import safetensors.numpy  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # the extra `test`: ten seconds, which no test should be left out for
+        import peft  # noqa: F401
 
 
 def run_tests(folder: Path, arguments: list[str], limit: float, record: Path | None = None) -> int | None:

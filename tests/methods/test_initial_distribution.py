@@ -34,7 +34,7 @@ def cases() -> list[Any]:
     """Each example of each method that changes weights, and the other way to begin of the first one."""
     found: list[Any] = []
     for name in sorted(methods.METHODS):
-        if methods.METHODS[name].scope != "site":
+        if methods.METHODS[name].scope != "site" or name not in PEFT_TYPE_TO_CONFIG_MAPPING:
             continue  # prompts: tests/reference/test_prompts.py; copies begin with the base's values
         examples: list[Any] = list(methods.METHODS[name].examples)
         fields = getattr(class_of(name), "__dataclass_fields__", {})

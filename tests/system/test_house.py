@@ -304,7 +304,7 @@ def test_only_its_own_files_name_a_method():
 
     A method's own are its file in `methods` and the class of its configuration, among others in one file.
     """
-    own = {peft_type.lower() for peft_type in PEFT_TYPES} - {"lora"}
+    own = {peft_type.lower() for peft_type in (*PEFT_TYPES, *FACTS)} - {"lora"}
     types = {(f"configs.{facts.module}", facts.config): peft_type for peft_type, facts in FACTS.items()}
     classes = {name for _, name in types} - {"LoraConfig"}
     found = set()
