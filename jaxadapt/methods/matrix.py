@@ -113,7 +113,7 @@ class MatrixMethod(Method):
     """The fields of the method's own hyperparameters that are numbers, and may differ between the rows of a batch."""
 
     changes: Effects | None = None
-    """What the method changes, if that is the same at each site; by default see `effect`."""
+    """The effects of the method, if every site has the same ones; None where `effect` decides for each site."""
 
     def own(self, config: Any, target: Target) -> Hashable:
         """Return the hyperparameters of a site: a frozen dataclass, or None.

@@ -1,4 +1,4 @@
-"""Who reads an adapter: the programs, and people, whom its model card (README.md) tells about them.
+"""The programs that read an adapter, and the model card (README.md) that tells people about them.
 
 Programs read a given file rightly, refuse it, or silently compute something else. The rules are pure functions of
 configuration and keys. Those for PEFT, transformers, vLLM, llama.cpp and mlx-lm come from runs of these programs on
