@@ -44,6 +44,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutation"
+# PEFT is imported before pytest starts, and with it modules that pytest's plugins would rewrite.
+PYTEST_OPTIONS = ["-q", "-p", "no:cacheprovider", "-W", "ignore:Module already imported"]
 SECONDS = 45  # of tests for one mutant, by their recorded times
 TARGET = 0.85
 CORE = [
@@ -314,14 +316,14 @@ def _run_as_child(folder: Path, arguments: list[str], log: Path, record: Path | 
         import pytest
 
         if record is None:
-            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *arguments]))
+            code = int(pytest.main(["-x", *PYTEST_OPTIONS, *arguments]))
         else:
             import coverage
 
             recorder = coverage.Coverage(data_file=str(record), config_file=False, source=["jaxadapt"])
             recorder.set_option("run:dynamic_context", "test_function")
             recorder.start()
-            code = int(pytest.main(["-q", "-p", "no:cacheprovider", f"--junitxml={record}.xml", *arguments]))
+            code = int(pytest.main([*PYTEST_OPTIONS, f"--junitxml={record}.xml", *arguments]))
             recorder.stop()
             recorder.save()
     except BaseException:
