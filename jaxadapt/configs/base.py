@@ -20,13 +20,16 @@ from jaxadapt.configs.frozen import FrozenDict, PatternIndex, Patterns, find_pat
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import (
     COMMON,
+    LAYERS_FOR_PATTERN,
     OBJECT,
     RANK,
     TASK_TYPES,
     TEXT,
     Problems,
+    Rule,
+    check_fields,
+    check_rules,
     checked,
-    checks_of,
     one_of,
     read_peft_type,
 )
@@ -137,6 +140,9 @@ class Config:
     # The fields whose patterns keep their order: the first pattern that matches applies.
     _ordered_patterns: ClassVar[tuple[str, ...]] = ()
 
+    # The conditions on several fields. A subclass states those that it adds.
+    _rules: ClassVar[tuple[Rule, ...]] = ()
+
     def __init_subclass__(cls, peft_type: str = "") -> None:
         """Register the class for its type; the keyword states the default of the field `peft_type`."""
         super().__init_subclass__()
@@ -188,17 +194,15 @@ class Config:
                 problems.note(name, f"{name}: the value is nested too deeply; expected a few levels")
                 problems.raise_if_any(type(self).__name__)
         self._check(problems)
+        check_rules(problems, self)
         problems.raise_if_any(type(self).__name__)
 
     def _check(self, problems: Problems) -> None:
-        """Add the problems of the frozen values to `problems`; subclasses extend it."""
+        """Add the problems of single fields to `problems`; subclasses extend it."""
         own = type(self).peft_type
         if own and self.peft_type != own:
             problems.add("peft_type", f'"{own}"', self.peft_type, "use jaxadapt.Config.from_dict to read any type")
-        for name, check in checks_of(type(self)):
-            value = getattr(self, name)
-            if value is not None or _defaults(type(self))[name] is not None:
-                check(problems, name, value)
+        check_fields(problems, self)
         if not isinstance(self.extra, FrozenDict):
             problems.add("extra", "an object of unknown keys", self.extra)
             return
@@ -408,13 +412,19 @@ class GenericConfig(Config):
     1
     """
 
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        name = cast("object", self.peft_type)
-        if not (isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name)):
-            problems.add("peft_type", 'a type in capitals, such as "XLORA"', name)
-        elif class_of(name) is not None:
-            problems.add("peft_type", "a type without a class of its own", name, "use its class")
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "peft_type",
+            'a type in capitals, such as "XLORA"',
+            lambda c: not (isinstance(c.peft_type, str) and re.fullmatch("[A-Z][A-Z0-9_]*", c.peft_type)),
+        ),
+        Rule(
+            "peft_type",
+            "a type without a class of its own",
+            lambda c: class_of(c.peft_type) is not None,
+            "use its class",
+        ),
+    )
 
 
 @cache
@@ -437,30 +447,10 @@ class MethodConfig(Config):
     everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values. Another
     check is stated with the default: `checked(RANK, 8)` for a positive integer, `SIZE` (an integer of at least 0),
     `INTEGER` (also null), `NUMBER`, `PROBABILITY`, `TEXT`, `OBJECT`, `RANKS` and `NUMBERS` (objects of patterns with
-    such values), `one_of(…)` of the possible values, or `ANY`.
+    such values), `one_of(…)` of the possible values, or `ANY`. A condition on several fields is a `Rule` in `_rules`.
     """
 
-    # True if the fields of layers may go with a `target_modules` that is an expression.
-    _layers_with_expression: ClassVar[bool] = True
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        pattern, targets = self.get("layers_pattern"), self.get("target_modules")
-        if pattern and self.get("layers_to_transform") is None:
-            problems.add(
-                "layers_pattern",
-                "null if layers_to_transform is null",
-                pattern,
-                "set layers_to_transform, or remove the pattern",
-            )
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(targets, str) and not self._layers_with_expression and self.get(name) is not None:
-                problems.add(
-                    name,
-                    "null if target_modules is a string",
-                    self.get(name),
-                    "write the layers into the expression, or make target_modules a list",
-                )
+    _rules: ClassVar[tuple[Rule, ...]] = (LAYERS_FOR_PATTERN,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)

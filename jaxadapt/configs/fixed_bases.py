@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxadapt.configs.base import BiasConfig, ExcludesConfig, LayersConfig, LinearConfig
 from jaxadapt.configs.frozen import FrozenDict
@@ -19,6 +19,7 @@ from jaxadapt.configs.validation import (
     RANK,
     RANKS,
     Problems,
+    Rule,
     all_of,
     checked,
     expects,
@@ -265,6 +266,15 @@ class VBLoRAConfig(BiasConfig, ExcludesConfig, peft_type="VBLORA", bias="vblora_
     256
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "topk",
+            lambda c: f"at most num_vectors, {c.num_vectors}",
+            lambda c: c.topk > c.num_vectors,
+            reads=("num_vectors",),
+        ),
+    )
+
     r: int = checked(RANK, 4)
     num_vectors: int = checked(RANK, 256)
     vector_length: int = checked(RANK, 256)
@@ -274,11 +284,6 @@ class VBLoRAConfig(BiasConfig, ExcludesConfig, peft_type="VBLORA", bias="vblora_
     fan_in_fan_out: bool = False
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if "topk" not in problems and "num_vectors" not in problems and self.topk > self.num_vectors:
-            problems.add("topk", f"at most num_vectors, {self.num_vectors}", self.topk)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from jaxadapt.configs.base import (
     BiasConfig,
@@ -16,7 +16,6 @@ from jaxadapt.configs.base import (
     ExcludesConfig,
     InitConfig,
     LinearConfig,
-    MethodConfig,
     TargetsConfig,
 )
 from jaxadapt.configs.matching import is_feedforward
@@ -26,7 +25,7 @@ from jaxadapt.configs.validation import (
     NUMBER,
     PROBABILITY,
     RANK,
-    Problems,
+    Rule,
     all_of,
     checked,
     expects,
@@ -80,21 +79,19 @@ class BOFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="BOFT", bia
     4
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "boft_block_size",
+            "0 if boft_block_num is given, else the size of a block",
+            lambda c: (c.boft_block_size == 0) == (c.boft_block_num == 0),
+            "set one of them to 0",
+        ),
+    )
+
     boft_block_size: int = 4
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = checked(RANK, 1)
     boft_dropout: float = checked(PROBABILITY, 0.0)
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        size, number = self.boft_block_size, self.boft_block_num
-        if (size == 0) == (number == 0):
-            problems.add(
-                "boft_block_size",
-                "0 if boft_block_num is given, else the size of a block",
-                size,
-                "set one of them to 0",
-            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -160,6 +157,20 @@ class IA3Config(Config, peft_type="IA3"):
     'IA3'
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "feedforward_modules",
+            "a subset of target_modules",
+            lambda c: (
+                isinstance(c.target_modules, tuple)
+                and isinstance(c.feedforward_modules, tuple)
+                and not set(c.feedforward_modules) <= set(c.target_modules)
+            ),
+            "add them to target_modules, or remove them here",
+            found=lambda c: sorted(set(c.feedforward_modules) - set(c.target_modules), key=str),
+        ),
+    )
+
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     feedforward_modules: str | Collection[str] | None = None
@@ -182,22 +193,9 @@ class IA3Config(Config, peft_type="IA3"):
             inputs = [name for name in targets if is_feedforward(self, name)]
         return self.replace(target_modules=targets, feedforward_modules=inputs)
 
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        targets, inputs = self.target_modules, self.feedforward_modules
-        if isinstance(targets, tuple) and isinstance(inputs, tuple):
-            untargeted = sorted(set(inputs) - set(targets), key=str)
-            if untargeted:
-                problems.add(
-                    "feedforward_modules",
-                    "a subset of target_modules",
-                    untargeted,
-                    "add them to target_modules, or remove them here",
-                )
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LNTuningConfig(MethodConfig, peft_type="LN_TUNING"):
+class LNTuningConfig(TargetsConfig, peft_type="LN_TUNING"):
     """LN tuning (arXiv:2312.11420): full training of the norms of a model.
 
     Besides the attributes of `Config`:
@@ -214,9 +212,7 @@ class LNTuningConfig(MethodConfig, peft_type="LN_TUNING"):
     'LN_TUNING'
     """
 
-    target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
-    modules_to_save: str | Collection[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -246,6 +242,15 @@ class OFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="OFT", bias=
     32
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "r",
+            "0 if oft_block_size is given, else the number of blocks",
+            lambda c: (c.r == 0) == (c.oft_block_size == 0),
+            "set one of them to 0",
+        ),
+    )
+
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = checked(PROBABILITY, 0.0)
@@ -254,11 +259,6 @@ class OFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="OFT", bias=
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = checked(RANK, 5)
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if (self.r == 0) == (self.oft_block_size == 0):
-            problems.add("r", "0 if oft_block_size is given, else the number of blocks", self.r, "set one of them to 0")
 
 
 _KEPT = expects("a positive number or null", lambda x: x is None or (is_number(x) and x > 0))
@@ -367,6 +367,15 @@ class SupertuningConfig(InitConfig, TargetsConfig, peft_type="SUPERTUNING"):
     8
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "lora_alpha",
+            "null if r is null",
+            lambda c: c.r is None and c.lora_alpha is not None,
+            "set r, or remove lora_alpha",
+        ),
+    )
+
     sparsity: float = checked(PROBABILITY, 0.99)
     select_top: bool = True
     r: int | None = checked(RANK, None)
@@ -378,11 +387,6 @@ class SupertuningConfig(InitConfig, TargetsConfig, peft_type="SUPERTUNING"):
         if self.lora_alpha is None and isinstance(self.r, int):
             object.__setattr__(self, "lora_alpha", 2 * self.r)  # as in PEFT
         super().__post_init__()
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if self.r is None and self.lora_alpha is not None:
-            problems.add("lora_alpha", "null if r is null", self.lora_alpha, "set r, or remove lora_alpha")
 
 
 _TOKENS = expects("a list of integers from 0 on", lambda x: is_ints(x) and min(x, default=0) >= 0)
@@ -406,16 +410,15 @@ class TrainableTokensConfig(InitConfig, peft_type="TRAINABLE_TOKENS"):
     (5, 7)
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "token_indices",
+            "each token once",
+            lambda c: len(set(c.token_indices)) < len(c.token_indices),
+            "remove the repeated tokens",
+            found=lambda c: repeated(c.token_indices),
+        ),
+    )
+
     token_indices: Collection[int] = checked(_TOKENS, ())
     target_modules: str | Collection[str] | None = None
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        indices = self.get("token_indices")
-        if "token_indices" not in problems and len(set(indices)) < len(indices):
-            problems.add(
-                "token_indices",
-                "each token once",
-                repeated(indices),
-                "remove the repeated tokens",
-            )

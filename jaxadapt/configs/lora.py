@@ -16,6 +16,7 @@ from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import (
     FLAG_OR_NULL,
+    NO_LAYERS_WITH_EXPRESSION,
     NUMBER,
     NUMBERS,
     OBJECT,
@@ -23,7 +24,7 @@ from jaxadapt.configs.validation import (
     RANK,
     RANKS,
     TEXT,
-    Problems,
+    Rule,
     checked,
     flag_or_text,
     one_of,
@@ -296,8 +297,25 @@ class LoraConfig(LoraFields, peft_type="LORA"):
     """
 
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
-    _layers_with_expression: ClassVar[bool] = False
     _ordered_patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        *NO_LAYERS_WITH_EXPRESSION,
+        Rule(
+            "loftq_config",
+            'an object with init_lora_weights "loftq"',
+            lambda c: c.init_lora_weights == "loftq" and not c.loftq_config,
+        ),
+        Rule(
+            "use_dora", "false with a megatron_config", lambda c: c.use_dora and c.megatron_config, "unset one of them"
+        ),
+        Rule(
+            "lora_bias",
+            "false unless init_lora_weights is true or false",
+            lambda c: c.lora_bias and not isinstance(c.init_lora_weights, bool),
+            "unset lora_bias or use the default initialization",
+        ),
+        Rule("lora_bias", "false with use_dora", lambda c: c.lora_bias and c.use_dora, "unset one of them"),
+    )
 
     rank_pattern: Mapping[str, int] = checked(RANKS, FrozenDict())
 
@@ -383,22 +401,6 @@ class LoraConfig(LoraFields, peft_type="LORA"):
 
     def describe_change(self) -> str:
         return "‖s·B·A‖, before DoRA's normalization" if self.use_dora else "‖ΔW‖ = ‖s·B·A‖"
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if self.init_lora_weights == "loftq" and not self.loftq_config:
-            problems.add("loftq_config", 'an object with init_lora_weights "loftq"', self.loftq_config)
-        if self.use_dora and self.megatron_config:
-            problems.add("use_dora", "false with a megatron_config", True, "unset one of them")
-        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            problems.add(
-                "lora_bias",
-                "false unless init_lora_weights is true or false",
-                True,
-                "unset lora_bias or use the default initialization",
-            )
-        if self.lora_bias and self.use_dora:
-            problems.add("lora_bias", "false with use_dora", True, "unset one of them")
 
 
 def _patterns(values: Mapping[str, _V], default: _V) -> dict[str, _V]:

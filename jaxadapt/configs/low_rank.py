@@ -5,7 +5,6 @@ The fields and defaults are those of PEFT 0.21.2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -16,18 +15,23 @@ from jaxadapt.configs.lora import LoraFields
 from jaxadapt.configs.validation import (
     ANY,
     INTEGER,
+    NO_LAYERS_WITH_EXPRESSION,
     NUMBER,
     NUMBERS,
     PROBABILITY,
     RANK,
     SIZE,
     Problems,
+    Rule,
     checked,
     expects,
     is_number,
     one_of,
 )
 
+_MASKS = expects(
+    "an object of module.lora_E -> list of booleans, or null", lambda x: x is None or isinstance(x, FrozenDict)
+)
 _DECAY = expects("a number in (0, 1)", lambda x: is_number(x) and 0 < x < 1)
 
 
@@ -72,9 +76,20 @@ class AdaLoraConfig(LoraFields, peft_type="ADALORA"):
         "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "lora_bias", "use_bdlora",
         "arrow_config", "kasa_config",
     )  # fmt: skip
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule("use_dora", "no value with ADALORA", lambda c: c.use_dora, "unset it, or use LORA"),
+        Rule("loftq_config", "no value with ADALORA", lambda c: c.loftq_config, "unset it, or use LORA"),
+        Rule(
+            "tinit",
+            "less than total_step - tfinal",
+            lambda c: c.total_step is not None and c.tinit >= c.total_step - c.tfinal,
+            "decrease tinit or tfinal, or increase total_step",
+            reads=("tfinal", "total_step"),
+        ),
+    )
 
     init_lora_weights: bool | str = True
-    rank_pattern: Mapping[str, Collection[bool]] | None = checked(ANY, None)
+    rank_pattern: Mapping[str, Collection[bool]] | None = checked(_MASKS, None)
     target_r: int = checked(RANK, 8)
     init_r: int = checked(RANK, 12)
     tinit: int = checked(SIZE, 0)
@@ -95,19 +110,8 @@ class AdaLoraConfig(LoraFields, peft_type="ADALORA"):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        for name in ("use_dora", "loftq_config"):
-            if self.get(name):
-                problems.add(name, "no value with ADALORA", self.get(name), "unset it, or use LORA")
-        steps, names = self.total_step or math.inf, ("tinit", "tfinal", "total_step")
-        if not any(name in problems for name in names) and self.tinit >= steps - self.tfinal:
-            problems.add(
-                "tinit", "less than total_step - tfinal", self.tinit, "decrease tinit or tfinal, or increase total_step"
-            )
-        masks: Any = FrozenDict() if self.rank_pattern is None else self.rank_pattern
-        if not isinstance(masks, FrozenDict):
-            problems.add("rank_pattern", "an object of module.lora_E -> list of booleans, or null", masks)
-            return
-        for key, mask in masks.items():
+        masks: Mapping[str, Any] = self.rank_pattern or {}
+        for key, mask in masks.items() if "rank_pattern" not in problems else ():
             if not isinstance(mask, tuple) or not all(isinstance(kept, bool) for kept in cast("tuple[Any, ...]", mask)):
                 problems.add(f"rank_pattern[{key!r}]", "a list of booleans", mask)
             elif len(cast("tuple[Any, ...]", mask)) != self.init_r or not f".{key}".endswith(".lora_E"):
@@ -195,16 +199,20 @@ class GraloraConfig(BiasConfig, LinearConfig, peft_type="GRALORA", bias="gralora
     2
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "r",
+            lambda c: f"a multiple of gralora_k = {c.gralora_k}",
+            lambda c: c.r % c.gralora_k,
+            reads=("gralora_k",),
+        ),
+    )
+
     r: int = checked(RANK, 32)
     hybrid_r: int = checked(SIZE, 0)
     alpha: int | float = checked(NUMBER, 64)
     gralora_dropout: float = checked(PROBABILITY, 0.0)
     gralora_k: int = checked(RANK, 2)
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if "r" not in problems and "gralora_k" not in problems and self.r % self.gralora_k:
-            problems.add("r", f"a multiple of gralora_k = {self.gralora_k}", self.r)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -229,7 +237,7 @@ class HiraConfig(ExcludesConfig, peft_type="HIRA"):
     32
     """
 
-    _layers_with_expression: ClassVar[bool] = False
+    _rules: ClassVar[tuple[Rule, ...]] = NO_LAYERS_WITH_EXPRESSION
 
     r: int = checked(RANK, 32)
     hira_dropout: float = checked(PROBABILITY, 0.0)

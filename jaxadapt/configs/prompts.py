@@ -16,7 +16,7 @@ from jaxadapt.configs.validation import (
     RANK,
     SIZE,
     TEXT,
-    Problems,
+    Rule,
     checked,
     expects,
     is_int,
@@ -44,6 +44,14 @@ class PromptLearningConfig(MethodConfig):
 
     # The size fields that the file must state. PEFT fills in the others from the base when it loads.
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim")
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "token_dim",
+            lambda c: f"a multiple of num_attention_heads={c.num_attention_heads}",
+            lambda c: c.token_dim and c.num_attention_heads and c.token_dim % c.num_attention_heads,
+            reads=("num_attention_heads",),
+        ),
+    )
 
     num_virtual_tokens: int | None = checked(RANK, None)
     token_dim: int | None = checked(RANK, None)
@@ -51,12 +59,6 @@ class PromptLearningConfig(MethodConfig):
     num_attention_heads: int | None = checked(RANK, None)
     num_layers: int | None = checked(RANK, None)
     modules_to_save: Collection[str] | None = None
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        width, heads = self.token_dim, self.num_attention_heads
-        if is_int(width) and is_int(heads) and width and heads and heads > 0 and width % heads:
-            problems.add("token_dim", f"a multiple of num_attention_heads={heads}", width)
 
     @property
     def submodules(self) -> int:
@@ -112,14 +114,16 @@ class CartridgeConfig(PromptLearningConfig, peft_type="CARTRIDGE"):
     """
 
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "num_frozen_tokens",
+            lambda c: f"at most num_virtual_tokens={c.num_virtual_tokens}",
+            lambda c: c.num_virtual_tokens is not None and c.num_frozen_tokens > c.num_virtual_tokens,
+            reads=("num_virtual_tokens",),
+        ),
+    )
 
     num_frozen_tokens: int = checked(SIZE, 1)
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        frozen, n = self.num_frozen_tokens, self.num_virtual_tokens
-        if is_int(frozen) and is_int(n) and n is not None and frozen > n:
-            problems.add("num_frozen_tokens", f"at most num_virtual_tokens={n}", frozen)
 
 
 _TOKENS = expects("a list of integers of 0 or more", lambda x: is_ints(x) and min(x, default=-1) >= 0)
@@ -152,6 +156,28 @@ class CPTConfig(PromptLearningConfig, peft_type="CPT"):
     3
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        *(
+            Rule(
+                name,
+                lambda c: f"{len(c.cpt_token_ids)} integers, as many as cpt_token_ids",
+                lambda c, name=name: (
+                    None not in (c.cpt_token_ids, getattr(c, name)) and len(getattr(c, name)) != len(c.cpt_token_ids)
+                ),
+                reads=("cpt_token_ids",),
+            )
+            for name in ("cpt_mask", "cpt_tokens_type_mask")
+        ),
+        Rule(
+            "num_virtual_tokens",
+            lambda c: f"{len(c.cpt_token_ids)}, the number of cpt_token_ids",
+            lambda c: c.cpt_token_ids is not None and c.num_virtual_tokens != len(c.cpt_token_ids),
+            reads=("cpt_token_ids",),
+        ),
+        Rule("task_type", '"CAUSAL_LM"', lambda c: c.task_type != "CAUSAL_LM"),
+        Rule("num_transformer_submodules", "1", lambda c: c.num_transformer_submodules not in (None, 1)),
+    )
+
     cpt_token_ids: Sequence[int] | None = checked(_TOKENS, None)
     cpt_mask: Sequence[int] | None = checked(_TOKENS, None)
     cpt_tokens_type_mask: Sequence[int] | None = checked(_TOKENS, None)
@@ -171,21 +197,6 @@ class CPTConfig(PromptLearningConfig, peft_type="CPT"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if self.cpt_token_ids is not None and "cpt_token_ids" not in problems:
-            count = len(self.cpt_token_ids)
-            for name in ("cpt_mask", "cpt_tokens_type_mask"):
-                value = getattr(self, name)
-                if name not in problems and value is not None and len(value) != count:
-                    problems.add(name, f"{count} integers, as many as cpt_token_ids", value)
-            if self.num_virtual_tokens != count:
-                problems.add("num_virtual_tokens", f"{count}, the number of cpt_token_ids", self.num_virtual_tokens)
-        if self.task_type != "CAUSAL_LM":
-            problems.add("task_type", '"CAUSAL_LM"', self.task_type)
-        if self.num_transformer_submodules not in (None, 1):
-            problems.add("num_transformer_submodules", "1", self.num_transformer_submodules)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -268,19 +279,26 @@ class PromptTuningConfig(PromptLearningConfig, peft_type="PROMPT_TUNING"):
     'RANDOM'
     """
 
+    _rules: ClassVar[tuple[Rule, ...]] = (
+        *(
+            Rule(
+                name,
+                'a value, because prompt_tuning_init is "TEXT"',
+                lambda c, name=name: c.prompt_tuning_init == "TEXT" and not getattr(c, name),
+            )
+            for name in ("prompt_tuning_init_text", "tokenizer_name_or_path")
+        ),
+        Rule(
+            "tokenizer_kwargs",
+            'null unless prompt_tuning_init is "TEXT"',
+            lambda c: c.prompt_tuning_init != "TEXT" and c.tokenizer_kwargs,
+        ),
+    )
+
     prompt_tuning_init: str = checked(one_of("TEXT", "SAMPLE_VOCAB", "RANDOM"), "RANDOM")
     prompt_tuning_init_text: str | None = checked(TEXT, None)
     tokenizer_name_or_path: str | None = checked(TEXT, None)
     tokenizer_kwargs: Mapping[str, Any] | None = checked(OBJECT, None)
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        if self.prompt_tuning_init == "TEXT":
-            for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
-                if not getattr(self, name):
-                    problems.add(name, 'a value, because prompt_tuning_init is "TEXT"', getattr(self, name))
-        elif self.tokenizer_kwargs:
-            problems.add("tokenizer_kwargs", 'null unless prompt_tuning_init is "TEXT"', self.tokenizer_kwargs)
 
 
 _TASK = expects("an integer of 0 or more, or null", lambda x: x is None or (is_int(x) and x >= 0))

@@ -541,15 +541,79 @@ def checked(check: Check, default: _T, *, compare: bool = True) -> _T:
     return cast("Any", dataclasses.field(default=default, compare=compare, metadata={"check": check}))
 
 
+class Rule(NamedTuple):
+    """A condition on several fields of a configuration.
+
+    Attributes:
+        field: the field that the message names.
+        expected: the valid values of the field, a text or a function of the configuration that returns the text.
+        broken: returns a true value for a configuration that breaks the rule.
+        way_out: the advice.
+        reads: other fields. The rule is not checked if the field or one of them has a problem of its own.
+        found: returns the value to show; None for the value of the field.
+    """
+
+    field: str
+    expected: str | Callable[[Any], str]
+    broken: Callable[[Any], object]
+    way_out: str = ""
+    reads: tuple[str, ...] = ()
+    found: Callable[[Any], object] | None = None
+
+
+LAYERS_FOR_PATTERN = Rule(
+    "layers_pattern",
+    "null if layers_to_transform is null",
+    lambda c: c.get("layers_pattern") and c.get("layers_to_transform") is None,
+    "set layers_to_transform, or remove the pattern",
+)
+NO_LAYERS_WITH_EXPRESSION = tuple(
+    Rule(
+        name,
+        "null if target_modules is a string",
+        lambda c, name=name: isinstance(c.target_modules, str) and getattr(c, name) is not None,
+        "write the layers into the expression, or make target_modules a list",
+    )
+    for name in ("layers_to_transform", "layers_pattern")
+)
+"""The rules of a class whose fields of layers may not go with a `target_modules` that is an expression."""
+
+
 @functools.cache
-def checks_of(cls: type[Any]) -> tuple[tuple[str, Check], ...]:
-    """Return the fields of a configuration's class with their checks: their own, or that of their name or default."""
+def _rules_of(cls: type[Any]) -> tuple[Rule, ...]:
+    """Return the rules of a configuration's class, those of its bases first."""
+    return tuple(rule for base in reversed(cls.__mro__) for rule in vars(base).get("_rules", ()))
+
+
+def check_rules(problems: Problems, config: Any) -> None:
+    """Add the problems of a configuration that breaks rules of its class."""
+    for rule in _rules_of(type(config)):
+        if not any(name in problems for name in (rule.field, *rule.reads, "extra")) and rule.broken(config):
+            expected = rule.expected if isinstance(rule.expected, str) else rule.expected(config)
+            found = config.get(rule.field) if rule.found is None else rule.found(config)
+            problems.add(rule.field, expected, found, rule.way_out)
+
+
+@functools.cache
+def _checks_of(cls: type[Any]) -> tuple[tuple[str, Check, bool], ...]:
+    """Return for each field of a class its name, its check and if null is valid without a check.
+
+    The check is the field's own, or that of its name or of its default.
+    """
     found = [
-        (item.name, item.metadata.get("check") or COMMON.get(item.name) or _BY_DEFAULT.get(type(item.default)))
+        (item.name, item.metadata.get("check") or COMMON.get(item.name) or _BY_DEFAULT.get(type(item.default)), item)
         for item in dataclasses.fields(cls)
         if item.name not in ("peft_type", "extra")
     ]
-    return tuple((name, check) for name, check in found if check is not None)
+    return tuple((name, check, item.default is None) for name, check, item in found if check is not None)
+
+
+def check_fields(problems: Problems, config: Any) -> None:
+    """Add the problems of single fields of a configuration."""
+    for name, check, optional in _checks_of(type(config)):
+        value = getattr(config, name)
+        if value is not None or not optional:
+            check(problems, name, value)
 
 
 def _show(value: object) -> str:
