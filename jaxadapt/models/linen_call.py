@@ -308,7 +308,7 @@ def build_overlay(
     configuration.
     """
     adapters = _adapter_collections(variables, configs)
-    base = {c: tree for c, tree in variables.items() if c not in adapters}
+    base = {c: _as_dicts(tree) for c, tree in variables.items() if c not in adapters}
     params = base.get("params", {})
     keys_by_leaf = key_paths(params) if active else {}
     read = {name: _read_adapter(adapters, name, configs[name], keys_by_leaf) for name in active}
@@ -338,6 +338,13 @@ def build_overlay(
             overlay.add(keys, site, site.match.stack, number, tensors, {} if site.method.copies else adapter.shared)
     refuse_rivals(replacing)
     return overlay
+
+
+def _as_dicts(tree: Any) -> Any:
+    """Return a tree with dicts in place of mappings that JAX takes for leaves, such as a `mappingproxy`."""
+    if not any(isinstance(leaf, Mapping) for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.tree.map(lambda leaf: _as_dicts(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
 
 
 def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, Keys]) -> Adapter:

@@ -502,7 +502,7 @@ class Adapted:
         sites = overlay.sites
         adapted = sorted((*path, leaf) for path, leaves in sites.items() for leaf in leaves)
         leaves, tree = jax.tree.flatten((overlay.base, adapted, args, kwargs, mutable))
-        signature = tree, tuple(None if is_array(x) else x if isinstance(x, Hashable) else repr(x) for x in leaves)
+        signature = tree, tuple(None if is_array(x) else _hashable(x) for x in leaves)
         if not sites or signature in self._checked:
             return
 
@@ -536,6 +536,15 @@ class Adapted:
                     f" {name!r} lacks tensors for them: its init did not call their modules. Call init with arguments"
                     f" that do, or use jaxadapt.init(params, config, key=…):\n{paths.bullets(used)}"
                 )
+
+
+def _hashable(argument: Any) -> Hashable:
+    """Return an argument of a call, or its text if it has no hash: a frozen dataclass may hold a list."""
+    try:
+        hash(argument)
+    except TypeError:
+        return repr(argument)
+    return argument
 
 
 def _adapter_key(rngs: Any, collection: str, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import re
 import types
@@ -173,7 +174,39 @@ def test_parameters_may_be_any_mappings(mapping: Any):
     model = jaxadapt.adapt(nn.Sequential([nn.Dense(4)]), lora("layers_0", init_lora_weights=False))
     variables = model.init(KEY, x)
     params = {name: mapping(leaves) for name, leaves in variables["params"].items()}
+    for given in (params, mapping(params)):
+        close(model.apply({**variables, "params": given}, x), model.apply(variables, x))
+
+
+def test_parameters_in_other_mappings_are_not_printed_at_each_call():
+    class Unprintable(collections.UserDict[str, Any]):
+        def __repr__(self) -> str:
+            raise AssertionError("printed")
+
+    x = jnp.ones((1, 4))
+    model = jaxadapt.adapt(nn.Sequential([nn.Dense(4)]), lora("layers_0", init_lora_weights=False))
+    variables = model.init(KEY, x)
+    params = {name: Unprintable(leaves) for name, leaves in variables["params"].items()}
     close(model.apply({**variables, "params": params}, x), model.apply(variables, x))
+    assert len(model._checked) == 1, "the same call as with dicts"
+
+
+def test_an_argument_may_be_hashable_by_its_type_only():
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        factors: list[float]
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, options: Options) -> Any:
+            return nn.Dense(4, name="lin")(x) * options.factors[0]
+
+    x, options = jnp.ones((1, 4)), Options([2.0])
+    model = jaxadapt.adapt(Net(), lora("lin"))
+    variables = model.init(KEY, x, options)
+    close(model.apply(variables, x, options), model.module.apply({"params": variables["params"]}, x, options))
+    model.apply(variables, x, Options([3.0]))
+    assert len(model._checked) == 2, "other arguments, another call"
 
 
 def test_transforms(net):
