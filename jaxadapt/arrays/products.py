@@ -85,9 +85,10 @@ class Operation:
 def contradiction_message(keymap_axes: Axes, layer_axes: Axes) -> str:
     """Return the message for a keymap that swaps the input and output axes of a layer."""
     return (
-        f"the keymap's {keymap_axes} contradicts the layer's own {layer_axes}; pass keymap='generic' to take"
-        " the axes from the layers, or a KeyMap with the right axes. For a PyTorch parameter stored as (in, out), such"
-        " as a Conv1D's, set fan_in_fan_out=True on its entry"
+        f"the keymap's {keymap_axes} contradicts the layer's own {layer_axes}; pass a KeyMap with the right axes, or"
+        " keymap='generic' to take the axes from the layers. With the generic keymap, create the adapter from the"
+        " model's call: by the init of the adapted Linen module, or with example=[…] for an NNX model. For a PyTorch"
+        " parameter stored as (in, out), such as a Conv1D's, set fan_in_fan_out=True on its entry"
     )
 
 

@@ -424,6 +424,26 @@ def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str):
             model.init(KEY, jnp.ones((1, 4)))
 
 
+def test_the_advice_for_a_contradiction_holds_with_the_generic_keymap():
+    class Turned(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x @ self.param("kernel", nn.initializers.lecun_normal(), (4, 4)).T
+
+    class Holder(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return Turned(name="up")(x)
+
+    model, x = jaxadapt.adapt(Holder(), lora("up")), jnp.ones((1, 4))
+    variables = model.init(KEY, x)  # as the error says
+    made = jaxadapt.init(variables["params"], lora("up"), key=KEY)
+    assert made.keymap.name == "generic"
+    with pytest.raises(jaxadapt.AttachError, match="With the generic keymap, create the adapter from the model's call"):
+        model.apply({**variables, **made.collection}, x)
+    model.apply(variables, x)
+
+
 # ---------------------------------------------------------------- several adapters
 
 
