@@ -424,17 +424,19 @@ def refuse_reads_outside(leaves: Iterable[str]) -> None:
     )
 
 
-def live_weights(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:
-    """Return `{name: True if the outputs of f(weights) depend on it}`; weights may be `ShapeDtypeStruct`s.
+def live_weights(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[str, bool]:
+    """Return `{name: True if the outputs of f(weights, *args) depend on it}`, without computing anything.
+
+    A weight is an array, a `ShapeDtypeStruct`, or a tree of them, as a quantised one is.
 
     >>> import jax.numpy as jnp
     >>> live_weights(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})
     {'a': True, 'b': False}
     """
-    names = list(weights)
-    closed = jax.make_jaxpr(lambda *ws: f(dict(zip(names, ws, strict=True))))(*(weights[n] for n in names))
-    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return dict(zip(names, used, strict=True))
+    jaxpr = tracing.trace(f, weights, args).closed.jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    rest = iter(used)
+    return {name: any([next(rest) for _ in jax.tree.leaves(w)]) for name, w in weights.items()}
 
 
 # ---------------------------------------------------------------- rows of a batch

@@ -310,14 +310,17 @@ def build_overlay(
     adapters = _adapter_collections(variables, configs)
     base = {c: _as_dicts(tree) for c, tree in variables.items() if c not in adapters}
     params = base.get("params", {})
-    keys_by_leaf = key_paths(params) if active else {}
+    keys_by_leaf = key_paths(params)
     read = {name: _read_adapter(adapters, name, configs[name], keys_by_leaf) for name in active}
     virtual = {
         name: prompts.Prompt(adapter.recipe, adapter.shared, data.get(name, {}))
         for name, adapter in read.items()
         if get_method(adapter.config).scope == "model"
     }
-    overlay = Overlay(base, adapters, read, has_stream, prompts.only_one(virtual), _quantized_modules(params))
+    stored = [keys for keys in keys_by_leaf.values() if quantized.is_quantized(trees.lookup(params, keys))]
+    overlay = Overlay(
+        base, adapters, read, has_stream, prompts.only_one(virtual), frozenset(keys[:-1] for keys in stored)
+    )
     replacing: dict[str, dict[str, Method]] = {}
     for order, (name, adapter) in enumerate(read.items()):
         values = adapter.sites
@@ -436,12 +439,6 @@ def key_paths(tree: Any, prefix: Keys = ()) -> dict[str, Keys]:
     return out
 
 
-def _quantized_modules(params: Any) -> frozenset[Keys]:
-    """Return the paths of the modules that hold quantised weights."""
-    leaves = {keys: trees.lookup(params, keys) for keys in key_paths(params).values()}
-    return frozenset(keys[:-1] for keys, x in leaves.items() if quantized.is_quantized(x))
-
-
 # ---------------------------------------------------------------- rows
 
 
@@ -524,11 +521,7 @@ def call_module(
 
 
 class _EmbeddedError(Exception):
-    """Ends a call once the embeddings of its tokens are known."""
-
-    def __init__(self, embeddings: Any) -> None:
-        super().__init__()
-        self.embeddings = embeddings
+    """Ends a call once the embeddings of its tokens are known; they are its argument."""
 
 
 def _embed(call: Callable[[], Any], tokens: Any, peft_type: str) -> Any:
@@ -545,7 +538,7 @@ def _embed(call: Callable[[], Any], tokens: Any, peft_type: str) -> Any:
         with nn.intercept_methods(stop):
             call()
     except _EmbeddedError as found:
-        return found.embeddings
+        return found.args[0]
     raise AttachError(
         f"{peft_type}: the module does not embed its tokens with an nn.Embed, so their embeddings are unknown. Pass"
         " embeddings to the call in place of tokens"

@@ -242,11 +242,6 @@ def check_reads(
     """
     names = {(*path, leaf): ".".join((*path, leaf)) for path, leaves in adapted.items() for leaf in leaves}
     stored = {name: trees.lookup(params, keys) for keys, name in names.items()}
-    # A quantised weight is made dense within the trace, where nothing is computed.
-    values = {
-        name: jax.eval_shape(quantized.to_dense, x) if quantized.is_quantized(x) else x for name, x in stored.items()
-    }
-
     called: set[tuple[str, ...]] = set()
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -271,7 +266,7 @@ def check_reads(
         overlaid = trees.overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
-    call.refuse_reads_outside(leaf for leaf, is_live in call.live_weights(output, values).items() if is_live)
+    call.refuse_reads_outside(leaf for leaf, is_live in call.live_weights(output, stored).items() if is_live)
     return called
 
 

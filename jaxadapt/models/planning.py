@@ -276,30 +276,27 @@ Observe = Callable[[str, str, call.Layer, call.Args, Mapping[str, Any]], Mapping
 
 
 def instrument(
-    model: nnx.Module, leaves: Sequence[str], observe: Observe, args: call.Args
-) -> tuple[Callable[[Mapping[str, Any]], list[Any]], dict[str, Any]]:
-    """Return `(f, inputs)`, where `f(inputs)` calls a copy of the model and lets `observe` see calls of its layers.
+    model: nnx.Module, leaves: Sequence[str], observe: Observe
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return `(f, values)`, where `f(values, *args)` calls a copy of the model and lets `observe` see its layers' calls.
 
     Args:
         leaves: the leaves whose layers are observed.
 
-    `inputs` holds every array of the model by its path, and the arrays among `args`. The other arguments are constants.
+    `values` holds every array of the model by its path.
     """
     copy, variables = graph.open_copy(model)
-    values, tree = jax.tree.flatten(tuple(args))
-    arrays = {f"~{i}": v for i, v in enumerate(values) if isinstance(v, jax.Array | jax.ShapeDtypeStruct)}
 
-    def f(inputs: Mapping[str, Any]) -> list[Any]:
-        called = copy(inputs)
+    def f(values: Mapping[str, Any], *args: Any) -> Any:
+        called = copy(values)
         for leaf, (module, attr) in graph.walk_model(called).leaves.items():
             if leaf in leaves:
                 base = base_class(module)
                 body = {name: _observed(leaf, attr, base, f, observe) for name, f in graph.entry_points(base).items()}
                 graph.set_class(module, type(base.__name__, (base,), body))
-        outputs = called(*tree.unflatten([inputs.get(f"~{i}", v) for i, v in enumerate(values)]))
-        return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
+        return called(*args)
 
-    return f, variables | arrays
+    return f, variables
 
 
 def _observed(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any], observe: Observe) -> Any:
@@ -343,7 +340,7 @@ def trace_axes(
             problems[leaf] = str(error)
         return {}
 
-    jax.eval_shape(*instrument(model, leaves, observe, args))
+    tracing.trace(*instrument(model, leaves, observe), args)
     not_called = "its module's __call__ never ran with these inputs"
     unclear = {leaf: problems.get(leaf, not_called) for leaf in leaves if leaf in problems or leaf not in traced}
     raise_listed(
@@ -382,7 +379,7 @@ def describe_uses(walk: graph.ModelWalk | None, inputs: call.Args) -> dict[str, 
         notes[leaf] = call.describe(layer.name, layer, {attr: hooks[leaf]}, args, kwargs)[attr]
         return {}
 
-    jax.eval_shape(*instrument(walk.model, custom, observe, inputs))
+    tracing.trace(*instrument(walk.model, custom, observe), inputs)
     return notes
 
 
@@ -415,7 +412,7 @@ def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None)
                 stray_uses[leaf] = ", ".join(unfollowed)
         return {attr: alias}
 
-    live = call.live_weights(*instrument(model, list(adapted), observe, example))
+    live = call.live_weights(*instrument(model, list(adapted), observe), *example)
     own = {
         leaf: transposed_axes(hook.axes, products[leaf], shapes[leaf])
         for leaf, hook in adapted.items()
@@ -444,7 +441,7 @@ def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
     """Return the sizes of a base model that a trace of its call with these inputs shows."""
     copy: Any = nnx.clone(model)
     mark_attention(copy)
-    return attention_calls.measure_base(*instrument(copy, (), lambda *_: {}, tuple(example)))
+    return attention_calls.measure_base(*instrument(copy, (), lambda *_: {}), *example)
 
 
 def mark_attention(model: nnx.Module) -> None:

@@ -294,12 +294,12 @@ def rewrite(
                 f"cannot hook the weight {name!r} of shape {shape}: the roles {axes} must cover each axis once"
             )
     traced = trace(f, weights, args)
+    scope = _Scope(hooks, weights, ChainMap(), {name: [] for name in hooks})
     views = [_View(AxisLayout.identity(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
-    scope = _Scope(hooks, weights, ChainMap(), {})
     outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
     for name in forward:
-        axes = hooks[name].axes
-        if (own := transposed_axes(axes, scope.products.get(name, ()), jnp.shape(weights[name]))) is not None:
+        axes, products = hooks[name].axes, [use for use in scope.found[name] if isinstance(use, Contraction)]
+        if (own := transposed_axes(axes, products, jnp.shape(weights[name]))) is not None:
             raise AttachError(f"{name!r}: {contradiction_message(axes, own)}")
     return traced.result([scope.plain(out) for out in outs])
 
@@ -314,12 +314,15 @@ def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[
     {'w': (Contraction(in_axes=(0,), out_axes=(1,), batch_axes=()),)}
     """
     traced = trace(f, weights, args)
-    by_weight: dict[str, list[WeightUse]] = {name: [] for name in weights}
-    layouts = [AxisLayout.identity(name, tuple(w.shape)) for name, w in weights.items()]
-    for out in _collect_uses(traced.closed.jaxpr, [*layouts, *traced.arrays], by_weight):
-        if isinstance(out, AxisLayout):
-            by_weight[out.name].append(OtherUse("return"))
-    return {name: tuple(uses_of) for name, uses_of in by_weight.items()}
+    scope = _Scope({}, weights, ChainMap(), {name: [] for name in weights})
+
+    def evaluate(weights: Mapping[str, Any], arrays: Sequence[Any]) -> None:
+        views = [_View(AxisLayout.identity(name, w.shape), w) for name, w in weights.items()]
+        outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *arrays], scope)
+        scope.add_use("return", outs)
+
+    jax.eval_shape(evaluate, dict(weights), traced.arrays)
+    return {name: tuple(found) for name, found in scope.found.items()}
 
 
 # ---------------------------------------------------------------- tracing
@@ -332,16 +335,15 @@ class Traced:
     result: Callable[[list[Any]], Any]  # from the jaxpr's outputs to what `f` returns
 
 
-def trace(f: Callable[..., Any], weights: Mapping[str, Any], args: tuple[Any, ...]) -> Traced:
+def trace(f: Callable[..., Any], weights: Mapping[str, Any], args: Sequence[Any]) -> Traced:
     leaves, tree = jax.tree.flatten(args)
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)]
     results: list[Any] = []
 
     def flat(weights: list[Any], arrays: list[Any]) -> list[Any]:
-        filled = leaves.copy()
-        for i, array in zip(moving, arrays, strict=True):
-            filled[i] = array
-        outs, out_tree = jax.tree.flatten(f(dict(zip(names, weights, strict=True)), *tree.unflatten(filled)))
+        given = dict(zip(moving, arrays, strict=True))
+        filled = tree.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
+        outs, out_tree = jax.tree.flatten(f(dict(zip(names, weights, strict=True)), *filled))
         computed = [isinstance(out, jax.Array) for out in outs]
         # The traced outputs are left out: outside this trace they would be leaked tracers.
         results[:] = [None if c else out for c, out in zip(computed, outs, strict=True)], computed, out_tree
@@ -382,30 +384,6 @@ def _describe_contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> 
     return Contraction(tuple(inputs), tuple(out), tuple(batch))
 
 
-def _collect_uses(jaxpr: core.Jaxpr, given: Sequence[Any], found: dict[str, list[WeightUse]]) -> list[Any]:
-    """Append the uses of the given views to `found`; return the layouts of the jaxpr's results.
-
-    A value that is no view of a weight is anything but an `AxisLayout`.
-    """
-
-    def step(eqn: core.JaxprEqn, operands: list[Any]) -> Sequence[Any]:
-        seen = [x if isinstance(x, AxisLayout) else None for x in operands]
-        views = list(filter(None, seen))
-        outs: Sequence[Any] | None = None
-        if not views:
-            pass
-        elif (body := called_jaxpr(eqn)) is not None:
-            outs = _collect_uses(body[0], seen, found)
-        elif (side := side_of(eqn, seen)) is not None:
-            found[views[0].name].append(_describe_contraction(eqn, side, views[0]))
-        elif (outs := move_layouts(eqn, seen)) is None:
-            for view in views:
-                found[view.name].append(OtherUse(eqn.primitive.name))
-        return [None] * len(eqn.outvars) if outs is None else outs
-
-    return interpret(jaxpr, [None] * len(jaxpr.constvars), given, step)
-
-
 # ---------------------------------------------------------------- evaluating
 
 
@@ -429,14 +407,22 @@ class _Scope:
     hooks: Mapping[str, Hook]
     weights: Mapping[str, Any]
     effective: ChainMap[str, Any]
-    products: dict[str, list[Contraction]]
-    """The contractions of each weight, those inside a `checkpoint` included."""
+    found: dict[str, list[WeightUse]]
+    """The uses of each weight so far, in order, those inside a `checkpoint` included."""
+
+    def add_use(self, primitive: str, operands: Iterable[Any]) -> None:
+        """Record a use by this primitive of each weight among the operands."""
+        for operand in operands:
+            if isinstance(operand, _View):
+                self.found[operand.layout.name].append(OtherUse(primitive))
 
     def plain(self, value: Any) -> Any:
         """Return a value for a consumer that does not accept views: for a view, the effective weight."""
         if not isinstance(value, _View):
             return value
         name = value.layout.name
+        if name not in self.hooks:
+            return value.array
         if name not in self.effective:
             w = self.weights[name]
             self.effective[name] = _check_like(f"weight of {name!r}", self.hooks[name].weight(w), w)
@@ -496,7 +482,7 @@ def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -
     """Evaluate one equation with at least one view among its operands."""
     layouts = [v.layout if isinstance(v, _View) else None for v in operands]
     if (body := called_jaxpr(eqn)) is not None:
-        if eqn.primitive is primitives.remat_p:
+        if eqn.primitive is primitives.remat_p and scope.hooks:  # else only the uses are wanted, also those of a result
             return _checkpoint(eqn, body[0], operands, scope)
         placed = _constrain(eqn.params.get("in_shardings"), operands)
         return _constrain(eqn.params.get("out_shardings"), _evaluate(*body, placed, scope))
@@ -516,6 +502,8 @@ def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -
             array if layout is None else _View(layout, array, (*view.replay, step))
             for array, layout, view in zip(arrays, after, operands, strict=True)
         ]
+    else:
+        scope.add_use(eqn.primitive.name, operands)
     return evaluate_unchanged(eqn, [scope.plain(v) for v in operands])
 
 
@@ -557,8 +545,10 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
 def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope) -> list[Any] | None:
     """Evaluate a contraction with its hook; return None if it does not match the hook's roles."""
     view, x = operands[side], operands[1 - side]
-    scope.products.setdefault(view.layout.name, []).append(_describe_contraction(eqn, side, view.layout))
-    hook = scope.hooks[view.layout.name]
+    scope.found[view.layout.name].append(_describe_contraction(eqn, side, view.layout))
+    hook = scope.hooks.get(view.layout.name)
+    if hook is None:
+        return None
     spelled = spell_contraction(eqn, side, view.layout, hook.axes, jnp.shape(x))
     if spelled is None or not hook.follows_use(spelled[0]):
         return None
@@ -582,10 +572,10 @@ def _evaluate_operation(
     if make is None or views != [layouts[side]]:
         return None
     (layout,) = views
-    hook, w = scope.hooks[layout.name], scope.weights[layout.name]
+    hook, w = scope.hooks.get(layout.name), scope.weights[layout.name]
     # After a transpose or reshape, an adapter's factors would need another layout.
     is_whole = layout == AxisLayout.identity(layout.name, layout.sizes)
-    if not is_whole or len(hook.axes.out_axes) != 1 or not hook.follows(eqn.primitive.name):
+    if hook is None or not is_whole or len(hook.axes.out_axes) != 1 or not hook.follows(eqn.primitive.name):
         return None
     if (use := make(eqn, hook.axes, operands)) is None:
         return None
