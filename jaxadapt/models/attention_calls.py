@@ -33,7 +33,7 @@ from jaxadapt.models.tracing import called_jaxpr, evaluate_unchanged, interpret,
 
 Array = Any
 
-_ARRAYS = ("query", "key", "value", "bias", "mask", "dropout_rng", "dropping")
+_ARRAYS = ("query", "key", "value", "bias", "mask", "dropout_rng")
 
 
 @jax.tree_util.register_dataclass
@@ -68,22 +68,6 @@ class RelativeBias:
         """Return the bias for n more keys before the others."""
         first = jnp.arange(-n, 0, dtype=self.keys.dtype)
         return dataclasses.replace(self, keys=jnp.concatenate([first, self.keys]))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Dropping:
-    """The dropout of attention weights.
-
-    Attributes:
-        rng: its key.
-        rate: the probability with which a weight is dropped.
-        broadcast: one mask for all axes but the last two.
-    """
-
-    rng: Array
-    rate: float = dataclasses.field(metadata={"static": True})
-    broadcast: bool = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,14 +203,13 @@ def attention(
         raise AttachError(
             "jaxadapt.models.attention records no weights in a module; call the layer without sow_weights"
         )
-    dropping = None
-    if dropout_rate and not deterministic:
-        if dropout_rng is None:
-            raise AttachError("attention: dropout_rate is not 0, so pass dropout_rng, or deterministic=True")
-        dropping = _Dropping(dropout_rng, float(dropout_rate), broadcast_dropout)
+    rate = float(dropout_rate) if dropout_rate and not deterministic else 0.0
+    if rate and dropout_rng is None:
+        raise AttachError("attention: dropout_rate is not 0, so pass dropout_rng, or deterministic=True")
     arguments = {
         "query": query, "key": key, "value": value, "bias": bias, "mask": mask, "dtype": dtype, "precision": precision,
-        "is_causal": is_causal, "dropping": dropping,
+        "is_causal": is_causal, "dropout_rng": dropout_rng if rate else None, "dropout_rate": rate,
+        "broadcast_dropout": broadcast_dropout,
     }  # fmt: skip
     return _mark(_grouped_attention, arguments, prefix)
 
@@ -255,8 +238,10 @@ def _grouped_attention(
     value: Array,
     bias: Array | RelativeBias | None = None,
     mask: Array | None = None,
-    dropping: _Dropping | None = None,
+    dropout_rng: Array | None = None,
     *,
+    dropout_rate: float,
+    broadcast_dropout: bool,
     dtype: Any,
     precision: Any,
     is_causal: bool,
@@ -284,10 +269,10 @@ def _grouped_attention(
     if mask is not None:
         scores = jnp.where(by_group(mask), scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    if dropping is not None:
-        shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if dropping.broadcast else weights.shape
-        kept = jax.random.bernoulli(dropping.rng, 1 - dropping.rate, shape)
-        weights = jnp.where(kept, weights / (1 - dropping.rate), 0).astype(value.dtype)
+    if dropout_rng is not None:
+        shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
+        kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, shape)
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(value.dtype)
     return einsum("...kgts,...skh->...tkgh", weights, value).reshape(*batch, length, heads, value.shape[-1])
 
 

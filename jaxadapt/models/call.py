@@ -322,13 +322,10 @@ def _known_use(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Use | 
     if hook.forward and use.transposed and not equation:
         own = _kernel_axes(layer.module, layer.method, equation)
         raise AttachError(f"{layer.name}: {contradiction_message(hook.axes, own)}")
-    return use if _is_along_roles(use) and hook.follows_use(use) else None
-
-
-def _is_along_roles(use: Use) -> bool:
-    """Return True if a contraction runs over exactly all input axes, or exactly all output axes."""
+    # The adapter follows a contraction over exactly all input axes, or exactly all output axes.
     in_axes, out_axes = set(use.letters("in")), set(use.letters("out"))
-    return (in_axes | out_axes) & set(use.x) in (in_axes, out_axes)
+    is_along_roles = (in_axes | out_axes) & set(use.x) in (in_axes, out_axes)
+    return use if is_along_roles and hook.follows_use(use) else None
 
 
 def _call_around(
@@ -399,8 +396,8 @@ def infer_axes(found: Iterable[tracing.WeightUse], name: str) -> Axes:
         case [tracing.OtherUse(primitive)]:
             problem = f"is used by {primitive}, and only a matrix product shows which axes are inputs"
         case _:
-            listed = "; ".join(_describe_use(use) for use in distinct)
-            problem = f"is used in several ways ({listed}), so that its inputs and outputs are ambiguous"
+            ways = "; ".join(map(_describe_use, distinct))
+            problem = f"is used in several ways ({ways}), so that its inputs and outputs are ambiguous"
     raise AttachError(f"cannot infer the axis roles of {name!r}: it {problem}. Pass a KeyMap with an entry for it")
 
 

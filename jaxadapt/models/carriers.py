@@ -437,8 +437,8 @@ class Module(Carrier):
     def adapt(
         self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
     ) -> Any:
-        given = {option: value for option, value in options.items() if option != "deterministic"}
-        refuse(given, "for NNX models only; pass keys and inputs to the wrapper's init")
+        nnx_only = {option: value for option, value in options.items() if option != "deterministic"}
+        refuse(nnx_only, "for NNX models only; pass keys and inputs to the wrapper's init")
         return self._wrap(config, name, {"keymap": keymap, "dtype": dtype, "deterministic": options["deterministic"]})
 
     def _wrap(self, config: Config, name: str, shared: Mapping[str, Any]) -> Adapted:
@@ -487,8 +487,9 @@ class Params(Carrier):
         return planning.read_params(self.params, self.tree)
 
     def names(self) -> list[str]:
-        found = trees.find_adapters(self.tree)
-        return sorted(keys[-1] for keys, inner in found.items() if keys and CONFIG_NODE in inner)
+        return sorted(
+            keys[-1] for keys, inner in trees.find_adapters(self.tree).items() if keys and CONFIG_NODE in inner
+        )
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         present, config = trees.adapter_tree(self.tree, name), self.given.config
@@ -518,8 +519,11 @@ class Params(Carrier):
         return trees.without_adapters(self.tree)
 
     def adapters(self) -> list[tuple[str, Adapter]]:
-        found = trees.find_adapters(self.tree)
-        return [(keys[1], trees.read_adapter(tree, keys[1])) for keys, tree in found.items() if len(keys) == 2]
+        return [
+            (keys[1], trees.read_adapter(tree, keys[1]))
+            for keys, tree in trees.find_adapters(self.tree).items()
+            if len(keys) == 2
+        ]
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the leaves of the adapters called `names` (None: of all)."""

@@ -317,10 +317,8 @@ def build_overlay(
         for name, adapter in read.items()
         if get_method(adapter.config).scope == "model"
     }
-    stored = [keys for keys in keys_by_leaf.values() if quantized.is_quantized(trees.lookup(params, keys))]
-    overlay = Overlay(
-        base, adapters, read, has_stream, prompts.only_one(virtual), frozenset(keys[:-1] for keys in stored)
-    )
+    stored = _quantized_modules(params, keys_by_leaf.values())
+    overlay = Overlay(base, adapters, read, has_stream, prompts.only_one(virtual), stored)
     replacing: dict[str, dict[str, Method]] = {}
     for order, (name, adapter) in enumerate(read.items()):
         values = adapter.sites
@@ -437,6 +435,11 @@ def key_paths(tree: Any, prefix: Keys = ()) -> dict[str, Keys]:
         keys = (*prefix, key)
         out |= key_paths(value, keys) if isinstance(value, Mapping) else {".".join(keys): keys}
     return out
+
+
+def _quantized_modules(params: Any, leaves: Iterable[Keys]) -> frozenset[Keys]:
+    """Return the paths of the modules that hold quantised weights."""
+    return frozenset(keys[:-1] for keys in leaves if quantized.is_quantized(trees.lookup(params, keys)))
 
 
 # ---------------------------------------------------------------- rows

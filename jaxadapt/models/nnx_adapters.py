@@ -200,23 +200,25 @@ def _site_variables(recipe: Recipe, site: Site, values: Mapping[str, Any], base:
 
 def _require_room(walk: graph.ModelWalk, adapter_sites: Sequence[Site], collection: str) -> None:
     """Raise `AttachError`, listing all problems, if a layer cannot carry the adapter."""
+    owners = {site.leaf: walk.leaves[site.leaf] for site in adapter_sites}
     saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
-    problems = [*planning.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
-    problems += _find_misfits(adapter_sites, walk.leaves, collection)
-    if problems:
-        raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
-
-
-def _find_misfits(adapter_sites: Sequence[Site], owners: Mapping[str, graph.Owner], collection: str) -> list[str]:
-    """Return a message for each site whose module cannot hold the adapter."""
     scaled = [site.leaf for site in adapter_sites if site.effects.bias == "scales"]
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
-    shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
-    problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
-    problems += planning.list_contradictions(adapter_sites, owners)
-    held = {site.leaf: vars(owners[site.leaf][0]) for site in adapter_sites}
-    own = [leaf for leaf, attributes in held.items() if collection in attributes and ACTIVE not in attributes]
-    return problems + [f"{leaf}: its module already has an attribute {collection!r} of its own" for leaf in own]
+    problems = [
+        *planning.find_obstacles(walk, list(owners), saved).values(),
+        *(
+            f"{leaf}: its module has one bias for several adapted weights"
+            for leaf in scaled
+            if count[id(owners[leaf][0])] > 1 and "bias" in vars(owners[leaf][0])
+        ),
+        *planning.list_contradictions(adapter_sites, owners),
+        *(
+            f"{leaf}: its module already has an attribute {collection!r} of its own"
+            for leaf, (module, _) in owners.items()
+            if collection in vars(module) and ACTIVE not in vars(module)
+        ),
+    ]
+    raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
 
 
 def install_adapters(layer: nnx.Module) -> None:

@@ -70,8 +70,7 @@ class BaseParams:
         if self.walked is not None:
             known = (var for by_path in self.walked.adapters.values() for var in by_path.values())
             return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
-        found = trees.variable_adapters(self.target)
-        return next((trees.read_adapter(tree, name).keymap for name, tree in found), None)
+        return next((trees.read_adapter(tree, name).keymap for name, tree in trees.variable_adapters(self.target)), None)
 
     def resolve_keymap(self, keymap: KeyMap | str | None) -> KeyMap:
         """Return a keymap as it is; look up the name of one, or recognize the model."""
@@ -243,7 +242,7 @@ def find_obstacles(walk: graph.ModelWalk, leaves: Sequence[str], saved: Collecti
             inside = [leaf for leaf in leaves if not path or leaf.startswith(f"{path}.")]
             problem = f"{type(node).__name__} rewrites the parameters inside it at every call"
             problems |= {leaf: f"{leaf}: {problem}" for leaf in inside}
-    holders = _list_holders(walk, leaves)
+    holders = _list_holders(walk, map(walk.leaves.__getitem__, leaves))
     for leaf in leaves:
         module, attr = walk.leaves[leaf]
         other_paths = [path for path in holders[id(vars(module)[attr])] if path != leaf]
@@ -257,9 +256,8 @@ def find_obstacles(walk: graph.ModelWalk, leaves: Sequence[str], saved: Collecti
     return problems
 
 
-def _list_holders(walk: graph.ModelWalk, leaves: Sequence[str]) -> dict[int, list[str]]:
+def _list_holders(walk: graph.ModelWalk, owners: Iterable[graph.Owner]) -> dict[int, list[str]]:
     """Return `{id of a leaf's parameter: every path of an attribute that holds it}`."""
-    owners = [walk.leaves[leaf] for leaf in leaves]
     holders: dict[int, list[str]] = {id(vars(module)[attr]): [] for module, attr in owners}
     for path, node in walk.modules:
         for attr, var in vars(node).items():
@@ -470,7 +468,7 @@ def plan_adapter(
         raise AttachError(
             f"example: expected a list of the inputs of one call, as in example=[x], found {type(example).__name__}"
         )
-    keymap, method = base.resolve_keymap(keymap), get_method(config)
+    method, keymap = get_method(config), base.resolve_keymap(keymap)
     if isinstance(method, PromptMethod):
         sizes = BaseSizes() if example is None else measure_base(base.target, example)
         config = method.complete(config, attention_calls.with_width(sizes, keymap, base.shapes))
@@ -487,8 +485,8 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        if contradictions := list_contradictions(sites, base.walked.leaves):
-            raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
+        contradictions = list_contradictions(sites, base.walked.leaves)
+        raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
         return
     attached = base.keymap
     reverse: list[str] = []
@@ -552,28 +550,24 @@ def _plan_on_model(
     except TargetError as error:
         _raise_for_qwix(walked, error)
         raise
-    adapted = {site.leaf for site in sites}
-    ambiguous = traced.keys() - adapted
-    if ambiguous and not all_linear:
-        raise_listed(
-            TargetError,
-            "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
-            sorted(ambiguous),
-        )
+    raise_listed(
+        TargetError,
+        "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
+        sorted(() if all_linear else traced.keys() - {site.leaf for site in sites}),
+    )
     _check_calls(base.target, sites, example)
     return recipe, sites
 
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
     matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
-    if untraceable := [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]:
-        raise_listed(
-            AttachError,
-            "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
-            " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
-            " or pass exclude_modules:",
-            untraceable,
-        )
+    raise_listed(
+        AttachError,
+        "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
+        " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
+        " or pass exclude_modules:",
+        (leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])),
+    )
 
 
 def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:

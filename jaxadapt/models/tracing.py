@@ -316,12 +316,12 @@ def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[
     traced = trace(f, weights, args)
     scope = _Scope({}, weights, ChainMap(), {name: [] for name in weights})
 
-    def evaluate(weights: Mapping[str, Any], arrays: Sequence[Any]) -> None:
-        views = [_View(AxisLayout.identity(name, w.shape), w) for name, w in weights.items()]
+    def evaluate(values: Sequence[Any], arrays: Sequence[Any]) -> None:
+        views = [_View(AxisLayout.identity(name, w.shape), w) for name, w in zip(weights, values, strict=True)]
         outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *arrays], scope)
         scope.add_use("return", outs)
 
-    jax.eval_shape(evaluate, dict(weights), traced.arrays)
+    jax.eval_shape(evaluate, list(weights.values()), traced.arrays)
     return {name: tuple(found) for name, found in scope.found.items()}
 
 
