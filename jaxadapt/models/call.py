@@ -432,8 +432,9 @@ def live_weights(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) 
     """
     jaxpr = tracing.trace(f, weights, args).closed.jaxpr
     _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    rest = iter(used)
-    return {name: any([next(rest) for _ in jax.tree.leaves(w)]) for name, w in weights.items()}
+    structure = jax.tree.structure(list(weights.values()))
+    live = structure.unflatten(used[: structure.num_leaves])
+    return {name: any(jax.tree.leaves(arrays)) for name, arrays in zip(weights, live, strict=True)}
 
 
 # ---------------------------------------------------------------- rows of a batch

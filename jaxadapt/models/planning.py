@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -70,7 +69,8 @@ class BaseParams:
         if self.walked is not None:
             known = (var for by_path in self.walked.adapters.values() for var in by_path.values())
             return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
-        return next((trees.read_adapter(tree, name).keymap for name, tree in trees.variable_adapters(self.target)), None)
+        held = trees.variable_adapters(self.target)
+        return next((trees.read_adapter(tree, name).keymap for name, tree in held), None)
 
     def resolve_keymap(self, keymap: KeyMap | str | None) -> KeyMap:
         """Return a keymap as it is; look up the name of one, or recognize the model."""
@@ -273,10 +273,8 @@ Observe = Callable[[str, str, call.Layer, call.Args, Mapping[str, Any]], Mapping
 """`observe(leaf, attribute, layer, args, kwargs)` sees a call of a leaf's layer, and returns parameters to replace."""
 
 
-def instrument(
-    model: nnx.Module, leaves: Sequence[str], observe: Observe
-) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return `(f, values)`, where `f(values, *args)` calls a copy of the model and lets `observe` see its layers' calls.
+def instrument(model: nnx.Module, leaves: Sequence[str], observe: Observe) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return `(f, values)`: `f(values, *args)` calls a copy of the model and lets `observe` see its layers' calls.
 
     Args:
         leaves: the leaves whose layers are observed.
