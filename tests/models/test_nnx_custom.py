@@ -142,6 +142,14 @@ def test_a_layer_that_contradicts_the_keymap_may_be_quantised():
     np.testing.assert_allclose(jaxadapt.models.quantize(model, "int8", modules=["layer"])(x), y, rtol=0.05, atol=0.05)
 
 
+def test_an_example_on_a_quantised_base():
+    """A quantised weight is two arrays of the traced call, and one leaf of the model."""
+    model, x = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu), jnp.ones((2, 64))
+    model = jaxadapt.models.quantize(model, modules=["layers.0"])
+    adapt(model, lora("layers.0"), example=[x])
+    assert shapes(model) == {"layers.0.kernel.lora_A": (2, 64), "layers.0.kernel.lora_B": (64, 2)}
+
+
 def test_two_contradictory_uses_are_named():
     with pytest.raises(AttachError, match=r"layer.w.*several ways"):
         adapt(own(lambda x, w: jnp.tanh(x @ w) @ w.T, 8, 6), lora("layer"), example=(layers.x(),))
