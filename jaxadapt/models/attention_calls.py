@@ -208,8 +208,8 @@ def attention(
         raise AttachError("attention: dropout_rate is not 0, so pass dropout_rng, or deterministic=True")
     arguments = {
         "query": query, "key": key, "value": value, "bias": bias, "mask": mask, "dtype": dtype, "precision": precision,
-        "is_causal": is_causal, "dropout_rng": dropout_rng if rate else None, "dropout_rate": rate,
-        "broadcast_dropout": broadcast_dropout,
+        "is_causal": is_causal, "dropout_rng": dropout_rng if rate else None,
+        "dropout": (rate, broadcast_dropout),
     }  # fmt: skip
     return _mark(_grouped_attention, arguments, prefix)
 
@@ -240,13 +240,12 @@ def _grouped_attention(
     mask: Array | None = None,
     dropout_rng: Array | None = None,
     *,
-    dropout_rate: float,
-    broadcast_dropout: bool,
+    dropout: tuple[float, bool],
     dtype: Any,
     precision: Any,
     is_causal: bool,
 ) -> Array:
-    """Compute what `attention` returns."""
+    """Compute what `attention` returns; `dropout` has its `dropout_rate` and `broadcast_dropout`."""
     if dtype is not None:
         query, key, value = (x.astype(dtype) for x in (query, key, value))
     *batch, length, heads, size = query.shape
@@ -270,9 +269,10 @@ def _grouped_attention(
         scores = jnp.where(by_group(mask), scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     if dropout_rng is not None:
-        shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
-        kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, shape)
-        weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(value.dtype)
+        rate, broadcast = dropout
+        shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast else weights.shape
+        kept = jax.random.bernoulli(dropout_rng, 1 - rate, shape)
+        weights = jnp.where(kept, weights / (1 - rate), 0).astype(value.dtype)
     return einsum("...kgts,...skh->...tkgh", weights, value).reshape(*batch, length, heads, value.shape[-1])
 
 

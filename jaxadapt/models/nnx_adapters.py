@@ -218,7 +218,8 @@ def _require_room(walk: graph.ModelWalk, adapter_sites: Sequence[Site], collecti
             if collection in vars(module) and ACTIVE not in vars(module)
         ),
     ]
-    raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
+    if problems:
+        raise_listed(AttachError, "these layers cannot carry the adapter:", problems)
 
 
 def install_adapters(layer: nnx.Module) -> None:

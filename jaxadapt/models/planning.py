@@ -483,8 +483,8 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        contradictions = list_contradictions(sites, base.walked.leaves)
-        raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
+        if contradictions := list_contradictions(sites, base.walked.leaves):
+            raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
         return
     attached = base.keymap
     reverse: list[str] = []
@@ -548,24 +548,26 @@ def _plan_on_model(
     except TargetError as error:
         _raise_for_qwix(walked, error)
         raise
-    raise_listed(
-        TargetError,
-        "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
-        sorted(() if all_linear else traced.keys() - {site.leaf for site in sites}),
-    )
+    if not all_linear and (ambiguous := traced.keys() - {site.leaf for site in sites}):
+        raise_listed(
+            TargetError,
+            "target_modules is ambiguous: several weights share a module. Give the full names of the weights to adapt:",
+            sorted(ambiguous),
+        )
     _check_calls(base.target, sites, example)
     return recipe, sites
 
 
 def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
     matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
-    raise_listed(
-        AttachError,
-        "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
-        " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
-        " or pass exclude_modules:",
-        (leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])),
-    )
+    if untraceable := [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]:
+        raise_listed(
+            AttachError,
+            "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
+            " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
+            " or pass exclude_modules:",
+            untraceable,
+        )
 
 
 def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:
