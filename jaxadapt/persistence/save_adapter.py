@@ -32,6 +32,7 @@ from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.regions import Region, cast_tree
 from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import lora
+from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import LOGGER, AttachError, FileError, MismatchError, Progress, Report, bullets, reporter
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps import plan as plans
@@ -251,30 +252,6 @@ def _parts(entry: plans.PlanEntry, box: Region, values: np.ndarray, dtype: Any) 
 # ---------------------------------------------------------------- encode
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The adapter of a tree, taken apart once for `to_peft` and `save`."""
-
-    held: Carrier
-    adapter: Adapter
-    save_embedding_layers: bool | str = False
-
-    @functools.cached_property
-    def leaves(self) -> dict[str, Any]:
-        """`{path: array}` of the adapter."""
-        return self.adapter.flat()
-
-    @functools.cached_property
-    def sites(self) -> sites.Sites:
-        """The adapter's sites."""
-        return sites.sites_of(self.adapter)
-
-    @functools.cached_property
-    def base(self) -> dict[str, Any] | None:
-        """`{path: array}` of the base parameters; None for an adapter without a model."""
-        return self.held.leaves() if self.held.has_base else None
-
-
 def take_adapter(held: Carrier, name: str, keymap: KeyMap | str | None, *, in_memory: bool) -> Adapter:
     """Take the adapter out of a tree, with the target names of the given keymap.
 
@@ -316,26 +293,39 @@ def encode_tree(
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
         tensors, known = foreign.read_tree(held.foreign, keymap)
         sites.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
-        return _repeat_for_heads(tensors, known.own_keymap, None)
+        if not isinstance(tensors.tensors, plans.Encoded):
+            return tensors
+        repeated = _repeat_for_heads(tensors.tensors, tensors.config, known.own_keymap, None)
+        return dataclasses.replace(tensors, tensors=repeated)
     adapter = take_adapter(held, name, keymap, in_memory=in_memory)
     if adapter.shared and (stored := get_method(adapter.config).stored(adapter.config, adapter.shared)):
         adapter = dataclasses.replace(adapter, params={**adapter.params, SHARED_NODE: stored})
-    source = Source(held, adapter, save_embedding_layers)
-    tensors = PeftTensors(adapter.config, _encode(source), "this adapter")
-    tensors = functools.reduce(lambda tensors, rule: rule(tensors, source), RULES, tensors)
-    return tensors if in_memory else dataclasses.replace(tensors, fingerprint=_fingerprint(source, timeout))
+    config, own_keymap, leaves, adapter_sites = adapter.config, adapter.keymap, adapter.flat(), sites.sites_of(adapter)
+    encoded = _encode(leaves, adapter_sites, own_keymap)
+    has_embeddings = sites.may_need_embeddings(config, save_embedding_layers)
+    ties_heads = bool(own_keymap.tied) and METHODS[config.peft_type].ties_heads
+    base = held.leaves() if held.has_base and (has_embeddings or ties_heads) else None
+    if has_embeddings:
+        encoded = sites.add_embeddings(encoded, config, own_keymap, adapter_sites, base, save_embedding_layers)
+    if own_keymap.tied:
+        encoded = _repeat_for_heads(encoded, config, own_keymap, base)
+    config, tensors = _split_or_join(encoded, config, own_keymap, adapter_sites, held.given.on_shared)
+    found = None if in_memory else _fingerprint(held, adapter, adapter_sites, is_distributed(leaves.values()), timeout)
+    return PeftTensors(config, tensors, "this adapter", found)
 
 
-def _fingerprint(source: Source, timeout: float) -> fingerprint.Fingerprint | None:
+def _fingerprint(
+    held: Carrier, adapter: Adapter, adapter_sites: sites.Sites, spread: bool, timeout: float
+) -> fingerprint.Fingerprint | None:
     """Return the fingerprint of the tree's base; None without one, or if the adapter changed it.
 
     If the adapter is spread over several processes, their values are joined. A base that is spread although its adapter
     is not has no fingerprint: only one of the processes may be saving.
     """
-    if not source.held.has_base or lora.changes_base(source.adapter.config):
+    if not held.has_base or lora.changes_base(adapter.config):
         return None
-    found = fingerprint.of_base(source.held.leaves, source.adapter.keymap, source.sites)
-    if is_distributed(source.leaves.values()):
+    found = fingerprint.of_base(held.leaves, adapter.keymap, adapter_sites)
+    if spread:
         return combine_values("the fingerprint of the base", found, fingerprint.merge, timeout)
     return found if found is None or fingerprint.is_complete(found) else None
 
@@ -363,9 +353,8 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
         raise AttachError("these parameters have no values to save:\n" + bullets(problems))
 
 
-def _encode(source: Source) -> plans.Encoded:
-    leaves, adapter_sites = source.leaves, source.sites
-    warn_unproved(source.adapter.keymap)
+def _encode(leaves: Mapping[str, Any], adapter_sites: sites.Sites, keymap: KeyMap) -> plans.Encoded:
+    warn_unproved(keymap)
     sites.require_complete(leaves, adapter_sites)
     if adapter_sites.untargeted:
         raise MismatchError(
@@ -395,71 +384,32 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
         )
 
 
-def _repeat_for_heads(tensors: PeftTensors, keymap: KeyMap, leaves: Iterable[str] | None) -> PeftTensors:
+def _repeat_for_heads(
+    encoded: plans.Encoded, config: Config, keymap: KeyMap, leaves: Iterable[str] | None
+) -> plans.Encoded:
     """Add the head's tensors for tied weights: PEFT stores them under both names. `leaves` are the base's, if known."""
-    encoded = tensors.tensors
-    if not isinstance(encoded, plans.Encoded) or not repeats_heads(tensors.config, keymap, leaves):
-        return tensors
-    entries = [*encoded.plan.entries, *sites.repeat_for_heads(tensors.config, encoded.plan.entries, keymap)]
-    return dataclasses.replace(tensors, tensors=dataclasses.replace(encoded, plan=plans.make_plan(entries)))
+    if not repeats_heads(config, keymap, leaves):
+        return encoded
+    entries = [*encoded.plan.entries, *sites.repeat_for_heads(config, encoded.plan.entries, keymap)]
+    return dataclasses.replace(encoded, plan=plans.make_plan(entries))
 
 
-def add_embeddings(tensors: PeftTensors, source: Source) -> PeftTensors:
-    """Add the base's token embedding and head where PEFT saves them with the adapter."""
-    config, mode = tensors.config, source.save_embedding_layers
-    if not sites.may_need_embeddings(config, mode):
-        return tensors
-    more = sites.add_embeddings(_encoded(tensors), config, source.adapter.keymap, source.sites, source.base, mode)
-    return dataclasses.replace(tensors, tensors=more)
-
-
-def repeat_tied(tensors: PeftTensors, source: Source) -> PeftTensors:
-    """Add the tensors of a tied head, as PEFT stores them under both names."""
-    keymap = source.adapter.keymap
-    if not keymap.tied:
-        return tensors
-    leaves = source.base if METHODS[tensors.config.peft_type].ties_heads else None
-    return _repeat_for_heads(tensors, keymap, leaves)
-
-
-def split_experts(tensors: PeftTensors, source: Source) -> PeftTensors:
-    """Split the tensors of experts where PyTorch has one for each expert."""
-    keys, keymap = _encoded(tensors).plan.keys, source.adapter.keymap
-    if not keymap.per_expert or not (plans.has_parts(keys) or may_have_experts(keys)):
-        return tensors
-    _require_local(tensors)
-    config, split = experts.split_experts(tensors.config, _encoded(tensors), keymap)
-    return dataclasses.replace(tensors, config=config, tensors=split)
-
-
-def join_parts(tensors: PeftTensors, source: Source) -> PeftTensors:
-    """Join leaves that are one tensor in PyTorch."""
-    if source.adapter.keymap.per_expert or not plans.has_parts(_encoded(tensors).plan.keys):
-        return tensors
-    _require_local(tensors)
-    on_shared = source.held.given.on_shared
-    config, joined = experts.join_tensors(tensors.config, source.sites, _encoded(tensors), on_shared)
-    return dataclasses.replace(tensors, config=config, tensors=joined)
-
-
-def _encoded(tensors: PeftTensors) -> plans.Encoded:
-    assert isinstance(tensors.tensors, plans.Encoded)
-    return tensors.tensors
-
-
-def _require_local(tensors: PeftTensors) -> None:
-    if is_spread(tensors):
+def _split_or_join(
+    encoded: plans.Encoded, config: Config, keymap: KeyMap, adapter_sites: sites.Sites, on_shared: str | None
+) -> tuple[Config, Mapping[str, Any]]:
+    """Split the tensors of experts where PyTorch has one for each, and join leaves that are one tensor there."""
+    keys = encoded.plan.keys
+    if not plans.has_parts(keys) and not (keymap.per_expert and may_have_experts(keys)):
+        return config, encoded
+    if is_distributed(encoded.leaves.values()):
         raise AttachError(
             "cannot join these weights: PyTorch stores several of them in one tensor, and the arrays are partly in"
             " other processes. Gather the adapter's arrays first (they are small), with"
             " jax.experimental.multihost_utils"
         )
-
-
-RULES: tuple[Callable[[PeftTensors, Source], PeftTensors], ...] = (
-    add_embeddings, repeat_tied, split_experts, join_parts,
-)  # fmt: skip
-"""The rules by which the leaves of an adapter become the tensors of PEFT's file."""
+    if keymap.per_expert:
+        return experts.split_experts(config, encoded, keymap)
+    return experts.join_tensors(config, adapter_sites, encoded, on_shared)
 
 
 # ---------------------------------------------------------------- to PEFT
