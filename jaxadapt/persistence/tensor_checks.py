@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters import peft_tensors
@@ -21,10 +21,12 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.pytorch import named_parameter
-from jaxadapt.persistence.formats import Finding, count, error, warning
+from jaxadapt.persistence.formats import Finding, count, error, first, such_as, warning, with_subjects
 
 if TYPE_CHECKING:
     import numpy as np
+
+    _Gram = tuple[np.ndarray, int]
 
 Shapes = Mapping[str, tuple[int, ...]]
 Modules = Mapping[str, Shapes]
@@ -63,7 +65,7 @@ def module_settings(modules: Modules, config: Config) -> dict[str, tuple[int, fl
 # ---------------------------------------------------------------- names and shapes
 
 
-def check_tensors(shapes: Shapes, config: Config, family: str = "") -> Iterator[Finding]:
+def check_tensors(shapes: Shapes, config: Config, family: str = "") -> list[Finding]:
     """Find missing, empty and unexpected tensors, and other ranks than the configuration states.
 
     Args:
@@ -71,108 +73,87 @@ def check_tensors(shapes: Shapes, config: Config, family: str = "") -> Iterator[
         config: the configuration.
         family: the type of the base model, for PEFT's default targets; "" if it is not known.
     """
-    yield from check_empty(shapes)
+    found = check_empty(shapes)
     if not peft_tensors.is_known_method(config.peft_type):
-        return
+        return found
     modules, others = split_modules(shapes, config)
-    if modules or any(0 in shape for shape in shapes.values()):
-        yield from _check_parts(modules, config)
-        yield from _check_targets(modules, config, family)
-        yield from _check_saved(modules, others, config)
-        yield from _check_layers(modules, config)
-    else:
-        yield error(
-            "missing",
-            (),
-            f"no tensor of the method {config.peft_type} among {len(shapes)} tensors",
-            "the method's tensors",
-            "check that the configuration belongs to these weights",
-        )
+    if not modules and not found:
+        return [error(
+            "missing", (), f"no tensor of the method {config.peft_type} among {len(shapes)} tensors",
+            "the method's tensors", "check that the configuration belongs to these weights",
+        )]  # fmt: skip
+    return [
+        *found,
+        *_check_parts(modules, config),
+        *_check_targets(modules, config, family),
+        *_check_saved(modules, others, config),
+        *_check_layers(modules, config),
+    ]
 
 
-def check_empty(shapes: Shapes) -> Iterator[Finding]:
+def check_empty(shapes: Shapes) -> list[Finding]:
     """Find tensors without elements, as DeepSpeed ZeRO-3 saves those that another process holds."""
-    empty = [key for key, shape in shapes.items() if 0 in shape]
-    if empty:
-        yield error(
-            "empty",
-            empty,
-            f"no elements in {count(empty, 'tensor')}, such as {empty[0]} of shape {list(shapes[empty[0]])}",
-            "the whole tensors",
-            "DeepSpeed ZeRO-3 keeps only a part of each parameter in a process. Gather them before saving"
-            " (stage3_gather_16bit_weights_on_model_save, or deepspeed.zero.GatheredParameters), and save again",
-        )
+    empty = {key: list(shape) for key, shape in shapes.items() if 0 in shape}
+    return with_subjects(error(
+        "empty", empty, f"no elements in {such_as(empty, 'tensor')} of shape {next(iter(empty.values()), None)}",
+        "the whole tensors",
+        "DeepSpeed ZeRO-3 keeps only a part of each parameter in a process. Gather them before saving"
+        " (stage3_gather_16bit_weights_on_model_save, or deepspeed.zero.GatheredParameters), and save again",
+    ))  # fmt: skip
 
 
-def check_dtypes(dtypes: Mapping[str, str], config: Config) -> Iterator[Finding]:
+def check_dtypes(dtypes: Mapping[str, str], config: Config) -> list[Finding]:
     """Find trained tensors that are no floating-point numbers, as a quantizer of whole files writes them.
 
     Args:
         dtypes: safetensors' names of dtypes by PEFT's names of tensors.
         config: the configuration.
     """
-    trained = {
-        *FACTS[config.peft_type].new_values,
-        *(name for pair in FACTS[config.peft_type].tensor_pairs for name in pair),
-    }
+    facts = FACTS[config.peft_type]
+    trained = {*facts.new_values, *(name for pair in facts.tensor_pairs for name in pair)}
     integers = [key for key, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
     wrong = [key for key in integers if (peft_tensors.split_key(key, config.peft_type) or ("", ""))[1] in trained]
-    if wrong:
-        yield error(
-            "dtype", wrong, f"{dtypes[wrong[0]]} in {count(wrong, 'tensor')}, such as {wrong[0]}",
-            "floating-point numbers: PEFT takes integers as the values themselves, without a scale",
-            "save the adapter again where it was trained, or multiply the integers by their scales",
-        )  # fmt: skip
+    return with_subjects(error(
+        "dtype", wrong, f"{first(dtypes[key] for key in wrong)} in {such_as(wrong, 'tensor')}",
+        "floating-point numbers: PEFT takes integers as the values themselves, without a scale",
+        "save the adapter again where it was trained, or multiply the integers by their scales",
+    ))  # fmt: skip
 
 
-def _check_parts(modules: Modules, config: Config) -> Iterator[Finding]:
+def _check_parts(modules: Modules, config: Config) -> list[Finding]:
     """Find the tensors that a module lacks, must not have, or has in another shape."""
-    differences = _compare_parts(modules, config)
-    missing = [each.name for each in differences if each.kind == "missing"]
-    if missing:
-        yield error(
-            "missing",
-            missing,
-            f"missing: {count(missing, 'tensor')}, such as {missing[0]}",
-            "all tensors of each adapted module",
+    missing, unexpected, unequal, ranks = list[str](), list[str](), dict[str, str](), dict[str, str]()
+    for each in _compare_parts(modules, config):
+        if each.expected is None:
+            unexpected.append(each.name)
+        elif each.found is None:
+            missing.append(each.name)
+        elif each.name.endswith((_LINEAR, _EMBEDDING)):
+            stored, stated = ((spec.shape or (None,))[0] for spec in (each.found, each.expected))
+            ranks[each.name] = f"{each.name} has rank {stored} in the file and {stated} in the configuration"
+        else:
+            unequal[each.name] = str(each)
+    of_variants = {field: [name for name in unexpected if f".{start}" in name] for start, field, _ in _VARIANTS}
+    return with_subjects(
+        error(
+            "missing", missing, f"missing: {such_as(missing, 'tensor')}", "all tensors of each adapted module",
             _SAVE_AGAIN,
-        )
-    yield from _check_variants([each.name for each in differences if each.kind == "unexpected"])
-    wrong = {each.name: each for each in differences if each.kind == "shape"}
-    ranks = [name for name in wrong if name.endswith((_LINEAR, _EMBEDDING))]
-    if unequal := [name for name in wrong if name not in ranks]:
-        yield error(
-            "shape",
-            unequal,
-            f"A and B do not fit in {count(unequal, 'module')}: {wrong[unequal[0]]}",
-            "A of shape (r, in) and B of shape (out, r)",
-            "save the adapter again",
-        )
-    if ranks:
-        first = wrong[ranks[0]]
-        yield error(
-            "rank",
-            ranks,
-            f"another rank than the configuration states in {count(ranks, 'module')}: {first.name} has rank"
-            f" {_first_size(first.found)} in the file and {_first_size(first.expected)} in the configuration",
-            "r and rank_pattern of the training, on which the scale depends",
+        ),
+        *(error(
+            "variant", names, f"{field} is false, but the file has {count(names, 'tensor')} of it, such as"
+            f" {first(names)}", f"{field}: true. Without it, PEFT ignores them and computes something else",
+            f"set {field} to true, or take adapter_config.json from where the adapter was trained",
+        ) for field, names in of_variants.items()),
+        error(
+            "shape", unequal, f"A and B do not fit in {count(unequal, 'module')}: {first(unequal.values())}",
+            "A of shape (r, in) and B of shape (out, r)", "save the adapter again",
+        ),
+        error(
+            "rank", ranks, f"another rank than the configuration states in {count(ranks, 'module')}:"
+            f" {first(ranks.values())}", "r and rank_pattern of the training, on which the scale depends",
             "take adapter_config.json from where the adapter was trained, or state the ranks in rank_pattern",
-        )
-
-
-def _check_variants(unexpected: Sequence[str]) -> Iterator[Finding]:
-    """Find tensors of a variant of LoRA that the configuration does not switch on."""
-    for start, field, _ in _VARIANTS:
-        if names := [name for name in unexpected if f".{start}" in name]:
-            yield error(
-                "variant", names, f"{field} is false, but the file has {count(names, 'tensor')} of it, such as"
-                f" {names[0]}", f"{field}: true. Without it, PEFT ignores them and computes something else",
-                f"set {field} to true, or take adapter_config.json from where the adapter was trained",
-            )  # fmt: skip
-
-
-def _first_size(spec: paths.Spec | None) -> int | None:
-    return spec.shape[0] if spec is not None and spec.shape else None
+        ),
+    )  # fmt: skip
 
 
 def _compare_parts(modules: Modules, config: Config) -> list[paths.Finding]:
@@ -210,14 +191,11 @@ def _expected_parts(module: str, tensors: Shapes, config: Config) -> dict[str, p
     return expected
 
 
-def _check_targets(modules: Modules, config: Config, family: str) -> Iterator[Finding]:
+def _check_targets(modules: Modules, config: Config, family: str) -> list[Finding]:
     """Find modules that the targets do not select, and targets without tensors."""
-    if (
-        matching.is_all_linear(config)
-        or peft_tensors.has_no_modules(config.peft_type)
-        or not FACTS[config.peft_type].target_is_expression
-    ):
-        return
+    is_free = matching.is_all_linear(config) or peft_tensors.has_no_modules(config.peft_type)
+    if is_free or not FACTS[config.peft_type].target_is_expression:
+        return []
     # No target selects the rows of an embedding, and the tensors of the whole adapter.
     of_rows = {"", "base_model"}
     of_rows |= {name for name, parts in modules.items() if all(part.startswith("token_adapter") for part in parts)}
@@ -225,45 +203,41 @@ def _check_targets(modules: Modules, config: Config, family: str) -> Iterator[Fi
     targets: str | Sequence[str] | None = config.get("target_modules")
     by_parameters = config.get("target_parameters")
     if targets is None:
-        yield from () if by_parameters or not adapted else _check_default_targets(adapted, config, family)
-        return
+        return [] if by_parameters or not adapted else _check_default_targets(adapted, config, family)
     if ignored := [] if by_parameters or config.get("layer_replication") else _ignored(adapted, modules, config):
-        yield error(
-            "untargeted",
-            ignored,
-            f"target_modules does not select {count(ignored, 'module')}, such as {ignored[0]}",
+        return [error(
+            "untargeted", ignored, f"target_modules does not select {such_as(ignored, 'module')}",
             f"{_ALL_SELECTED}: PEFT ignores the other tensors",
             "correct target_modules, or take adapter_config.json from where the adapter was trained",
-        )
-    elif not isinstance(targets, str) and not by_parameters:
-        yield from _check_unused(targets, adapted, config)
+        )]  # fmt: skip
+    unused = [] if isinstance(targets, str) or by_parameters else _unused(targets, adapted, config)
+    return with_subjects(warning(
+        "target-without-tensors", unused, f"no tensor belongs to these target_modules: {', '.join(unused)}",
+        "tensors for each target that the model has",
+        "harmless if the model has no such modules; else their tensors are lost. --base tells which",
+    ))  # fmt: skip
 
 
 _ALL_SELECTED = "target_modules that selects every adapted module"
 
 
-def _check_default_targets(adapted: Sequence[str], config: Config, family: str) -> Iterator[Finding]:
+def _check_default_targets(adapted: Sequence[str], config: Config, family: str) -> list[Finding]:
     """Check the modules of a configuration without targets, for which PEFT takes a default by the base's type."""
     resolved = matching.with_default_targets(config, family)
-    if not FACTS[config.peft_type].default_targets or matching.is_all_linear(
-        resolved
-    ):  # as of OSF, where PEFT has no other default
-        return
+    if not FACTS[config.peft_type].default_targets or matching.is_all_linear(resolved):
+        return []  # as of OSF, where PEFT has no other default
     targets, remedy = ", ".join(sorted(resolved.names("target_modules"))), "name the adapted modules in target_modules"
-    ignored = [name for name in adapted if not _is_targeted(resolved, name)]
     if not targets:
-        yield warning(
-            "untargeted",
-            adapted,
+        return [warning(
+            "untargeted", adapted,
             "target_modules is null: PEFT takes its default for the type of the base model, or refuses the adapter",
-            _ALL_SELECTED,
-            remedy,
-        )
-    elif ignored:
-        yield error(
-            "untargeted", ignored, f"target_modules is null: for the type {family} PEFT takes {targets} and ignores"
-            f" {count(ignored, 'module')}, such as {ignored[0]}", _ALL_SELECTED, remedy,
-        )  # fmt: skip
+            _ALL_SELECTED, remedy,
+        )]  # fmt: skip
+    ignored = [name for name in adapted if not _is_targeted(resolved, name)]
+    return with_subjects(error(
+        "untargeted", ignored, f"target_modules is null: for the type {family} PEFT takes {targets} and ignores"
+        f" {such_as(ignored, 'module')}", _ALL_SELECTED, remedy,
+    ))  # fmt: skip
 
 
 def _ignored(adapted: Iterable[str], modules: Modules, config: Config) -> list[str]:
@@ -276,17 +250,10 @@ def _ignored(adapted: Iterable[str], modules: Modules, config: Config) -> list[s
     ]
 
 
-def _check_unused(targets: Iterable[str], adapted: Sequence[str], config: Config) -> Iterator[Finding]:
+def _unused(targets: Iterable[str], adapted: Sequence[str], config: Config) -> list[str]:
+    """Return the targets without a module; without those that the configuration may exclude."""
     ends = [f".{name}" for name in adapted]
-    unused = [t for t in targets if not any(end.endswith(f".{t}") for end in ends) and not _may_be_excluded(config, t)]
-    if unused:
-        yield warning(
-            "target-without-tensors",
-            unused,
-            f"no tensor belongs to these target_modules: {', '.join(unused)}",
-            "tensors for each target that the model has",
-            "harmless if the model has no such modules; else their tensors are lost. --base tells which",
-        )
+    return [t for t in targets if not any(end.endswith(f".{t}") for end in ends) and not _may_be_excluded(config, t)]
 
 
 def _is_targeted(config: Config, module: str) -> bool:
@@ -308,35 +275,31 @@ def _may_be_excluded(config: Config, target: str) -> bool:
     return not matching.is_target(config, target) or any(name.endswith(f".{target}") for name in excluded)
 
 
-def _check_saved(modules: Modules, others: Iterable[str], config: Config) -> Iterator[Finding]:
+def _check_saved(modules: Modules, others: Iterable[str], config: Config) -> list[Finding]:
     """Check fully trained modules and token rows, and find tensors that PEFT ignores."""
     saved: set[str] = set(config.get("modules_to_save") or ())
     names = {key: key.removeprefix(PEFT_PREFIX).rpartition(".")[0] for key in others}
     found = set[str]().union(*(matching.saving_entries(config, name) for name in names.values()))
-    if saved and not saved & found and not config.get("ensure_weight_tying"):
-        yield error(
-            "missing",
-            sorted(saved),
-            f"no tensor belongs to modules_to_save: {', '.join(sorted(saved))}",
-            "the fully trained modules",
-            _SAVE_AGAIN,
-        )
+    absent = [] if saved & found or config.get("ensure_weight_tying") else sorted(saved)
     has_rows = any("trainable_tokens_delta" in tensor for tensors in modules.values() for tensor in tensors)
-    if config.peft_type == "LORA" and config.get("trainable_token_indices") and not has_rows:
-        yield error(
-            "missing", ("trainable_tokens_delta",), "the rows of trainable_token_indices are missing",
-            "one tensor of rows for each embedding", _SAVE_AGAIN,
-        )  # fmt: skip
+    lacks_rows = config.peft_type == "LORA" and config.get("trainable_token_indices") and not has_rows
     unexpected = [key for key, name in names.items() if not _is_expected(key, name, config)]
-    if unexpected:
-        yield warning(
-            "unexpected",
-            unexpected,
-            f"neither of {config.peft_type} nor of modules_to_save: {count(unexpected, 'tensor')}, such as"
-            f" {unexpected[0]}",
+    return with_subjects(
+        error(
+            "missing", absent, f"no tensor belongs to modules_to_save: {', '.join(absent)}",
+            "the fully trained modules", _SAVE_AGAIN,
+        ),
+        error(
+            "missing", ("trainable_tokens_delta",) if lacks_rows else (),
+            "the rows of trainable_token_indices are missing", "one tensor of rows for each embedding", _SAVE_AGAIN,
+        ),
+        warning(
+            "unexpected", unexpected,
+            f"neither of {config.peft_type} nor of modules_to_save: {such_as(unexpected, 'tensor')}",
             "no other tensors: PEFT ignores them without a message",
             "if they were trained, name their modules in modules_to_save; else remove them",
-        )
+        ),
+    )  # fmt: skip
 
 
 def _is_expected(key: str, module: str, config: Config) -> bool:
@@ -349,27 +312,25 @@ def _is_expected(key: str, module: str, config: Config) -> bool:
     )
 
 
-def _check_layers(modules: Iterable[str], config: Config) -> Iterator[Finding]:
+def _check_layers(modules: Iterable[str], config: Config) -> list[Finding]:
     """Find layers that lack a module which nearly all other layers have."""
     layers: dict[tuple[str, str], set[int]] = {}
     for match in (re.fullmatch(r"(\D*?)\.?(\d+)\.(.+)", module) for module in modules):
         if match is not None and len(match[2]) < _MAX_DIGITS:
             layers.setdefault((match[1], match[3]), set()).add(int(match[2]))
     gaps: list[str] = []
+    is_chosen = config.get("layers_to_transform") is not None or isinstance(config.get("target_modules"), str)
     for (stack, name), numbers in layers.items():
         every = set().union(*(found for (other, _), found in layers.items() if other == stack))
         absent = sorted({*every, *range(min(every), max(every) + 1)} - numbers)
         if len(absent) * 5 <= len(numbers) + len(absent):
             gaps += [f"{stack}.{number}.{name}".lstrip(".") for number in absent]
-    is_chosen = config.get("layers_to_transform") is not None or isinstance(config.get("target_modules"), str)
-    if gaps and not is_chosen:
-        yield warning(
-            "layers",
-            gaps,
-            f"not adapted: {count(gaps, 'module')} that nearly all other layers have, such as {gaps[0]}",
-            "the same modules in all layers, unless the base has them in some layers only",
-            "check that the file is complete; --base tells whether the base has these modules",
-        )
+    return with_subjects(warning(
+        "layers", [] if is_chosen else gaps,
+        f"not adapted: {count(gaps, 'module')} that nearly all other layers have, such as {first(gaps)}",
+        "the same modules in all layers, unless the base has them in some layers only",
+        "check that the file is complete; --base tells whether the base has these modules",
+    ))  # fmt: skip
 
 
 # ---------------------------------------------------------------- values
@@ -383,29 +344,27 @@ _HUGE_RATIO = 100.0
 
 
 def check_values(
-    keys: Mapping[str, str], shapes: Shapes, get: Callable[[str], np.ndarray], config: Config | None
-) -> Iterator[Finding]:
+    keys: Mapping[str, str], modules: Modules, get: Callable[[str], np.ndarray], config: Config | None
+) -> list[Finding]:
     """Read every tensor once and find NaN and infinities, untrained tensors and huge changes.
 
     Args:
         keys: {PEFT's name: the key in the file}.
-        shapes: by PEFT's names.
+        modules: the tensors of the method by module, as `split_modules` returns them.
         get: returns the tensor of a key in the file.
         config: the configuration; None if it is unknown, and only NaN and infinities can be found.
     """
-    modules = {} if config is None else split_modules(shapes, config)[0]
     settings = {} if config is None else module_settings(modules, config)
     not_finite: list[str] = []
     unchanged: dict[float, list[str]] = {}
-    grams: dict[str, dict[str, np.ndarray]] = {}
+    grams: dict[str, dict[str, _Gram]] = {}
     for name, key in keys.items():
         try:
             values = _floats(get(key))
         except FileError as problem:
-            yield error(
-                "unreadable", (name,), str(problem), "a tensor that can be read", "fetch or save the file again"
-            )
-            return
+            return [
+                error("unreadable", (name,), str(problem), "a tensor that can be read", "fetch or save the file again")
+            ]
         split = None if config is None else peft_tensors.split_key(name, config.peft_type)
         if values is None:
             not_finite.append(name)
@@ -416,20 +375,15 @@ def check_values(
                 unchanged.setdefault(new, []).append(name)
             if module in settings and (gram := _gram(tensor, values)) is not None:
                 grams.setdefault(module, {})[tensor.partition(".")[0][-1]] = gram
-    if not_finite:
-        yield error(
-            "not-finite",
-            not_finite,
-            f"NaN or infinity in {count(not_finite, 'tensor')}, such as {not_finite[0]}",
-            "finite numbers",
-            "the training diverged, or 16 bits overflowed: take an earlier checkpoint",
-        )
-    if config is None:
-        return
-    for value, names in unchanged.items():
-        yield _untrained(value, names, modules, config)
-    if not config.get("use_qalora") and not config.get("use_bdlora") and not config.get("kasa_config"):
-        yield from _check_sizes(grams, modules, settings)
+    found = with_subjects(error(
+        "not-finite", not_finite, f"NaN or infinity in {such_as(not_finite, 'tensor')}", "finite numbers",
+        "the training diverged, or 16 bits overflowed: take an earlier checkpoint",
+    ))  # fmt: skip
+    if config is not None:
+        found += [_untrained(value, names, modules, config) for value, names in unchanged.items()]
+        if not config.get("use_qalora") and not config.get("use_bdlora") and not config.get("kasa_config"):
+            found += _check_sizes(grams, settings)
+    return found
 
 
 def _floats(tensor: Any) -> np.ndarray | None:
@@ -443,13 +397,14 @@ def _floats(tensor: Any) -> np.ndarray | None:
     return values if np.isfinite(values).all() else None
 
 
-def _gram(tensor: str, values: np.ndarray) -> np.ndarray | None:
-    """Return A·Aᵀ of an A (r, in) or Bᵀ·B of a B (out, r), in float64; None for other tensors."""
+def _gram(tensor: str, values: np.ndarray) -> _Gram | None:
+    """Return A·Aᵀ of an A (r, in) or Bᵀ·B of a B (out, r) with `in` or `out`, in float64; None for other tensors."""
     kind = tensor.removesuffix(".weight")
     if kind not in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") or values.ndim < 2:
         return None
     matrix = values.reshape(values.shape[0], -1).astype("float64")
-    return matrix @ matrix.T if kind.endswith("A") else matrix.T @ matrix
+    matrix = matrix if kind.endswith("A") else matrix.T
+    return matrix @ matrix.T, matrix.shape[1]
 
 
 def _untrained(value: float, names: Sequence[str], modules: Iterable[str], config: Config) -> Finding:
@@ -467,28 +422,20 @@ def _untrained(value: float, names: Sequence[str], modules: Iterable[str], confi
     )
 
 
-def _check_sizes(
-    grams: Mapping[str, Mapping[str, np.ndarray]], modules: Modules, settings: Mapping[str, tuple[int, float]]
-) -> Iterator[Finding]:
+def _check_sizes(grams: Mapping[str, Mapping[str, _Gram]], settings: Mapping[str, tuple[int, float]]) -> list[Finding]:
     """Find modules whose ΔW = s·B·A is huge, from ‖B·A‖² = tr(BᵀB·AAᵀ)."""
     sizes: dict[str, float] = {}
     for module, both in grams.items():
-        if len(both) == 2 and both["A"].shape == both["B"].shape:
-            shapes = modules[module].items()
-            elements = math.prod(math.prod(shape[1:]) for name, shape in shapes if name.endswith(("_A", "_A.weight")))
-            for name, shape in shapes:
-                elements *= math.prod((shape[0], *shape[2:])) if name.endswith(("_B", "_B.weight")) else 1
-            square = max(float((both["A"] * both["B"]).sum()), 0.0)
-            sizes[module] = abs(settings[module][1]) * math.sqrt(square / max(elements, 1))
+        if len(both) == 2 and both["A"][0].shape == both["B"][0].shape:
+            (a, columns), (b, rows) = both["A"], both["B"]
+            square = max(float((a * b).sum()), 0.0)
+            sizes[module] = abs(settings[module][1]) * math.sqrt(square / max(rows * columns, 1))
     middle = statistics.median(sizes.values()) if sizes else 0.0
     huge = [m for m, size in sizes.items() if size > _HUGE_RMS or (len(sizes) > 3 and size > _HUGE_RATIO * middle > 0)]
-    if huge:
-        worst = max(huge, key=lambda module: sizes[module])
-        yield warning(
-            "huge",
-            huge,
-            f"a huge change of {count(huge, 'module')}: the root mean square of ΔW is {sizes[worst]:.3g}"
-            f" in {worst}, and {middle:.3g} in the median of all modules",
-            "a change smaller than the weights (about 0.02)",
-            "check the scale (lora_alpha and r) and the training: the model's outputs may be noise",
-        )
+    worst = max(huge, key=lambda module: sizes[module], default="")
+    return with_subjects(warning(
+        "huge", huge, f"a huge change of {count(huge, 'module')}: the root mean square of ΔW is"
+        f" {sizes.get(worst, 0):.3g} in {worst}, and {middle:.3g} in the median of all modules",
+        "a change smaller than the weights (about 0.02)",
+        "check the scale (lora_alpha and r) and the training: the model's outputs may be noise",
+    ))  # fmt: skip

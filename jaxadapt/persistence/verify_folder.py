@@ -28,7 +28,7 @@ from jaxadapt.core import errors
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks
-from jaxadapt.persistence.formats import SEVERITIES, Finding, count, error, note, warning
+from jaxadapt.persistence.formats import SEVERITIES, Finding, count, error, first, note, warning, with_subjects
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
 from jaxadapt.storage import hf_model, location, safetensors, torch_bin
@@ -122,19 +122,24 @@ def _stored_shapes(place: location.Location) -> tensor_checks.Shapes:
 
 
 def check_base(
-    shapes: tensor_checks.Shapes, config: Config, base: tensor_checks.Shapes | KeyMap, source: str
+    shapes: tensor_checks.Shapes,
+    adapted: Sequence[str],
+    config: Config,
+    base: tensor_checks.Shapes | KeyMap,
+    source: str,
 ) -> Iterator[Finding]:
     """Find the modules of an adapter that do not fit the base.
 
     Args:
         shapes: the adapter's tensors, by PEFT's names.
+        adapted: the adapted modules, by PEFT's names.
         config: the configuration.
         base: the shapes of the base's parameters, or the keymap of its family.
         source: the base, for messages.
     """
     if peft_tensors.has_no_modules(config.peft_type):
         return
-    modules = _modules(shapes, config)
+    modules = list(dict.fromkeys(m.replace(".base_layer", "") for m in adapted))  # as the base names them
     if isinstance(base, KeyMap):
         yield from _check_family(modules, base)
         return
@@ -146,12 +151,6 @@ def check_base(
     yield from _check_shapes(shapes, config, base, names)
     if not missing:
         yield from _check_completeness(modules, config, base, source)
-
-
-def _modules(shapes: tensor_checks.Shapes, config: Config) -> list[str]:
-    """Return the adapted modules, as the base names them."""
-    modules, _ = tensor_checks.split_modules(shapes, config)
-    return list(dict.fromkeys(m.replace(".base_layer", "") for m in modules if m and m != "base_model"))
 
 
 def _has_module(base: tensor_checks.Shapes, module: str) -> bool:
@@ -249,7 +248,7 @@ def _prefixed_modules(modules: Sequence[str], base: tensor_checks.Shapes) -> dic
 
 def _check_shapes(
     shapes: tensor_checks.Shapes, config: Config, base: tensor_checks.Shapes, names: Mapping[str, str]
-) -> Iterator[Finding]:
+) -> list[Finding]:
     """Compare the sizes of the tensors with the base's weights."""
     compared: list[tuple[str, str, tuple[int, ...], tuple[int, ...], str]] = []
     has_own_layout = config.get("use_qalora") or config.get("use_bdlora")
@@ -268,41 +267,32 @@ def _check_shapes(
     for label, module, shape, have, where in compared:
         is_vocabulary = any(word in module.rpartition(".")[2] for word in _EMBEDDINGS) and have[1:] == shape[1:]
         texts[is_vocabulary].append(f"{label}: {list(shape)} {where}, {list(have)} in the base")
-    if vocabulary := texts[True]:
-        yield error(
-            "vocabulary",
-            vocabulary,
-            f"embeddings of another vocabulary: {vocabulary[0]}",
-            "as many rows as the base has tokens",
-            "resize the base's embeddings to the adapter's number of rows"
+    return with_subjects(
+        error(
+            "vocabulary", texts[True], f"embeddings of another vocabulary: {first(texts[True])}",
+            "as many rows as the base has tokens", "resize the base's embeddings to the adapter's number of rows"
             " before loading (resize_token_embeddings), or read with fit_vocabulary=True",
-        )
-    if wrong := texts[False]:
-        yield error(
-            "shape",
-            wrong,
-            f"{count(wrong, 'size')} unlike the base: {wrong[0]}",
-            "sizes of the base's weights",
-            _IS_THE_BASE,
-        )
+        ),
+        error(
+            "shape", texts[False], f"{count(texts[False], 'size')} unlike the base: {first(texts[False])}",
+            "sizes of the base's weights", _IS_THE_BASE,
+        ),
+    )  # fmt: skip
 
 
 def _check_completeness(
     modules: Collection[str], config: Config, base: tensor_checks.Shapes, source: str
-) -> Iterator[Finding]:
+) -> list[Finding]:
     """Find targets of the configuration in the base for which the file has no tensors."""
     if config.get("target_modules") is None or matching.is_all_linear(config) or config.peft_type != "LORA":
-        return
+        return []
     candidates = [key.removesuffix(".weight") for key, s in base.items() if key.endswith(".weight") and len(s) > 1]
     absent = [m for m in candidates if m not in modules and matching.is_target(config, m)]
-    if absent:
-        yield error(
-            "missing",
-            absent,
-            f"the file lacks {count(absent, 'module')} of {source} that target_modules selects",
-            "tensors for every target",
-            "save the adapter again where it was trained, or name the adapted modules exactly in target_modules",
-        )
+    return with_subjects(error(
+        "missing", absent, f"the file lacks {count(absent, 'module')} of {source} that target_modules selects",
+        "tensors for every target",
+        "save the adapter again where it was trained, or name the adapted modules exactly in target_modules",
+    ))  # fmt: skip
 
 
 def _check_family(modules: Sequence[str], keymap: KeyMap) -> Iterator[Finding]:
@@ -422,7 +412,7 @@ def _check_content(
     """Check the tensors, by their names in PEFT, and describe the adapter."""
     specs, tensors, config, keys = stored.specs, stored.tensors, reading.config, reading.keys
     if tensors is None or not keys:
-        return [] if config is None or tensors is not None else [_describe_method(config, None)]
+        return [] if config is None or tensors is not None else [_describe_method(config, "the configuration of a ")]
     shapes = {name: specs[key][1] for name, key in keys.items()}
     dtypes = {name: specs[key][0] for name, key in keys.items()}
     # A .bin file may have the dtype C128, which safetensors lacks.
@@ -436,28 +426,27 @@ def _check_content(
 
     if config is None:
         found = [_describe_tensors(guess_method(specs), shapes), *tensor_checks.check_empty(shapes)]
-        return [*found, *tensor_checks.check_values(keys, shapes, get, None)]
+        return [*found, *tensor_checks.check_values(keys, {}, get, None)]
+    modules, _ = tensor_checks.split_modules(shapes, config)
+    adapted = [module for module in modules if module and module != "base_model"]
     found: list[Finding] = []
     if not reading.has_several:
         found += tensor_checks.check_tensors(shapes, config, base_family(base, known_base))
         if known_base is not None:
-            found += check_base(shapes, config, known_base, base_name)
+            found += check_base(shapes, adapted, config, known_base, base_name)
     found += tensor_checks.check_dtypes(dtypes, config)
-    found += tensor_checks.check_values(keys, shapes, get, config)
-    return [*found, _describe_method(config, shapes), *_describe_scales(shapes, config)]
+    found += tensor_checks.check_values(keys, modules, get, config)
+    text = f", {count(adapted, 'adapted module')}" if adapted else ""
+    found.append(_describe_method(config, after=f", {count(shapes, 'tensor')}{text}"))
+    return [*found, *_describe_scales(modules, config)]
 
 
 # ---------------------------------------------------------------- facts
 
 
-def _describe_method(config: Config, shapes: tensor_checks.Shapes | None) -> Finding:
+def _describe_method(config: Config, before: str = "", after: str = "") -> Finding:
     base = f" for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
-    if shapes is None:
-        return note("method", (config.peft_type,), f"the configuration of a {config.peft_type} adapter{base}")
-    modules, _ = tensor_checks.split_modules(shapes, config)
-    number = len([module for module in modules if module and module != "base_model"])
-    text = f", {count(number, 'adapted module')}" if number else ""
-    return note("method", (config.peft_type,), f"{config.peft_type} adapter{base}, {count(shapes, 'tensor')}{text}")
+    return note("method", (config.peft_type,), f"{before}{config.peft_type} adapter{base}{after}")
 
 
 def _describe_tensors(kind: str, shapes: tensor_checks.Shapes) -> Finding:
@@ -469,9 +458,8 @@ def _describe_tensors(kind: str, shapes: tensor_checks.Shapes) -> Finding:
     return note("method", (kind,), f"{len(shapes)} tensors of {kind or 'an unknown method'}{text}")
 
 
-def _describe_scales(shapes: tensor_checks.Shapes, config: Config) -> Iterator[Finding]:
+def _describe_scales(modules: tensor_checks.Modules, config: Config) -> Iterator[Finding]:
     """Yield one note for each pair of rank and scale."""
-    modules, _ = tensor_checks.split_modules(shapes, config)
     groups: dict[tuple[int, float], list[str]] = {}
     for module, setting in tensor_checks.module_settings(modules, config).items():
         groups.setdefault(setting, []).append(module)

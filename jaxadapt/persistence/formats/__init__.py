@@ -240,6 +240,25 @@ def count(items: int | Collection[object], noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def such_as(items: Collection[str], noun: str) -> str:
+    """Return the number of items with their noun, and the first of them.
+
+    >>> such_as(["q", "k"], "module")
+    '2 modules, such as q'
+    """
+    return f"{count(items, noun)}, such as {first(items)}"
+
+
+def first(items: Iterable[str]) -> str:
+    """Return the first of some texts; "" without one."""
+    return next(iter(items), "")
+
+
+def with_subjects(*findings: Finding) -> list[Finding]:
+    """Return the findings that concern something; a check without a subject has found nothing."""
+    return [finding for finding in findings if finding.subjects]
+
+
 def error(
     code: str,
     subjects: Iterable[str],
