@@ -285,15 +285,15 @@ def grouped(readers: Iterable[Reader]) -> list[tuple[str, str, tuple[str, ...], 
 
 def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str, str]:
     """Return {property: setting} for the properties of an adapter that some program does not read."""
-    found: dict[str, str] = {"any": "PEFT's format"}
-    if config.peft_type == "IA3":
-        found["ia3"] = "IA3"
-    elif config.peft_type != "LORA":
-        found["method" if peft_tensors.is_method_of_peft(config.peft_type) else "type"] = config.peft_type
-    found |= {prop: setting for prop, setting in _SETTINGS.items() if config.get(setting)}
+    kind = (
+        "ia3" if config.peft_type == "IA3" else "method" if peft_tensors.is_method_of_peft(config.peft_type) else "type"
+    )
     init, bias, alpha = config.get("init_lora_weights"), config.get("bias", "none"), config.get("lora_alpha")
     is_other_base = isinstance(init, str) and lora.changes_base(config) and not config.get("kasa_config")
     settings = {
+        "any": "PEFT's format",
+        kind: "" if config.peft_type == "LORA" else config.peft_type,
+        **{prop: setting if config.get(setting) else "" for prop, setting in _SETTINGS.items()},
         "variant": ", ".join(name for name in _VARIANTS if config.get(name)),
         "init": f"init_lora_weights={init!r}" if is_other_base else "",
         **_copy_properties(config),
@@ -301,22 +301,22 @@ def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str,
         "fraction": f"lora_alpha={alpha:g}" if isinstance(alpha, float) and not alpha.is_integer() else "",
         **_target_properties(config, keys, tied),
     }
-    found |= {prop: setting for prop, setting in settings.items() if setting}
-    return found | _key_properties(config, keys, found)
+    found = {prop: setting for prop, setting in settings.items() if setting}
+    return found | {prop: text for prop, text in _key_properties(config, keys, found).items() if text}
 
 
 def _target_properties(config: Config, keys: Iterable[str], tied: bool | None) -> dict[str, str]:
     target: Any = config.get("target_modules")
-    if isinstance(target, str):
-        found = {} if target in ("all", "all-linear") else {"expression": "target_modules is an expression"}
-        named = []
-    else:
-        found, named = dict[str, str](), [name for name in target or () if name in _EMBEDDINGS]
-    adapts = named or any(key.endswith("lora_embedding_A") for key in keys)
-    if config.peft_type == "LORA" and adapts and tied is not False:
-        kind = "tied embedding" if tied else "embedding"
-        found[kind] = f"target_modules={named}" if named else "an adapted embedding"
-    return found
+    is_expression = isinstance(target, str) and target not in ("all", "all-linear")
+    named = [] if isinstance(target, str) else [name for name in target or () if name in _EMBEDDINGS]
+    adapts = bool(named) or any(key.endswith("lora_embedding_A") for key in keys)
+    text = f"target_modules={named}" if named else "an adapted embedding"
+    return {
+        "expression": "target_modules is an expression" if is_expression else "",
+        "tied embedding" if tied else "embedding": (
+            text if config.peft_type == "LORA" and adapts and tied is not False else ""
+        ),
+    }
 
 
 def _copy_properties(config: Config) -> dict[str, str]:
@@ -329,21 +329,18 @@ def _copy_properties(config: Config) -> dict[str, str]:
 
 def _key_properties(config: Config, keys: list[str], found: Mapping[str, str]) -> dict[str, str]:
     """Return the properties that only keys show. All programs pass over the base's weight of an adapted module."""
-    explained = {"dora", "lora_bias", "kasa", "tokens", "bias", "variant"} & found.keys() or config.get(
-        "modules_to_save"
-    )
-    layers = {} if "layers" in found else _layer_properties(keys)
-    if config.peft_type != "LORA" or explained:
-        return layers
-    others = [key for key in keys if not _PAIR.fullmatch(key) and not key.endswith(".base_layer.weight")]
-    if not others:
-        return layers
+    known = {"dora", "lora_bias", "kasa", "tokens", "bias", "variant"}
+    is_explained = config.peft_type != "LORA" or config.get("modules_to_save") or not known.isdisjoint(found)
+    others = [k for k in keys if not is_explained and not _PAIR.fullmatch(k) and not k.endswith(".base_layer.weight")]
     count = "a tensor" if len(others) == 1 else f"{len(others)} tensors"
-    return layers | {"other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}"}
+    return {
+        "layers": "" if "layers" in found else _partial_layers(keys),
+        "other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}" if others else "",
+    }
 
 
-def _layer_properties(keys: Iterable[str]) -> dict[str, str]:
-    """Return the property of an adapter that lacks a module in some layers, as far as the keys show it."""
+def _partial_layers(keys: Iterable[str]) -> str:
+    """Return the first module that some layers lack, as far as the keys show it; "" if no layer lacks one."""
     layers: dict[str, set[int]] = {}
     for key in keys:
         match = _PAIR.fullmatch(key)
@@ -351,8 +348,8 @@ def _layer_properties(keys: Iterable[str]) -> dict[str, str]:
         if parts:
             layers.setdefault(f"{parts[1]}.*.{parts[3]}", set()).add(int(parts[2]))
     most = max((max(numbers) for numbers in layers.values()), default=-1) + 1
-    missing = [name for name, numbers in layers.items() if len(numbers) < most]
-    return {"layers": f"{missing[0].removeprefix(PEFT_PREFIX)} of some layers"} if missing else {}
+    missing = (name for name, numbers in layers.items() if len(numbers) < most)
+    return next((f"{name.removeprefix(PEFT_PREFIX)} of some layers" for name in missing), "")
 
 
 # ---------------------------------------------------------------- export
@@ -500,11 +497,8 @@ def size_text(count: int) -> str:
     >>> size_text(9_820_000), size_text(12)
     ('9.8 MB', '12 bytes')
     """
-    size, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB"):
-        if size >= 1000:
-            size, unit = size / 1000, larger
-    return f"{size:.1f} {unit}" if unit != "bytes" else f"{count} bytes"
+    power = min((len(str(count)) - 1) // 3, 3)
+    return f"{count / 1000**power:.1f} {('bytes', 'kB', 'MB', 'GB')[power]}" if power else f"{count} bytes"
 
 
 # ---------------------------------------------------------------- a card's parts
