@@ -556,7 +556,7 @@ def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
             f"{source}: expected JSON, found a Git LFS pointer; fetch the file itself with `git lfs pull`"
         )
     try:
-        values: object = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        values: object = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_constant)
     except json.JSONDecodeError as error:
         place = f"{error.msg} at line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{source}: expected JSON, found invalid text: {place}") from error
@@ -569,7 +569,8 @@ def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
     return Config.from_dict(cast("Mapping[str, Any]", values), source)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON text. Raises `ConfigError` if it has a key twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = ", ".join(repeated(key for key, _ in pairs))

@@ -309,7 +309,7 @@ def extract_files(
         if orbax.is_checkpoint(checkpoint):
             tensors = _from_orbax(checkpoint, name, settings, keymap, lora_alpha)
         elif location.is_file(location.to_location(checkpoint)):
-            stored = stack.enter_context(open_stored(checkpoint, report))
+            stored = open_stored(checkpoint, stack, report)
             if any(found.code == "image-file" for found in stored.findings):
                 raise FileError(
                     f"{stored.source}: the file is one image adapter; `jaxadapt convert` writes PEFT's folders"

@@ -27,19 +27,14 @@ from jaxadapt.storage import location
 # ---------------------------------------------------------------- files
 
 
-@contextlib.contextmanager
 def open_stored(
-    path: str | os.PathLike[str] | Place, report: Report = no_report
-) -> Generator[peft_folder.StoredAdapter]:
+    path: str | os.PathLike[str] | Place, stack: contextlib.ExitStack, report: Report = no_report
+) -> peft_folder.StoredAdapter:
     """Open an adapter's folder or file without the demands of `read`. Tensors are read on demand, one at a time.
 
-    Raises `FileError` if nothing at the path can be read at all.
+    The files are open until `stack` closes them. Raises `FileError` if nothing at the path can be read at all.
     """
-    with contextlib.ExitStack() as stack:
-        yield _open(formats.look(path, report), stack)
-
-
-def _open(place: Place, stack: contextlib.ExitStack) -> peft_folder.StoredAdapter:
+    place = formats.look(path, report)
     source, at = os.fspath(place.path), place.at
     if place.names is None and at.suffix == ".json":
         return peft_folder.StoredAdapter(source, lambda: formats.read_text(at))
@@ -439,7 +434,7 @@ def open_repaired(place: Place) -> Generator[peft_tensors.PeftTensors]:
     with contextlib.ExitStack() as stack:
         tensors, done = None, ()
         with contextlib.suppress(FileError, FormatError):
-            tensors, done = apply_fixes(stack.enter_context(open_stored(place)))
+            tensors, done = apply_fixes(open_stored(place, stack))
         if tensors is None or not done:
             yield stack.enter_context(formats.open_place(place)).tensors
             return

@@ -145,7 +145,7 @@ def check_base(
         return
     is_tied = not any(key.endswith("lm_head.weight") for key in base)  # such a file does not repeat the embedding
     missing = [m for m in modules if not _has_module(base, m) and not (is_tied and m.rpartition(".")[2] == "lm_head")]
-    names = (_renamed_modules(modules, base) or _prefixed_modules(modules, base) or {}) if missing else {}
+    names = (names_in_base(modules, base) or {}) if missing else {}
     if missing:
         yield _explain_missing(modules, missing, names, base, source)
     yield from _check_shapes(shapes, config, base, names)
@@ -398,7 +398,8 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: errors.P
     """
     known_base = None if base is None else base_shapes(base)
     name = os.fspath(base) if isinstance(base, str | os.PathLike) else "the base"
-    with errors.reporter(progress) as report, open_stored(path, report) as stored:
+    with errors.reporter(progress) as report, contextlib.ExitStack() as stack:
+        stored = open_stored(path, stack, report)
         reading = read_stored(stored)
         found = [*reading.findings, *_check_content(stored, reading, base, known_base, name, report)]
         if isinstance(base, str | os.PathLike) and stored.fingerprint and not isinstance(known_base, KeyMap):
@@ -531,7 +532,7 @@ def repair(
     if location.is_hub_address(target):
         raise errors.FileError(f"{target}: expected a local folder; pass out=, then upload it with jaxadapt.push")
     with errors.reporter(progress) as report, contextlib.ExitStack() as stack:
-        tensors, done = apply_fixes(stack.enter_context(open_stored(path, report)))
+        tensors, done = apply_fixes(open_stored(path, stack, report))
         if tensors is None:
             lines = [f"{found.found}; {found.remedy}" for found in _problems(path)]
             raise errors.MismatchError(

@@ -25,7 +25,7 @@ from typing import Any, cast
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import Kinds, TensorSource, as_source, dtype_name, is_float
 from jaxadapt.configs import matching
-from jaxadapt.configs.base import Config, loads
+from jaxadapt.configs.base import Config, loads, unique_keys
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core.errors import (
@@ -181,17 +181,10 @@ def recognises(place: Place) -> bool:
 def parse_json(text: str) -> dict[str, Any] | None:
     """Return the JSON object of a text; None if it is no object or has a key twice."""
     try:
-        values: object = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
+        values: object = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, ConfigError, RecursionError):
         return None
     return cast("dict[str, Any]", values) if isinstance(values, dict) else None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a key twice")
-    return values
 
 
 def is_mlx_config(text: str) -> bool:
@@ -488,19 +481,17 @@ def _blank_digest(weights: location.Location, replaces: str) -> None:
     Overwrites 64 digits in place. The JSON equals the header's by then, so a crash or a failure here is harmless. An
     object of a store cannot be changed in place and is written again.
     """
-    if isinstance(weights, location.Address):
-        with contextlib.suppress(OSError, FileError):
+    with contextlib.suppress(OSError, FileError):
+        end = safetensors.read_header(weights).data_start
+        if isinstance(weights, location.Address):
             data = weights.read_bytes()
-            start = data.find(replaces.encode(), 0, safetensors.read_header(weights).data_start)
+            atomic.write_bytes(weights, data[:end].replace(replaces.encode(), _NOTHING.encode(), 1) + data[end:])
+            return
+        with weights.open("r+b") as file:
+            start = file.read(end).find(replaces.encode())
             if start >= 0:
-                atomic.write_bytes(weights, data[:start] + _NOTHING.encode() + data[start + len(replaces) :])
-        return
-    with contextlib.suppress(OSError, FileError), weights.open("r+b") as file:
-        header = file.read(safetensors.read_header(weights).data_start)
-        start = header.find(replaces.encode())
-        if start >= 0:
-            file.seek(start)
-            file.write(_NOTHING.encode())
+                file.seek(start)
+                file.write(_NOTHING.encode())
 
 
 FORMAT = Format(recognises, open_folder, write_folder, read_config)
