@@ -45,9 +45,6 @@ _EXPORTS = {
     "Ollama": "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf",
     "MLX": "jaxadapt export ADAPTER --for mlx --out FOLDER",
 }
-_PLAIN = "jaxadapt export ADAPTER --for plain --out FOLDER"
-_START = " --first START"
-"""For an initialization that changed the base: START is the folder of the initial adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +233,9 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
     if verdict in (RIGHT, UNKNOWN) or "type" in hits:
         return ""
     if _is_exported(name, properties):
-        return _EXPORTS.get(name, _PLAIN) + (_START if "init" in properties else "")
+        # START is the folder of the initial adapter, for an initialization that changed the base.
+        start = " --first START" if "init" in properties else ""
+        return _EXPORTS.get(name, "jaxadapt export ADAPTER --for plain --out FOLDER") + start
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
     peft_type = properties.get("method") or properties.get("type", "LORA")
     facts = FACTS[peft_type]
@@ -285,9 +284,8 @@ def grouped(readers: Iterable[Reader]) -> list[tuple[str, str, tuple[str, ...], 
 
 def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str, str]:
     """Return {property: setting} for the properties of an adapter that some program does not read."""
-    kind = (
-        "ia3" if config.peft_type == "IA3" else "method" if peft_tensors.is_method_of_peft(config.peft_type) else "type"
-    )
+    is_other = config.peft_type not in ("LORA", "IA3")
+    kind = ("method" if peft_tensors.is_method_of_peft(config.peft_type) else "type") if is_other else "ia3"
     init, bias, alpha = config.get("init_lora_weights"), config.get("bias", "none"), config.get("lora_alpha")
     is_other_base = isinstance(init, str) and lora.changes_base(config) and not config.get("kasa_config")
     settings = {
@@ -355,9 +353,6 @@ def _partial_layers(keys: Iterable[str]) -> str:
 # ---------------------------------------------------------------- export
 
 
-Style = Literal["safetensors", "gguf", "mlx"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A program that reads adapters.
@@ -372,7 +367,7 @@ class Program:
     """
 
     name: str
-    style: Style
+    style: Literal["safetensors", "gguf", "mlx"]
     reader: str
     version: str
     keeps: tuple[str, ...] = ()

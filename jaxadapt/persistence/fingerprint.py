@@ -222,9 +222,8 @@ def _has_values(array: Any) -> bool:
     """Return True for arrays of floating-point numbers that can be read here."""
     import jax
     import numpy as np
-    from jax.core import Tracer
 
-    if isinstance(array, jax.Array) and (isinstance(array, Tracer) or array.is_deleted()):
+    if isinstance(array, jax.Array) and (isinstance(array, jax.core.Tracer) or array.is_deleted()):
         return False
     return isinstance(array, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
@@ -234,39 +233,34 @@ _Request = tuple[Any, list[tuple[int, ...]], Any]
 
 
 def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
-    """Return the digits of the values at some indices of each array, in the file's scale.
-
-    Arrays in the host's memory are read in place. The others are read on their devices, each shard on its own, all at
-    once.
-    """
+    """Return the digits of the values at some indices of each array, in the file's scale."""
     import jax
 
     from jaxadapt.arrays.layout import to_file_scale
 
     gather = jax.jit(lambda array, where: array[where])
-    pieces = [(key, *piece) for key, (array, indices, _) in requests.items() for piece in _pieces(array, indices)]
-    taken = jax.device_get([_read(gather, part, list(where.values())) for _, part, where in pieces])
+    parts = [(key, *part) for key, (array, where, _) in requests.items() for part in _read_parts(gather, array, where)]
     found = {key: dict.fromkeys(range(len(indices)), _ELSEWHERE) for key, (_, indices, _) in requests.items()}
-    for (key, _, where), some in zip(pieces, taken, strict=True):
+    for (key, numbers, _), values in zip(parts, jax.device_get([values for _, _, values in parts]), strict=True):
         form = requests[key][2]
-        values = to_file_scale(some[: len(where)], form.factor, form.shift)
-        found[key] |= zip(where, _split(_hex(values)), strict=True)
+        in_file = to_file_scale(values[: len(numbers)], form.factor, form.shift)
+        found[key] |= zip(numbers, _split(_hex(in_file)), strict=True)
     return {key: "".join(digits.values()) for key, digits in found.items()}
 
 
-_Piece = tuple[Any, dict[int, tuple[int, ...]]]
+def _read_parts(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> list[tuple[list[int], Any]]:
+    """Return the values at some indices of an array in parts, each with the numbers of its indices.
 
-
-def _pieces(array: Any, indices: list[tuple[int, ...]]) -> list[_Piece]:
-    """Return parts of an array that this process can read alone, each with {number of an index: the index in it}.
-
-    An index that only other processes hold is in no part.
+    Arrays in the host's memory are read in place. The others are read on their devices, each shard on its own: on a
+    device `VALUES` values, the last ones repeated. A value that only other processes hold is in no part.
     """
     import jax
+    import numpy as np
 
+    left, parts = dict(enumerate(indices)), list[tuple[list[int], Any]]()
     if not isinstance(array, jax.Array):
-        return [(array, dict(enumerate(indices)))]
-    left, pieces = dict(enumerate(indices)), list[_Piece]()
+        return [(list(left), array[tuple(zip(*indices, strict=True))])]
+    is_on_host = all(device.platform == "cpu" for device in array.sharding.device_set)
     for shard in array.addressable_shards:
         bounds = [part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True)]
         where = {
@@ -275,20 +269,12 @@ def _pieces(array: Any, indices: list[tuple[int, ...]]) -> list[_Piece]:
             if all(low <= i < high for i, (low, high) in zip(index, bounds, strict=True))
         }
         if where:
-            pieces.append((shard.data, where))
+            local = [*where.values()]
+            padded = local if is_on_host else [*local, *local[-1:] * (VALUES - len(local))]
+            axes = tuple(np.asarray(axis, np.int32) for axis in zip(*padded, strict=True))
+            parts.append((list(where), np.asarray(shard.data)[axes] if is_on_host else gather(shard.data, axes)))
             left = {number: index for number, index in left.items() if number not in where}
-    return pieces
-
-
-def _read(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> Any:
-    """Return the values at some indices of an array; on a device `VALUES` of them, the last ones repeated."""
-    import jax
-    import numpy as np
-
-    if not isinstance(array, jax.Array) or all(device.platform == "cpu" for device in array.sharding.device_set):
-        return np.asarray(array)[tuple(zip(*indices, strict=True))]
-    padded = [*indices, *indices[-1:] * (VALUES - len(indices))]
-    return gather(array, tuple(np.asarray(axis, np.int32) for axis in zip(*padded, strict=True)))
+    return parts
 
 
 def _hex(values: Any) -> str:

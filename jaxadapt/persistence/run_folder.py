@@ -57,7 +57,8 @@ class RunFolder:
         self.folder = location.absolute(location.to_location(folder))
         if isinstance(self.folder, location.Address):
             self.folder.store()  # a missing package raises here, not in the background
-        self.minimize, self.maximize = minimize, maximize
+        given = {"minimize": minimize, "maximize": maximize}
+        self._own_objective = {mode: metric for mode, metric in given.items() if metric is not None}
         self._said: dict[tuple[location.Location, object], StepRecord] = {}
 
     @property
@@ -107,12 +108,6 @@ class RunFolder:
     def _list_steps(self) -> dict[int, location.Location]:
         """Return {step: path} of the steps that count, ascending."""
         return list_steps(self.folder)
-
-    @property
-    def _own_objective(self) -> dict[str, str]:
-        """The objective given to this object; empty if none."""
-        given = {"minimize": self.minimize, "maximize": self.maximize}
-        return {mode: metric for mode, metric in given.items() if metric is not None}
 
     def _find_objective(self, paths: Mapping[int, location.Location]) -> dict[str, str]:
         """Return the objective: this object's own, else that of the newest step that stores one."""

@@ -76,7 +76,6 @@ def write_shared(
     group = sharded_write.Group(target, timeout)
     stored = encoded if dtype is None else cast(encoded, dtype)
     tensors = dataclasses.replace(tensors, tensors=stored)
-    specs = {key: (spec.dtype, spec.shape) for key, spec in stored.specs.items()}
 
     def size(values: Iterable[Any]) -> int:
         return sum(x.size * (dtype or x.dtype).itemsize for x in values)
@@ -98,7 +97,7 @@ def write_shared(
     with name_donated_arrays(encoded.leaves):
         alike |= {p: sharded_write.digest(np.asarray(x)) for p, x in encoded.leaves.items() if is_local(x)}
     sharded_write.write(
-        target / location.WEIGHTS[0], specs, parts, group, commit, shared=shared, alike=alike, report=report
+        target / location.WEIGHTS[0], stored.kinds, parts, group, commit, shared=shared, alike=alike, report=report
     )
 
 

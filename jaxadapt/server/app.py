@@ -51,7 +51,7 @@ from jaxadapt.storage import location
 
 
 MAX_BYTES = 255
-FILES = (location.CONFIG, *location.WEIGHTS, location.MLX_WEIGHTS)
+FILES = (location.CONFIG, *location.FOLDER_WEIGHTS)
 
 
 def find(root: Path, name: str, given: str | None = None) -> Path:

@@ -33,12 +33,8 @@ from jaxadapt.storage import atomic, location
 
 
 BASE = "__base__"  # PEFT's name of the base in `adapter_names`
-_NAMES = (
-    location.CONFIG,
-    *location.WEIGHTS,
-    location.MLX_WEIGHTS,
-    *location.ORBAX_MARKERS,
-)  # other files are not the adapter's
+# Other files are not the adapter's.
+_NAMES = (location.CONFIG, *location.FOLDER_WEIGHTS, *location.ORBAX_MARKERS)
 
 
 Files = tuple[tuple[str, tuple[int, ...]], ...]

@@ -43,8 +43,8 @@ from jaxadapt.storage.local_files import MAX_TEXT, file_error
 from jaxadapt.storage.location import (
     CARD,
     CONFIG,
+    FOLDER_WEIGHTS,
     HUB_EXAMPLE,
-    MLX_WEIGHTS,
     WEIGHTS,
     HubAddress,
     Token,
@@ -425,7 +425,7 @@ def _pull(
 
 def _fetch_weights(pinned: HubAddress, token: Token, cache_dir: Any, report: Report) -> None:
     first: Exception | None = None
-    for name in (*WEIGHTS, MLX_WEIGHTS):
+    for name in FOLDER_WEIGHTS:
         try:
             _fetch_file(pinned, name, token, cache_dir, report)
             return

@@ -39,6 +39,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """In the order in which readers try them."""
 MLX_WEIGHTS = "adapters.safetensors"
 """The weights of mlx-lm's adapter folder, whose configuration has the same name as PEFT's."""
+FOLDER_WEIGHTS = (*WEIGHTS, MLX_WEIGHTS)
+"""The weights in a folder with a `CONFIG`, in any format."""
 ORBAX_MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
 """The files by which Orbax recognises a checkpoint, in its v1 and v0 layouts."""
 CARD = "README.md"

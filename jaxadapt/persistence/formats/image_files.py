@@ -221,10 +221,10 @@ def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Ma
     ranks = {module: _rank(shapes) for module, shapes in modules.items()}
     values = {module: _alpha(file, key) for module, key in layout.alphas.items()}
     stated = _stated_alphas(layout, ranks, values, file.source, metadata)
-    alphas = {module: values.get(module, stated.get(module, float(rank))) for module, rank in ranks.items()}
-    for module, shapes in modules.items():
-        if {"lokr_w1", "lokr_w2"} <= shapes.keys():
-            alphas[module] = float(ranks[module])  # LyCORIS does not scale a product of two full matrices
+    # LyCORIS does not scale a product of two full matrices.
+    full = {module for module, shapes in modules.items() if {"lokr_w1", "lokr_w2"} <= shapes.keys()}
+    known = {module: alpha for module, alpha in (stated | values).items() if module not in full}
+    alphas = {module: known.get(module, float(rank)) for module, rank in ranks.items()}
     alpha_field = "lora_alpha" if layout.method == "LORA" else "alpha"
     r, rank_pattern = split_common(ranks)
     alpha, alpha_pattern = split_common({m: int(a) if a.is_integer() else a for m, a in alphas.items()})
@@ -248,18 +248,18 @@ def _stated_alphas(
         fields = dict(json.loads(metadata[METADATA]).items())
     except (ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"{place}: expected a JSON object: {error}; save the file again with diffusers") from error
-    by_model: dict[str, LoraConfig] = {}
-    for model in layout.models:
-        own = {key.removeprefix(f"{model}."): x for key, x in fields.items() if key.startswith(f"{model}.")}
-        if own:  # diffusers takes a model without fields as one without metadata, if its rank is 8
-            by_model[model] = LoraConfig.from_dict(own, f"{place}: {model}")
+    by_model = {
+        model: {key.removeprefix(f"{model}."): x for key, x in fields.items() if key.startswith(f"{model}.")}
+        for model in layout.models
+    }
+    # diffusers takes a model without fields as one without metadata, if its rank is 8.
+    configs = {model: LoraConfig.from_dict(own, f"{place}: {model}") for model, own in by_model.items() if own}
     stated: dict[str, float] = {}
     wrong: list[str] = []
     for module, rank in ranks.items():
         model, _, name = module.partition(".")
-        if model not in by_model:
+        if (config := configs.get(model)) is None:
             continue
-        config = by_model[model]
         alpha = config.alpha_of(name) * (math.sqrt(rank) if config.use_rslora else 1)
         if config.rank_of(name) != rank:
             wrong.append(f"{module}: rank {config.rank_of(name)} in the header, {rank} in its tensors")
@@ -472,10 +472,9 @@ def write_file(tensors: PeftTensors, target: location.Location, wanted: Wanted, 
     stated = header.pop(METADATA, None) if tensors.config.peft_type == "LORA" else None
     if alphas and (stated is not None or any(rank != alpha for rank, alpha in alphas.values())):
         header[METADATA] = diffusers_metadata(alphas, bool(tensors.config.get("use_dora")))
-    specs = {name: (spec.dtype, spec.shape) for name, spec in file.specs.items()}
     count = byte_counter(report, "save", sum(map(file.nbytes, file)))
-    safetensors.write(target, specs, file.read, header, progress=count)
-    return len(specs)
+    safetensors.write(target, file.kinds, file.read, header, progress=count)
+    return len(file)
 
 
 def file_tensors(tensors: PeftTensors, style: str, layout: Layout | None) -> tuple[View, dict[str, tuple[int, float]]]:

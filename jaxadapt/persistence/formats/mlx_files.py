@@ -36,7 +36,6 @@ from jaxadapt.merging.pairs import MAGNITUDE, PairKeys, lora_pairs
 from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, read_text
 from jaxadapt.storage import atomic, location, safetensors
 
-CONFIG, WEIGHTS = location.CONFIG, location.MLX_WEIGHTS
 FUSE = "fuse the adapter into its base with mlx_lm.fuse"
 
 # (the beginning of a module's name in PyTorch, in mlx-lm, and a pattern of what follows it)
@@ -81,8 +80,8 @@ def translate_name(module: str, to: Literal["mlx", "torch"]) -> str:
 def recognises(place: Place) -> bool:
     """Return True for a folder of mlx-lm, or a file of its weights (also "0000100_adapters.safetensors") in one."""
     if place.names is not None:
-        return {CONFIG, WEIGHTS} <= place.names
-    return place.at.name.endswith(WEIGHTS) and location.exists(place.at.parent / CONFIG)
+        return {location.CONFIG, location.MLX_WEIGHTS} <= place.names
+    return place.at.name.endswith(location.MLX_WEIGHTS) and location.exists(place.at.parent / location.CONFIG)
 
 
 # ---------------------------------------------------------------- the configuration
@@ -183,8 +182,10 @@ def open_files(place: Place) -> Generator[Opened]:
         MismatchError: PEFT has no form for a tensor, or a tensor contradicts the configuration; all are listed.
         FileError: a file cannot be read.
     """
-    folder, weights = (place.at.parent, place.at) if place.names is None else (place.at, place.at / WEIGHTS)
-    settings = parse_settings(read_text(folder / CONFIG), str(folder / CONFIG))
+    folder, weights = (
+        (place.at.parent, place.at) if place.names is None else (place.at, place.at / location.MLX_WEIGHTS)
+    )
+    settings = parse_settings(read_text(folder / location.CONFIG), str(folder / location.CONFIG))
     with safetensors.TensorFile(weights) as file:
         yield Opened(read_tensors(file, settings, os.fspath(place.path)), weights, "mlx-lm's folder")
 
@@ -282,13 +283,12 @@ def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted
     }
     if config.base_model_name_or_path:
         document["model"] = config.base_model_name_or_path
-    specs = {name: (spec.dtype, spec.shape) for name, spec in file.specs.items()}
     count = byte_counter(report, "export", sum(map(file.nbytes, file)))
     atomic.make_folder(folder)
-    with atomic.replacing_all([folder / WEIGHTS, folder / CONFIG]) as (weights, text):
-        safetensors.write_to(weights, specs, file.read, {"format": "mlx"}, progress=count, ahead=True)
+    with atomic.replacing_all([folder / location.MLX_WEIGHTS, folder / location.CONFIG]) as (weights, text):
+        safetensors.write_to(weights, file.kinds, file.read, {"format": "mlx"}, progress=count, ahead=True)
         text.write(memoryview(json.dumps(document, indent=4, sort_keys=True).encode()))
-    return len(specs)
+    return len(file)
 
 
 def _refuse_modules(

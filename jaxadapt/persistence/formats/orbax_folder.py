@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +191,7 @@ def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
 def recognises(place: Place) -> bool:
     """Return True for a complete Orbax checkpoint."""
     names = place.names or frozenset()
-    is_complete = isinstance(place.at, pathlib.Path) or orbax.COMMITTED in names
+    is_complete = not isinstance(place.at, location.Address) or orbax.COMMITTED in names
     return is_complete and not names.isdisjoint(location.ORBAX_MARKERS)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
-from jaxadapt.arrays.tensor_source import Kinds, TensorSource, as_source, dtype_name, is_float
+from jaxadapt.arrays.tensor_source import Kinds, TensorSource, as_source, is_float
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, loads, unique_keys
 from jaxadapt.configs.lora import LoraConfig
@@ -164,9 +164,7 @@ def tensor_module(config: Config, key: str) -> str | None:
     return None
 
 
-CONFIG = location.CONFIG
 WEIGHTS, WEIGHTS_BIN = location.WEIGHTS
-CARD = location.CARD
 _NOTHING = "0" * 64  # digest of no JSON: the save replaced none, or is complete
 
 
@@ -237,11 +235,11 @@ def open_files(place: Place, stack: contextlib.ExitStack) -> StoredAdapter:
     A tensor of a `.safetensors` file is read on demand, those of a `.bin` file all at once.
     """
     if place.names is None:
-        config, weights = place.at.parent / CONFIG, place.at
+        config, weights = place.at.parent / location.CONFIG, place.at
         has_config = weights.name in location.WEIGHTS and location.exists(config)
     else:
-        config, weights = place.at / CONFIG, place.at / (WEIGHTS if WEIGHTS in place.names else WEIGHTS_BIN)
-        has_config = CONFIG in place.names
+        config, weights = place.at / location.CONFIG, place.at / (WEIGHTS if WEIGHTS in place.names else WEIGHTS_BIN)
+        has_config = location.CONFIG in place.names
     text = functools.partial(read_text, config) if has_config else None
     stored, found = StoredAdapter(os.fspath(place.path), text, weights=weights), list[Finding]()
     if place.names is not None and place.names.isdisjoint(location.WEIGHTS):
@@ -285,9 +283,9 @@ def read_config(place: Place) -> Config:
         return loads(read_text(place.at), str(place.at))
     header = safetensors.read_header(place.at / WEIGHTS) if WEIGHTS in place.names else None
     weights = place.at / (WEIGHTS_BIN if header is None else WEIGHTS)
-    if CONFIG not in place.names and not has_copy(header):
+    if location.CONFIG not in place.names and not has_copy(header):
         formats.refuse(formats.missing_config(weights, {}) if recognises(place) else formats.missing_files(place))
-    return resolve_config(place.at / CONFIG, header, weights)
+    return resolve_config(place.at / location.CONFIG, header, weights)
 
 
 @contextlib.contextmanager
@@ -305,7 +303,7 @@ def open_folder(place: Place) -> Generator[Opened]:
                 formats.refuse(found)
         assert stored.weights is not None
         assert stored.tensors is not None
-        config = resolve_config(place.at / CONFIG, stored.header, stored.weights)
+        config = resolve_config(place.at / location.CONFIG, stored.header, stored.weights)
         tensors = peft_tensors.PeftTensors(config, stored.tensors, stored.source, stored.fingerprint)
         yield Opened(peft_tensors.without_names(tensors), stored.weights)
 
@@ -337,22 +335,22 @@ def write_folder(
     if location.is_hub_address(path):
         raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(tensors, 'org/name')")
     folder = location.to_location(path)
-    specs = _file_specs(tensors, folder)
+    kinds = _file_kinds(tensors, folder)
     made = atomic.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
-            _replace(tensors, specs, folder, wanted, report, put)
+            _replace(tensors, kinds, folder, wanted, report, put)
     except BaseException:
         for new in made:  # remove the empty folders that this call created
             with contextlib.suppress(OSError):
                 new.rmdir()
         raise
-    return len(specs)
+    return len(kinds)
 
 
 def _replace(
     tensors: peft_tensors.PeftTensors,
-    specs: Mapping[str, tuple[Any, tuple[int, ...]]],
+    kinds: Kinds,
     folder: location.Location,
     wanted: Wanted,
     report: Report,
@@ -360,7 +358,7 @@ def _replace(
 ) -> None:
     """Write the files of a locked folder."""
     as_bin = wanted.style == "bin"
-    config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
+    config, weights = folder / location.CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
     adapter_config = with_integral_alpha(tensors.config)
     text, old_text = adapter_config.to_json(), _replaced_text(folder, as_bin)
     replaces = _NOTHING if old_text is None or old_text == text else hashlib.sha256(old_text.encode()).hexdigest()
@@ -374,14 +372,15 @@ def _replace(
         for other in others:
             other.write(memoryview(text.encode()))
         if put is not None:
-            size = put(writer, specs, metadata).size
+            size = put(writer, kinds, metadata).size
         else:
-            count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
+            total = sum(math.prod(shape) * safetensors.BITS[dtype] // 8 for dtype, shape in kinds.values())
+            count = byte_counter(report, "save", total)
             get = functools.partial(_value, tensors.tensors)
             size = (
-                torch_bin.write_to(writer, specs, get, count)
+                torch_bin.write_to(writer, kinds, get, count)
                 if as_bin
-                else safetensors.write_to(writer, specs, get, metadata, progress=count, ahead=wanted.ahead).size
+                else safetensors.write_to(writer, kinds, get, metadata, progress=count, ahead=wanted.ahead).size
             )
     if replaces != _NOTHING and not as_bin:
         _blank_digest(weights, replaces)
@@ -389,30 +388,29 @@ def _replace(
     with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
         if not as_bin and location.exists(stale):
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
-    kinds = {key: (dtype_name(dtype), shape) for key, (dtype, shape) in specs.items()}
-    _write_card(folder / CARD, adapter_config, kinds, size)
-    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), consumers.size_text(size))
+    _write_card(folder / location.CARD, adapter_config, kinds, size)
+    LOGGER.info("%s: %d tensors written, %s", folder, len(kinds), consumers.size_text(size))
 
 
-def _file_specs(tensors: peft_tensors.PeftTensors, folder: location.Location) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Return `{key: (dtype, shape)}`. Raises `MismatchError` for tensors that PEFT's file cannot hold."""
+def _file_kinds(tensors: peft_tensors.PeftTensors, folder: location.Location) -> Kinds:
+    """Return the dtypes and shapes of the file. Raises `MismatchError` for tensors that PEFT's file cannot hold."""
     arrays = tensors.tensors
     if not isinstance(arrays, TensorSource):
         from jaxadapt.adapters.adapter import is_array
 
         others = [f"{k}: {type(v).__name__}" for k, v in arrays.items() if not is_array(v)]
         raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
-    specs = as_source(arrays).specs
-    if not specs:
+    source = as_source(arrays)
+    if not source:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")
-    if parts := [key for key in specs if key.endswith("]")]:
+    if parts := [key for key in source if key.endswith("]")]:
         raise MismatchError(
             f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
             f" a model and save that:\n{bullets(parts)}"
         )
-    if integers := {key: spec for key, spec in specs.items() if not is_float(spec.dtype)}:
+    if integers := {key: spec for key, spec in source.specs.items() if not is_float(spec.dtype)}:
         peft_tensors.require_floats(tensors.config, integers, folder)
-    return {key: (spec.dtype, tuple(spec.shape)) for key, spec in specs.items()}
+    return source.kinds
 
 
 def _replaced_text(folder: location.Location, as_bin: bool) -> str | None:
@@ -420,7 +418,7 @@ def _replaced_text(folder: location.Location, as_bin: bool) -> str | None:
 
     Raises `FileError` for files that a write must not replace.
     """
-    config = folder / CONFIG
+    config = folder / location.CONFIG
     if as_bin and location.exists(folder / WEIGHTS):
         raise FileError(
             f"{folder}: cannot write {WEIGHTS_BIN} beside {WEIGHTS}, which readers would take instead; choose another"
