@@ -329,11 +329,13 @@ def _key_properties(config: Config, keys: list[str], found: Mapping[str, str]) -
     """Return the properties that only keys show. All programs pass over the base's weight of an adapted module."""
     known = {"dora", "lora_bias", "kasa", "tokens", "bias", "variant"}
     is_explained = config.peft_type != "LORA" or config.get("modules_to_save") or not known.isdisjoint(found)
-    others = [k for k in keys if not is_explained and not _PAIR.fullmatch(k) and not k.endswith(".base_layer.weight")]
+    others = [key for key in keys if not _PAIR.fullmatch(key) and not key.endswith(".base_layer.weight")]
     count = "a tensor" if len(others) == 1 else f"{len(others)} tensors"
     return {
         "layers": "" if "layers" in found else _partial_layers(keys),
-        "other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}" if others else "",
+        "other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}"
+        if others and not is_explained
+        else "",
     }
 
 
@@ -346,8 +348,8 @@ def _partial_layers(keys: Iterable[str]) -> str:
         if parts:
             layers.setdefault(f"{parts[1]}.*.{parts[3]}", set()).add(int(parts[2]))
     most = max((max(numbers) for numbers in layers.values()), default=-1) + 1
-    missing = (name for name, numbers in layers.items() if len(numbers) < most)
-    return next((f"{name.removeprefix(PEFT_PREFIX)} of some layers" for name in missing), "")
+    missing = [name.removeprefix(PEFT_PREFIX) for name, numbers in layers.items() if len(numbers) < most]
+    return f"{missing[0]} of some layers" if missing else ""
 
 
 # ---------------------------------------------------------------- export

@@ -142,8 +142,10 @@ def of_file(tensors: TensorSource, names: Mapping[str, str]) -> Fingerprint | No
         if name not in tensors or tensors.specs[name].dtype.kind in "iub":
             return None
         shape = tuple(tensors.specs[name].shape)
-        places = [tuple(slice(i, i + 1) for i in position) for position in positions(key, shape)]
-        values = [tensors.read_slice(name, place).reshape(()) for place in places]
+        values = [
+            tensors.read_slice(name, tuple(slice(i, i + 1) for i in position)).reshape(())
+            for position in positions(key, shape)
+        ]
         found[key] = {"shape": list(shape), "bf16": _hex(values)}
     return found
 

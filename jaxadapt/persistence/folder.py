@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -328,7 +327,10 @@ def push(
         own = save_adapter.MultihostFolder(made, shared=False)  # each process has its own folder
         save_adapter.save(source, own, name=name, progress=progress, **saving)
         below = Path(made) if name == "default" else Path(made) / name
-        send = functools.partial(_push, below, place, page, commit, progress)
+
+        def send() -> Pushed:
+            return _push(below, place, page, commit, progress)
+
         if not save_adapter.is_distributed(jax.tree.leaves(carrier(source).pytree())):
             return send()
         # All processes call this. A long timeout: if process 0 dies, the lost connection to it ends the others.
@@ -357,8 +359,7 @@ def _push(
     image = _picture(source, info, page.picture)
     if image is not None:
         files[PICTURE] = image
-    picture = None if image is None else PICTURE
-    new = consumers.card_text(info.config, info.tensors, info.file_bytes, page, place, picture)
+    new = consumers.card_text(info.config, info.tensors, info.file_bytes, page, place, PICTURE if image else None)
     path = source / location.CARD
     card = _read_card(path) if location.exists(path) else None
     if card is None or not consumers.is_edited(card):
@@ -367,8 +368,7 @@ def _push(
             LOGGER.info("%s: the card on the Hub was written by a person and is kept", place)
     files[location.CARD] = consumers.merge_card(card, new).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
-    stale = sorted(set(location.WEIGHTS) - {weights})
-    uploaded = hub.upload(place, files, **commit, stale=stale, progress=progress)
+    uploaded = hub.upload(place, files, **commit, stale=sorted({*location.WEIGHTS} - {weights}), progress=progress)
     return Pushed(str(place._replace(revision=uploaded.reference or uploaded.oid)), uploaded.url)
 
 

@@ -40,8 +40,8 @@ def open_stored(
         return peft_folder.StoredAdapter(source, lambda: formats.read_text(at))
     if place.names is None and run_folder.NAME.fullmatch(at.name):
         return peft_folder.StoredAdapter(source, findings=(formats.training_step(at.parent, at.name),))
-    is_named = place.names is None and at.name in location.WEIGHTS  # a file with PEFT's name, whatever its keys are
-    file_format = None if is_named else formats.find(place)
+    # A file with PEFT's name is PEFT's, whatever its keys are.
+    file_format = None if place.names is None and at.name in location.WEIGHTS else formats.find(place)
     if file_format is None or file_format is peft_folder.FORMAT:
         return peft_folder.open_files(place, stack)
     try:

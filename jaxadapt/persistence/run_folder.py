@@ -217,8 +217,7 @@ def list_steps(folder: location.Location) -> dict[int, location.Location]:
         return {}
     except OSError as error:
         raise file_error("read", str(folder), error) from error
-    steps = {number: folder / name for name in names if (number := number_in(name)) is not None}
-    return dict(sorted(steps.items()))
+    return dict(sorted((number, folder / name) for name in names if (number := number_in(name)) is not None))
 
 
 def head_crc(document: str, layout: Mapping[str, tuple[str, Sequence[int]]]) -> str:

@@ -193,13 +193,18 @@ def _expected_parts(module: str, tensors: Shapes, config: Config) -> dict[str, p
 
 def _check_targets(modules: Modules, config: Config, family: str) -> list[Finding]:
     """Find modules that the targets do not select, and targets without tensors."""
-    is_free = matching.is_all_linear(config) or peft_tensors.has_no_modules(config.peft_type)
-    if is_free or not FACTS[config.peft_type].target_is_expression:
+    if (
+        matching.is_all_linear(config)
+        or peft_tensors.has_no_modules(config.peft_type)
+        or not FACTS[config.peft_type].target_is_expression
+    ):
         return []
     # No target selects the rows of an embedding, and the tensors of the whole adapter.
-    of_rows = {"", "base_model"}
-    of_rows |= {name for name, parts in modules.items() if all(part.startswith("token_adapter") for part in parts)}
-    adapted = [name for name in modules if name not in of_rows]
+    adapted = [
+        name
+        for name, parts in modules.items()
+        if name not in ("", "base_model") and not all(part.startswith("token_adapter") for part in parts)
+    ]
     targets: str | Sequence[str] | None = config.get("target_modules")
     by_parameters = config.get("target_parameters")
     if targets is None:

@@ -491,9 +491,6 @@ class Repaired:
         return {"path": self.path, "done": list(self.done), "remaining": [f.to_dict() for f in self.remaining]}
 
 
-_NAMES = (location.CONFIG, *location.WEIGHTS)
-
-
 def repair(
     path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, progress: errors.Progress = None
 ) -> Repaired:
@@ -534,9 +531,9 @@ def repair(
     with errors.reporter(progress) as report, contextlib.ExitStack() as stack:
         tensors, done = apply_fixes(open_stored(path, stack, report))
         if tensors is None:
-            lines = [f"{found.found}; {found.remedy}" for found in _problems(path)]
             raise errors.MismatchError(
-                f"{os.fspath(path)}: cannot be repaired with certainty:\n" + errors.bullets(lines)
+                f"{os.fspath(path)}: cannot be repaired with certainty:\n"
+                + errors.bullets(f"{found.found}; {found.remedy}" for found in _problems(path))
             )
         if not done:
             return Repaired(None, (), _problems(path))
@@ -544,7 +541,7 @@ def repair(
         if new in (old, old.parent if location.is_file(old) else old):  # the file is replaced
             tensors = dataclasses.replace(tensors, tensors=dict(tensors.tensors))
             stack.close()
-        elif any(location.exists(location.to_location(target) / name) for name in _NAMES):
+        elif any(location.exists(location.to_location(target) / name) for name in (location.CONFIG, *location.WEIGHTS)):
             raise errors.FileError(
                 f"{os.fspath(target)}: cannot write the repaired adapter here: the folder contains an adapter;"
                 " choose another folder with out="

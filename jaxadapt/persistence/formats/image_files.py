@@ -483,16 +483,14 @@ def file_tensors(tensors: PeftTensors, style: str, layout: Layout | None) -> tup
     The header of diffusers' file states the rank and alpha of each module. It has no tensors of alphas, which its
     loader refuses for most pipelines, unless the file that the adapter came from has them.
     """
-    import numpy as np
-
     names, alphas, stated = _file_keys(tensors, style, layout)
-    source, small = as_source(tensors.tensors), dict[str, np.ndarray]()
+    source, small = as_source(tensors.tensors), dict[str, Any]()
     dtypes: dict[str, Any] = {}
     for key, name in names.items():
         dtypes.setdefault(split_key(key)[0], source.specs[key].dtype)
         if name.endswith(".dora_scale") and key != name:
             b = source.specs[key.replace("lora_magnitude_vector", "lora_B.weight")].shape
-            small[name] = np.asarray(source[key]).reshape(b[0], *(1 for _ in b[1:]))
+            small[name] = source.read_into(key, None).reshape(b[0], *(1 for _ in b[1:]))
     for module, (name, alpha) in alphas.items():
         small[name] = _exact(alpha, dtypes[module])
     origins: dict[str, tuple[TensorSource, str]] = {name: (source, key) for key, name in names.items()}
@@ -610,9 +608,8 @@ def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
         " jaxadapt does not know (it knows Stable Diffusion 1, 2 and XL). Write one file instead:",
         flat,
     )
-    source = as_source(tensors.tensors)
     return {
-        model: PeftTensors(_config_of(tensors.config, model), rename(source, names), tensors.source)
+        model: PeftTensors(_config_of(tensors.config, model), rename(as_source(tensors.tensors), names), tensors.source)
         for model, names in by_model.items()
     }
 

@@ -118,8 +118,11 @@ def parse_settings(text: str, source: str) -> lora.LoraConfig:
         f"scale: expected a number, found {fields.get('scale')!r}": not math.isnan(scale),
         f"dropout: expected a number from 0 to 1, found {fields.get('dropout')!r}": 0 <= dropout < 1,
     }
-    problems = [text for text, is_kept in rules.items() if not is_kept]
-    raise_listed(ConfigError, f"{source}: invalid lora_parameters; correct them:", problems)
+    raise_listed(
+        ConfigError,
+        f"{source}: invalid lora_parameters; correct them:",
+        [text for text, is_kept in rules.items() if not is_kept],
+    )
     assert type(rank) is int
     _refuse_two_scales(values, fields.get("alpha"), rank, scale, source)
     model = values.get("model")
@@ -182,10 +185,9 @@ def open_files(place: Place) -> Generator[Opened]:
         MismatchError: PEFT has no form for a tensor, or a tensor contradicts the configuration; all are listed.
         FileError: a file cannot be read.
     """
-    folder, weights = (
-        (place.at.parent, place.at) if place.names is None else (place.at, place.at / location.MLX_WEIGHTS)
-    )
-    settings = parse_settings(read_text(folder / location.CONFIG), str(folder / location.CONFIG))
+    weights = place.at if place.names is None else place.at / location.MLX_WEIGHTS
+    config = weights.parent / location.CONFIG
+    settings = parse_settings(read_text(config), str(config))
     with safetensors.TensorFile(weights) as file:
         yield Opened(read_tensors(file, settings, os.fspath(place.path)), weights, "mlx-lm's folder")
 
@@ -216,8 +218,9 @@ def read_tensors(file: TensorSource, settings: lora.LoraConfig, source: str) -> 
         matrices |= {f"{PEFT_PREFIX}{names[module]}.{endings[name]}": key for name, key in sorted(keys.items())}
     vectors = {new: matrices.pop(new) for new in list(matrices) if new.endswith(MAGNITUDE)}
     tensors = combine(source, [transpose(file, matrices), rename(file, vectors)])
-    is_conv1d = all(map(_CONV1D.fullmatch, names.values()))
-    settings = settings.replace(target_modules=sorted(names.values()), fan_in_fan_out=is_conv1d)
+    settings = settings.replace(
+        target_modules=sorted(names.values()), fan_in_fan_out=all(map(_CONV1D.fullmatch, names.values()))
+    )
     return PeftTensors(settings, tensors, source)
 
 

@@ -376,7 +376,7 @@ def _replace(
         else:
             total = sum(math.prod(shape) * safetensors.BITS[dtype] // 8 for dtype, shape in kinds.values())
             count = byte_counter(report, "save", total)
-            get = functools.partial(_value, tensors.tensors)
+            get = functools.partial(_value, as_source(tensors.tensors))
             size = (
                 torch_bin.write_to(writer, kinds, get, count)
                 if as_bin
@@ -458,12 +458,10 @@ def _write_card(path: location.Location, config: Config, tensors: Kinds, nbytes:
         warn(f"the adapter in {path.parent} is saved, but not its model card: {str(error) or repr(error)}")
 
 
-def _value(tensors: Mapping[str, Any], key: str) -> Any:
+def _value(tensors: TensorSource, key: str) -> Any:
     """Return one tensor on the host. Raises `AttachError` if it was donated since the save began."""
-    import numpy as np
-
     try:
-        return np.asarray(tensors[key])
+        return tensors.read_into(key, None)
     except RuntimeError as error:  # JAX has no class for this error
         if "deleted" not in str(error):
             raise
