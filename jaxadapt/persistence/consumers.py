@@ -329,13 +329,13 @@ def _key_properties(config: Config, keys: list[str], found: Mapping[str, str]) -
     """Return the properties that only keys show. All programs pass over the base's weight of an adapted module."""
     known = {"dora", "lora_bias", "kasa", "tokens", "bias", "variant"}
     is_explained = config.peft_type != "LORA" or config.get("modules_to_save") or not known.isdisjoint(found)
-    others = [key for key in keys if not _PAIR.fullmatch(key) and not key.endswith(".base_layer.weight")]
+    others = []
+    if not is_explained:
+        others = [key for key in keys if not _PAIR.fullmatch(key) and not key.endswith(".base_layer.weight")]
     count = "a tensor" if len(others) == 1 else f"{len(others)} tensors"
     return {
         "layers": "" if "layers" in found else _partial_layers(keys),
-        "other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}"
-        if others and not is_explained
-        else "",
+        "other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}" if others else "",
     }
 
 

@@ -224,8 +224,9 @@ def _has_values(array: Any) -> bool:
     """Return True for arrays of floating-point numbers that can be read here."""
     import jax
     import numpy as np
+    from jax.core import Tracer
 
-    if isinstance(array, jax.Array) and (isinstance(array, jax.core.Tracer) or array.is_deleted()):
+    if isinstance(array, jax.Array) and (isinstance(array, Tracer) or array.is_deleted()):
         return False
     return isinstance(array, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
