@@ -92,18 +92,10 @@ def contradiction_message(keymap_axes: Axes, layer_axes: Axes) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """A use as one `dot_general`: the weight's summed, free and shared axes, each in the weight's axis order."""
-
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    batch_axes: tuple[int, ...] = ()
-
-
-def transposed_axes(axes: Axes, products: Sequence[Axes | Contraction], shape: Sequence[int]) -> Axes | None:
+def transposed_axes(axes: Axes, products: Sequence[Axes], shape: Sequence[int]) -> Axes | None:
     """Return the axes by a weight's products, if no product sums over the input axes of `axes`; else None.
 
+    A product is given as the weight's summed, free and shared axes: `in_axes`, `out_axes` and `batch_axes`.
     Axes of size 1 are ignored. The shape of a square matrix does not reveal its input axis, and with the wrong axes its
     update would be saved transposed.
 

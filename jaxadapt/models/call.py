@@ -366,8 +366,7 @@ def unfollowed_uses(found: Iterable[tracing.WeightUse], hook: Hook) -> list[str]
         for use in found
         if (isinstance(use, tracing.OtherUse) and not hook.follows(use.primitive))
         or (
-            isinstance(use, tracing.Contraction)
-            and (set(use.in_axes) not in along or not set(use.batch_axes) <= set(axes.batch_axes))
+            isinstance(use, Axes) and (set(use.in_axes) not in along or not set(use.batch_axes) <= set(axes.batch_axes))
         )
     ]
 
@@ -389,8 +388,8 @@ def infer_axes(found: Iterable[tracing.WeightUse], name: str) -> Axes:
     """
     distinct = list(dict.fromkeys(found))
     match distinct:
-        case [tracing.Contraction(inputs, out, batch)]:
-            return Axes(inputs, out, batch)
+        case [Axes() as axes]:
+            return axes
         case []:
             problem = "is never used"
         case [tracing.OtherUse(primitive)]:

@@ -390,7 +390,7 @@ def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None)
     adapted = {site.leaf: AppliedMethod(site.method, site.hparams, {}, site.axes) for site in sites}
     dropped = {site.leaf for site in sites if site.method.drops == "input" and site.method.dropout(site.hparams)}
     stray_uses: dict[str, str] = {}
-    products: dict[str, list[tracing.Contraction]] = {}
+    products: dict[str, list[Axes]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
     def observe(
@@ -402,7 +402,7 @@ def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None)
         if not layer.known:
             uses = tracing.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
             shapes[leaf] = weight.shape
-            products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, tracing.Contraction))
+            products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, Axes))
             unfollowed = call.unfollowed_uses(uses, adapted[leaf])
             if leaf in dropped and unfollowed:
                 stray_uses[leaf] = ", ".join(unfollowed)

@@ -31,7 +31,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from jaxadapt.arrays.layout import Axes
-from jaxadapt.arrays.products import LETTERS, Contraction, Operation, Use, contradiction_message, transposed_axes
+from jaxadapt.arrays.products import LETTERS, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
 
 if TYPE_CHECKING:
@@ -250,7 +250,8 @@ class OtherUse:
     primitive: str
 
 
-WeightUse = Contraction | OtherUse
+WeightUse = Axes | OtherUse
+"""A use as one `dot_general`, with the weight's summed, free and shared axes in its axis order; or any other use."""
 
 
 def rewrite(
@@ -298,7 +299,7 @@ def rewrite(
     views = [_View(AxisLayout.identity(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
     outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
     for name in forward:
-        axes, products = hooks[name].axes, [use for use in scope.found[name] if isinstance(use, Contraction)]
+        axes, products = hooks[name].axes, [use for use in scope.found[name] if isinstance(use, Axes)]
         if (own := transposed_axes(axes, products, jnp.shape(weights[name]))) is not None:
             raise AttachError(f"{name!r}: {contradiction_message(axes, own)}")
     return traced.result([scope.plain(out) for out in outs])
@@ -311,7 +312,7 @@ def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[
 
     >>> w, x = jax.ShapeDtypeStruct((3, 4), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
     >>> uses(lambda weights, x: x @ weights["w"], {"w": w}, x)
-    {'w': (Contraction(in_axes=(0,), out_axes=(1,), batch_axes=()),)}
+    {'w': (Axes(in_axes=(0,), out_axes=(1,), batch_axes=(), parts=None),)}
     """
     traced = trace(f, weights, args)
     scope = _Scope({}, weights, ChainMap(), {name: [] for name in weights})
@@ -377,11 +378,11 @@ def side_of(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> int | N
     return 0 if layouts[1] is None else 1
 
 
-def _describe_contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> Contraction:
+def _describe_contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> Axes:
     summed, shared = (d[side] for d in eqn.params["dimension_numbers"])
     inputs, batch = sorted(layout.weight_axes(summed)), sorted(layout.weight_axes(shared))
     out = [a for a in range(len(layout.sizes)) if a not in inputs + batch]
-    return Contraction(tuple(inputs), tuple(out), tuple(batch))
+    return Axes(tuple(inputs), tuple(out), tuple(batch))
 
 
 # ---------------------------------------------------------------- evaluating

@@ -23,7 +23,7 @@ from jaxadapt import AttachError
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, RANK, Use
 from jaxadapt.models.call import infer_axes
-from jaxadapt.models.tracing import Contraction, OtherUse, rewrite, uses
+from jaxadapt.models.tracing import OtherUse, rewrite, uses
 
 R = 3
 
@@ -163,7 +163,7 @@ def check(f: Callable[..., Any], w: Any, axes: Axes, *args: Any, op_level: bool 
     return hook
 
 
-def _fits(use: Contraction, axes: Axes) -> bool:
+def _fits(use: Axes, axes: Axes) -> bool:
     return set(use.in_axes) in (set(axes.in_axes), set(axes.out_axes)) and set(use.batch_axes) <= set(axes.batch_axes)
 
 
@@ -249,7 +249,7 @@ def test_any_einsum(case: Any, swapped: bool) -> None:
     (use,) = hook.met
     assert not use.transposed
     (found,) = uses(f, {"w": base}, xs)["w"]
-    assert isinstance(found, Contraction)
+    assert isinstance(found, Axes)
     if 1 not in shape:  # axes of size 1 may be lost on the way
         assert set(found.in_axes) == set(axes.in_axes)
         assert set(found.batch_axes) == {at[c] for c, _ in x if c in batch}
@@ -687,6 +687,6 @@ def test_uses_are_listed_in_order_for_every_weight() -> None:
     ws = {"table": spec(7, 4), "idle": spec(2)}
     found = uses(f, ws, spec(3, dtype=jnp.int32))
     assert found == {
-        "table": (OtherUse("gather"), Contraction((1,), (0,)), OtherUse("reduce_sum")),
+        "table": (OtherUse("gather"), Axes((1,), (0,)), OtherUse("reduce_sum")),
         "idle": (),
     }
