@@ -33,8 +33,8 @@ class PatternIndex:
         ConfigError: an invalid regular expression.
 
     >>> index = PatternIndex("rank_pattern", ["q_proj", r"h\\.\\d+", "3.q_proj"])
-    >>> index.matching("model.h.3.q_proj"), index.matching("h.12"), index.matching("proj")
-    ([0, 2], [1], [])
+    >>> [list(index.matching(name)) for name in ("model.h.3.q_proj", "h.12", "proj")]
+    [[0, 2], [1], []]
     """
 
     def __init__(self, field: str, keys: Iterable[str]) -> None:
@@ -53,22 +53,16 @@ class PatternIndex:
                 compile_pattern(field, key)
                 self._expressions[order] = key
 
-    def matching(self, name: str) -> list[int]:
-        """Return the positions of all patterns that match a name, ascending."""
-        return sorted(
-            {order for order, key in self._expressions.items() if match(self._field, key, name)}
-            | self._match_plain(name)
-        )
+    def matching(self, name: str) -> Iterator[int]:
+        """Yield the positions of all patterns that match a name, ascending."""
+        plain = self._match_plain(name)
+        for order in sorted([*self._expressions, *plain]):
+            if order in plain or match(self._field, self._expressions[order], name):
+                yield order
 
     def first(self, name: str) -> int | None:
         """Return the position of the first pattern that matches a name; None if no pattern matches."""
-        best = min(self._match_plain(name), default=None)
-        for order, key in self._expressions.items():
-            if best is not None and order > best:
-                break
-            if match(self._field, key, name):
-                return order
-        return best
+        return next(self.matching(name), None)
 
     def _match_plain(self, name: str) -> set[int]:
         """Return the positions of the plain names that match a name."""
@@ -210,7 +204,7 @@ def _overlap(keys: list[str]) -> bool:
     if not all(PLAIN.fullmatch(key) for key in keys):
         return True
     index = PatternIndex("rank_pattern", keys)
-    return any(index.matching(key) != [order] for order, key in enumerate(keys))
+    return any(list(index.matching(key)) != [order] for order, key in enumerate(keys))
 
 
 def find_pattern_value(patterns: Mapping[str, _T] | None, name: str, default: _T) -> _T:

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxadapt.core.errors import AdapterError
-from jaxadapt.core.errors import bullets as bullets
+from jaxadapt.core.errors import AdapterError, bullets
 
 # ---------------------------------------------------------------- paths
 

@@ -119,7 +119,7 @@ def test_names_are_looked_up_as_re_matches_them(field):
         name = "".join(rng.choices("ab..", k=rng.randint(1, 9))) + rng.choice(["", "", "\n", "\n\n", ".a\nb"])
         wanted = [n for n, key in enumerate(keys) if re.match(compile_pattern(field, key).pattern, name)]
         index = PatternIndex(field, keys)
-        assert index.matching(name) == wanted
+        assert list(index.matching(name)) == wanted
         assert index.first(name) == (wanted[0] if wanted else None)
 
 
