@@ -31,7 +31,7 @@ from typing import ParamSpec, TypeVar
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
-from jaxadapt.storage.local_files import MAX_CALL, close, file_error
+from jaxadapt.storage.local_files import MAX_CALL, close, file_error, file_errors
 
 # ---------------------------------------------------------------- flush
 
@@ -96,12 +96,7 @@ def flush_directory(directory: Path) -> None:
                 raise
 
 
-def _flush_parent(target: str, state: str) -> None:
-    """Flush the directory of a target that is in place. Raises `FileError`, which says so."""
-    try:
-        flush_directory(Path(target).parent)
-    except OSError as error:
-        raise file_error("flush its directory", target, error, state) from error
+_UNTOUCHED = "the previous content of the path is untouched"
 
 
 @contextlib.contextmanager
@@ -110,7 +105,7 @@ def write_errors(path: str) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise file_error("write", path, error, "the previous content of the path is untouched") from error
+        raise file_error("write", path, error, _UNTOUCHED) from error
 
 
 def write_at(fd: int, data: memoryview, offset: int, path: str) -> None:
@@ -365,7 +360,7 @@ def _rename_all(writers: Sequence[Writer]) -> None:
         new = _restore(writers, existed)
         if not isinstance(error, OSError):
             raise
-        state = "the previous content of the path is untouched"
+        state = _UNTOUCHED
         if new:
             old = ", ".join(one.path for one in writers if one.path not in new)
             state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
@@ -441,7 +436,9 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
         for writer in writers:
             flush_file(writer.fd, writer.path)
         _rename_all(writers)
-        _flush_parent(targets[0], "the new file is in place" if len(targets) == 1 else "the new files are in place")
+        state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
+        with file_errors("flush its directory", targets[0], state):
+            flush_directory(Path(directory))
 
 
 def _check_target(path: str | os.PathLike[str]) -> str:
@@ -509,4 +506,5 @@ def staging_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     target = Path(path)
     with _temporary(str(target), folder=True) as holder:
         yield holder.temporary / target.name
-        _flush_parent(str(target), "the new folder is in place")
+        with file_errors("flush its directory", target, "the new folder is in place"):
+            flush_directory(target.parent)

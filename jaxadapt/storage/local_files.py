@@ -19,13 +19,11 @@ import functools
 import io
 import itertools
 import math
-import operator
 import os
 import stat
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -77,12 +75,15 @@ def file_error(action: str, path: str, error: OSError | ValueError, detail: str 
 
 
 @contextlib.contextmanager
-def read_errors(path: object) -> Generator[None]:
-    """Raise the errors of the operating system within a context as those of reading a path."""
+def file_errors(action: str, path: object, detail: str = "") -> Generator[None]:
+    """Raise the errors of the operating system within a context as `file_error` of the action on the path."""
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise file_error("read", str(path), error) from error
+        raise file_error(action, str(path), error, detail) from error
+
+
+read_errors = functools.partial(file_errors, "read")
 
 
 def _opener(path: str, flags: int) -> int:
@@ -160,15 +161,6 @@ class LocalFile(ByteSource):
                 )
             view, offset = view[count:], offset + count
 
-    def read_at_most(self, size: int) -> bytes:
-        """Return the next `size` bytes, or all that are left if there are fewer. Raises `FileError`."""
-        reader = io.BufferedReader(self.file)
-        try:
-            with read_errors(self.path):
-                return reader.read(size)
-        finally:
-            reader.detach()  # so that its destructor does not close the file
-
     def close(self) -> None:
         self.closed = True
         close(self.file)
@@ -202,13 +194,13 @@ def run_in_order(tasks: Iterable[Callable[[], _T]], count: int, threads: int = _
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[_T]] = deque()
+        waiting: list[Future[_T]] = []
         for task in tasks:
             waiting.append(pool.submit(task))
             if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
+                yield waiting.pop(0).result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.pop(0).result()
 
 
 def start(function: Callable[[], _T]) -> Future[_T]:
@@ -357,7 +349,8 @@ def write_region(
     data = flat_bytes(array)
     run = len(data) // math.prod(array.shape[:axis])
     for number, index in enumerate(itertools.product(*map(range, array.shape[:axis]))):
-        write_at(data[number * run : (number + 1) * run], start + sum(map(operator.mul, index, strides)))
+        offset = sum(i * stride for i, stride in zip(index, strides, strict=False))
+        write_at(data[number * run : (number + 1) * run], start + offset)
 
 
 def flat_bytes(array: np.ndarray) -> memoryview:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jaxadapt.core.errors import FileError, FormatError
-from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error, read_errors
+from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error, file_errors, read_errors, start
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -372,12 +373,8 @@ def total_size(place: Location) -> int:
 
 def absolute(place: Location) -> Location:
     """Return the absolute location. Raises `FileError` if the working directory was deleted."""
-    try:
+    with file_errors("find", place, "the working directory was deleted; pass an absolute path"):
         return place.absolute()
-    except OSError as error:
-        raise file_error(
-            "find", str(place), error, "the working directory was deleted; pass an absolute path"
-        ) from error
 
 
 def is_same(one: Location, other: Location) -> bool:
@@ -432,20 +429,14 @@ def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
     Raises:
         FileError: missing, not permitted, not a regular file, or too large.
     """
-    if isinstance(place, Address):
-        with read_errors(place):
-            size = int(place.info().get("size") or 0)
-            data = place.read_bytes() if size <= max_bytes else b""
-    else:
-        with contextlib.closing(LocalFile(os.fspath(place))) as local:
-            size = local.size
-            data = local.read_at_most(max_bytes + 1) if size <= max_bytes else b""
-    if max(size, len(data)) > max_bytes:
-        actual = size if size > max_bytes else "more"
-        raise FileError(
-            f"{place}: cannot read: expected text of at most {max_bytes} bytes, found {actual};"
-            " check that it is the right file"
-        )
+    with read_errors(place), contextlib.closing(open_source(place)) as source:
+        if source.size > max_bytes:
+            raise FileError(
+                f"{place}: cannot read: expected text of at most {max_bytes} bytes, found {source.size};"
+                " check that it is the right file"
+            )
+        data = source.read_exactly("text", source.size, 0)
+        source.check()
     return data
 
 
@@ -482,7 +473,7 @@ class RemoteObject(ByteSource):
         self.size = int(info["size"])
         self._stamp = object_stamp(info)
         self._fetched = False
-        self._blocks: dict[int, Future[bytes]] = {}
+        self._block = functools.lru_cache(_MAX_BLOCKS)(self._fetch_block)
         self._lock = threading.Lock()
         self._head = self._fetch(0, min(self.size, _HEAD)) if self.size else b""
 
@@ -495,26 +486,15 @@ class RemoteObject(ByteSource):
             return
         while len(view):
             number, within = divmod(offset, _BLOCK)
-            piece = self._block(number)[within : within + len(view)]
+            with self._lock:
+                block = self._block(number)
+            piece = block.result()[within : within + len(view)]
             view[: len(piece)] = piece
             view, offset = view[len(piece) :], offset + len(piece)
 
-    def _block(self, number: int) -> bytes:
-        from concurrent.futures import Future
-
-        with self._lock:
-            block = self._blocks.get(number)
-            is_new = block is None
-            if block is None:
-                block = self._blocks[number] = Future[bytes]()
-                while len(self._blocks) > _MAX_BLOCKS:
-                    self._blocks.pop(next(iter(self._blocks)))
-        if is_new:
-            try:
-                block.set_result(self._fetch(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
-            except BaseException as error:
-                block.set_exception(error)
-        return block.result()
+    def _fetch_block(self, number: int) -> Future[bytes]:
+        """Fetch a block in a thread of its own, so that threads that read other blocks do not wait."""
+        return start(functools.partial(self._fetch, number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
 
     def _fetch(self, start: int, stop: int) -> bytes:
         self._fetched = self._fetched or start > 0 or stop < self.size
@@ -532,7 +512,12 @@ class RemoteObject(ByteSource):
 
     def close(self) -> None:
         self.closed = True
-        self._blocks.clear()
+        self._block.cache_clear()
+
+
+def open_source(place: Location) -> ByteSource:
+    """Open a file or an object for reading. Raises `FileError`."""
+    return RemoteObject(place) if isinstance(place, Address) else LocalFile(os.fspath(place))
 
 
 def fetch_object(address: Address) -> LocalFile:

@@ -21,7 +21,6 @@ import contextlib
 import errno
 import functools
 import glob
-import operator
 import os
 import re
 import shutil
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
 from jaxadapt.storage import atomic, location
-from jaxadapt.storage.local_files import file_error, read_errors
+from jaxadapt.storage.local_files import file_error, file_errors, read_errors
 from jaxadapt.storage.safetensors import MAX_HEADER
 
 if TYPE_CHECKING:
@@ -167,10 +166,8 @@ def save(
     with atomic.staging_folder(place) as staged:
         _save_at(staged, place, trees, documents)
         atomic.flush_tree(staged, place)
-        try:
+        with file_errors("write", place, "another writer may have been faster"):
             staged.rename(place)
-        except OSError as error:
-            raise file_error("write", str(place), error, "another writer may have been faster") from error
 
 
 def _save_at(
@@ -266,7 +263,9 @@ def load(
         node[key[-1]] = np.broadcast_to(np.zeros((), jax.numpy.dtype(dtype)), shape) if spec is None else spec
     with _translate_errors(place), _context(partial=True):
         loaded = ocp.load(str(place), tree, checkpointable_name=item or None)
-    out: dict[tuple[str, ...], Any] = {key: functools.reduce(operator.getitem, key, loaded) for key in wanted}
+    out: dict[tuple[str, ...], Any] = {
+        key: functools.reduce(lambda node, part: node[part], key, loaded) for key in wanted
+    }
     problems = [
         f"{'/'.join(key)}: expected an array, found {type(leaf).__name__}"
         for key, leaf in out.items()

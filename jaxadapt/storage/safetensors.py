@@ -361,9 +361,7 @@ class TensorFile(TensorSource):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a file at a path or an address. Raises the errors of `read_header`."""
-        place = location.to_location(path)
-        is_remote = isinstance(place, location.Address)
-        self._file = location.RemoteObject(place) if is_remote else local_files.LocalFile(os.fspath(path))
+        self._file = location.open_source(location.to_location(path))
         self.path = self.source = self._file.path
         try:
             self.header = self._read_header()

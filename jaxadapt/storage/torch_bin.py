@@ -53,12 +53,6 @@ class Global:
 
 
 _MARK = object()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, type[dict[str, object]] | type[list[object]]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
-_ARGUMENTS = {
-    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
-    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING",
-}  # fmt: skip
 
 
 def load(stream: io.BytesIO | _Stream, persistent: Callable[[object], object]) -> object:
@@ -96,8 +90,10 @@ def load(stream: io.BytesIO | _Stream, persistent: Callable[[object], object]) -
                 stack.append(memo[argument])
             elif code == "BINPERSID":
                 stack.append(persistent(taken[0]))
+            elif code in _VALUES:
+                stack.append(_VALUES[code](argument, taken))
             elif code not in ("PROTO", "FRAME"):
-                stack.append(_value(code, argument, taken))
+                raise UnsupportedPickle(f"it uses the opcode {code}, which no state dict needs")
     except (ValueError, EOFError, OverflowError) as error:  # raised by genops for damaged bytes
         raise UnsupportedPickle(f"the pickle is damaged: {error}") from error
     raise UnsupportedPickle("the pickle has no end")
@@ -121,33 +117,15 @@ def _take(stack: list[object], kinds: Sequence[pickletools.StackObject]) -> list
     return taken[::-1]
 
 
-def _value(code: str, argument: object, taken: list[object]) -> object:
-    """Return the value that an opcode puts on the stack: its argument, or one made of the values that it takes."""
-    if code in _ARGUMENTS:
-        return argument
-    if code in _CONSTANTS:
-        return _CONSTANTS[code]
-    if code in _EMPTY:
-        return _EMPTY[code]()
-    if code.startswith("TUPLE"):
-        return tuple(taken)
-    if code in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"):
-        return _fill(code, taken[0], taken[1:])
-    if code in ("GLOBAL", "STACK_GLOBAL"):
-        module, name = str(argument).split(" ", 1) if code == "GLOBAL" else taken
-        full = f"{module}.{name}" if type(module) is str and type(name) is str else "(not a name)"
-        if full not in _ALLOWED:
-            raise UnsupportedPickle(f"it refers to {full!r}, which no state dict needs; nothing in a file is executed")
-        return Global(full)
-    if code != "REDUCE":
-        raise UnsupportedPickle(f"it uses the opcode {code}, which no state dict needs")
-    function, arguments = taken
-    if type(function) is not Global or type(arguments) is not tuple:
-        raise UnsupportedPickle("the pickle calls a value that is not a function")
-    return _rebuild(function.name, cast("tuple[object, ...]", arguments))
+def _find(module: object, name: object) -> Global:
+    """Return an allowed name as data."""
+    full = f"{module}.{name}" if type(module) is str and type(name) is str else "(not a name)"
+    if full not in _ALLOWED:
+        raise UnsupportedPickle(f"it refers to {full!r}, which no state dict needs; nothing in a file is executed")
+    return Global(full)
 
 
-def _fill(code: str, target: object, items: Sequence[object]) -> object:
+def _fill(code: str, target: object, *items: object) -> object:
     """Add items to a list or a dict, and return it."""
     kind = list if code.startswith("APPEND") else dict
     if type(target) is not kind:
@@ -163,6 +141,40 @@ def _fill(code: str, target: object, items: Sequence[object]) -> object:
                 raise UnsupportedPickle(f"expected keys that are strings, found one of type {type(key).__name__}")
             cast("dict[str | int, object]", target)[key] = value
     return target
+
+
+def _call(function: object, arguments: object) -> object:
+    """Return as data the value that a call of a function of PyTorch would return."""
+    if type(function) is not Global or type(arguments) is not tuple:
+        raise UnsupportedPickle("the pickle calls a value that is not a function")
+    return _rebuild(function.name, cast("tuple[object, ...]", arguments))
+
+
+_VALUES: Mapping[str, Callable[[object, list[object]], object]] = {
+    "NONE": lambda argument, taken: None,
+    "NEWTRUE": lambda argument, taken: True,
+    "NEWFALSE": lambda argument, taken: False,
+    "MARK": lambda argument, taken: _MARK,
+    "EMPTY_DICT": lambda argument, taken: {},
+    "EMPTY_LIST": lambda argument, taken: [],
+    **dict.fromkeys(
+        ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+         "BINSTRING", "SHORT_BINSTRING"),
+        lambda argument, taken: argument,
+    ),
+    **dict.fromkeys(
+        ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), lambda argument, taken: tuple(taken)
+    ),
+    "APPEND": lambda argument, taken: _fill("APPEND", *taken),
+    "APPENDS": lambda argument, taken: _fill("APPENDS", *taken),
+    "SETITEM": lambda argument, taken: _fill("SETITEM", *taken),
+    "SETITEMS": lambda argument, taken: _fill("SETITEMS", *taken),
+    "BUILD": lambda argument, taken: _fill("BUILD", *taken),
+    "GLOBAL": lambda argument, taken: _find(*str(argument).split(" ", 1)),
+    "STACK_GLOBAL": lambda argument, taken: _find(*taken),
+    "REDUCE": lambda argument, taken: _call(*taken),
+}  # fmt: skip
+"""{opcode: its value, from the argument of the opcode and the values that it takes}. All other opcodes are refused."""
 
 
 # ---------------------------------------------------------------- torch bin
