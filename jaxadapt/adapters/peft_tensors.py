@@ -100,7 +100,7 @@ def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
     (('q', 'lora_A.weight'), ('', 'prompt_embeddings'))
     """
     if has_no_modules(peft_type):
-        return ("", key) if key in matching.file_tensors() else None
+        return ("", key) if key in matching.tensor_names(tuple(FACTS)).whole else None
     prefix = matching.prefix_of(peft_type) if peft_type in FACTS else _OTHER_PREFIXES.get(peft_type)
     if prefix is None:
         return None
@@ -139,10 +139,10 @@ def is_method_of_peft(peft_type: str) -> bool:
 
 def has_adapter_tensors(keys: Iterable[str]) -> bool:
     """Return True if any key is a tensor of some method of PEFT."""
-    known = {*matching.tensor_prefixes(), *_OTHER_PREFIXES.values()}
+    names = matching.tensor_names(tuple(FACTS))
+    known = {*names.prefixes, *_OTHER_PREFIXES.values()}
     prefixes = (*(known - {"oft_"}), "oft_R", "oft_embedding_R", "trainable_tokens_delta")
-    whole = matching.file_tensors()
-    return any(key in whole or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
+    return any(key in names.whole or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
 
 
 _LOOKS_LIKE_EXPERTS = re.compile(r"\.experts\.|\.gate\.lora_")
@@ -173,10 +173,8 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
 
 
 def _is_tensor(name: str) -> bool:
-    return (
-        name.startswith((*matching.tensor_prefixes(), "trainable_tokens_delta"))
-        and name not in matching.tensors_with_parts()
-    )
+    names = matching.tensor_names(tuple(FACTS))
+    return name.startswith((*names.prefixes, "trainable_tokens_delta")) and name not in names.with_parts
 
 
 def unwrapped_key(key: str) -> str:

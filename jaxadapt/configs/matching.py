@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.frozen import thaw
@@ -336,31 +336,33 @@ def prefix_of(peft_type: str) -> str | None:
     return None if facts.file_tensors else facts.tensor_prefix or f"{peft_type.lower()}_"
 
 
-def tensor_prefixes() -> tuple[str, ...]:
-    """Return the first parts of the names of all methods' file tensors, the longest first.
+class TensorNames(NamedTuple):
+    """The names of several methods' file tensors.
 
-    >>> {"lora_", "ia3_", "vera_"} <= set(tensor_prefixes())
-    True
+    Attributes:
+        prefixes: the first parts of the names of tensors in modules, the longest first.
+        with_parts: the names of tensors that consist of parts.
+        whole: the keys of tensors that belong to no module.
     """
-    return _names_of(tuple(FACTS))[0]
+
+    prefixes: tuple[str, ...]
+    with_parts: frozenset[str]
+    whole: frozenset[str]
 
 
-def file_tensors() -> frozenset[str]:
-    """Return the keys of all methods' file tensors that belong to no module.
+@functools.cache
+def tensor_names(types: tuple[str, ...]) -> TensorNames:
+    """Return the names of the file tensors of these types; `tuple(FACTS)` has all of them.
 
-    >>> "prompt_embeddings" in file_tensors()
-    True
+    >>> tensor_names(("OSF", "LORA", "PREFIX_TUNING")).prefixes
+    ('lora_', 'osf_')
     """
-    return _names_of(tuple(FACTS))[2]
-
-
-def tensors_with_parts() -> frozenset[str]:
-    """Return the names of all methods' file tensors that consist of parts.
-
-    >>> "osf_svd_params" in tensors_with_parts()
-    True
-    """
-    return _names_of(tuple(FACTS))[1]
+    prefixes = {prefix for peft_type in types if (prefix := prefix_of(peft_type)) is not None}
+    return TensorNames(
+        tuple(sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))),
+        frozenset(part for peft_type in types for part in FACTS[peft_type].tensor_parts),
+        frozenset(key for peft_type in types for key in FACTS[peft_type].file_tensors),
+    )
 
 
 def has_fractions(key: str) -> bool:
@@ -369,16 +371,8 @@ def has_fractions(key: str) -> bool:
     >>> has_fractions("base_model.model.q.shira_weight"), has_fractions("base_model.model.q.shira_indices")
     (True, False)
     """
-    return any(part.startswith(tensor_prefixes()) and "indices" not in part for part in key.split("."))
-
-
-@functools.cache
-def _names_of(types: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str], frozenset[str]]:
-    """Return the three results for these types of the table."""
-    prefixes = {prefix for peft_type in types if (prefix := prefix_of(peft_type)) is not None}
-    parts = frozenset(part for peft_type in types for part in FACTS[peft_type].tensor_parts)
-    whole = frozenset(key for peft_type in types for key in FACTS[peft_type].file_tensors)
-    return tuple(sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))), parts, whole
+    prefixes = tensor_names(tuple(FACTS)).prefixes
+    return any(part.startswith(prefixes) and "indices" not in part for part in key.split("."))
 
 
 # ---------------------------------------------------------------- methods

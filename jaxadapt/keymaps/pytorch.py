@@ -20,7 +20,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.matching import is_parameter, tensor_prefixes, tensors_with_parts
+from jaxadapt.configs.matching import is_parameter, tensor_names
+from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight, name_regex
@@ -57,7 +58,8 @@ def adapted_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     {'q': {'lora_A': 'base_model.model.q.lora_A.weight'}}
     """
     found: dict[str, dict[str, str]] = {}
-    tensor = _tensor_pattern(tensors_with_parts(), tensor_prefixes())
+    names = tensor_names(tuple(FACTS))
+    tensor = _tensor_pattern(names.with_parts, names.prefixes)
     for key in keys:
         match = tensor.fullmatch(key.removeprefix(PEFT_PREFIX))
         if match is not None and match["module"] != SHARED_MODULE and not key.endswith(_ROWS):
