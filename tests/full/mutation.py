@@ -56,6 +56,7 @@ CORE = [
 ]  # fmt: skip
 POOL = [
     "tests/arrays/test_*.py", "tests/configs/test_*.py", "tests/keymaps/test_*.py", "tests/methods/test_*.py",
+    "tests/methods/prompt/test_*.py",
     "tests/core/test_*.py", "tests/adapters/test_joint_tensors.py", "tests/storage/test_safetensors*.py",
     "tests/storage/test_strided.py", "tests/storage/test_torch_bin.py", "tests/persistence/test_bad_lora.py",
     "tests/persistence/test_narrow_dtypes.py", "tests/merging/test_pairs.py", "tests/merging/test_resize.py",
@@ -75,6 +76,7 @@ EQUIVALENT = {
     ("jaxadapt/configs/table.py", "accuracy="): "a figure that benchmarks/ measures",
     ("jaxadapt/configs/table.py", "time="): "a figure that benchmarks/ measures",
     ("jaxadapt/configs/table.py", "learning_rate="): "the demo's value, which benchmarks/ found",
+    ("jaxadapt/merging/pairs.py", "wide = values if"): "a cast to float32 of float32 changes nothing",
     ("jaxadapt/storage/local_files.py", "_GAP ="): "a matter of speed, which benchmarks/ measures",
 }
 
