@@ -30,7 +30,7 @@ from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.initializers import kinds
 from jaxadapt.keymaps import plan
 from jaxadapt.methods.base import Array, Drop, Effects, Method, MethodTensor, Operation, Params, Use
-from jaxadapt.models import attachment, nnx_adapters
+from jaxadapt.models import attachment, graph, nnx_adapters
 from jaxadapt.models.carriers import carrier
 from jaxadapt.models.linen_call import Overlay, intercept, key_paths
 
@@ -230,13 +230,14 @@ def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
     gradient = attachment.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
 
     def run(probes: Sequence[Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
-        before = nnx_adapters.active_names(model)
+        walk = graph.walk_model(model)
+        before = tuple(walk.active)
         nnx_adapters.attach(model, recipe, probes, _NAME, values)
         try:
             return gradient(model, batch)[_NAME]
         finally:
             nnx_adapters.delete(model, _NAME)
-            nnx_adapters.activate(model, before)
+            nnx_adapters.activate(walk, before)
 
     return run
 

@@ -285,7 +285,7 @@ def _merge_and_detach(held: Model, adapters: Mapping[str, Adapter], options: Any
     if len(adapters) > 1:
         refuse_dependent(adapters)
     walked = held.walk()
-    nnx_adapters.require_current_trace(layer for _, layer in nnx_adapters.adapted_layers(walked))
+    nnx_adapters.require_current_trace(layer for _, layer in walked.adapted)
     nnx_adapters.activate(walked, ())
     try:
         _apply_changes(held.tree, tuple(adapters.values()), *options)

@@ -353,7 +353,7 @@ class Model(_Variables, Object):
         return self.tree
 
     def active(self) -> list[str]:
-        return list(nnx_adapters.active_names(self._contents))
+        return self._contents.active
 
     def adapt(
         self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
@@ -379,7 +379,7 @@ class Model(_Variables, Object):
         values, changes = adapter.flat(), rngs is not None or bool(new)
         if present is not None and not changes and is_same(present, adapter) and present.shapes == adapter.shapes:
             graph.set_values(self._adapters[name], values)
-            return self.activate((name,))
+            return self.tree if self.active() == [name] else self.activate((name,))
 
         def put(model: Any, walk: graph.ModelWalk, rngs: Any) -> None:
             if present is not None:

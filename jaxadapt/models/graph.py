@@ -397,6 +397,18 @@ class ModelWalk:
         """`{adapter name: {path: AdapterParam}}`."""
         return group_adapters((path, var) for path, var, _ in self.entries)
 
+    @property
+    def adapted(self) -> list[tuple[str, Any]]:
+        """`(dotted path, layer)` of every adapted layer."""
+        return [
+            (path, node) for path, node in self.modules if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)
+        ]
+
+    @property
+    def active(self) -> list[str]:
+        """The names of the active adapters, each once."""
+        return list(dict.fromkeys(name for _, layer in self.adapted for name in getattr(layer, ACTIVE)))
+
 
 Model = nnx.Module | ModelWalk
 Tree = Model | nnx.State[Any, Any]
@@ -450,7 +462,15 @@ def base_shardings(owners: Mapping[str, Owner]) -> dict[str, Any]:
 # ---------------------------------------------------------------- one layer
 
 
+ACTIVE = "active_adapters"
+"""The attribute of an adapted layer that holds the names of its active adapters."""
 DROPOUT = "adapter_dropout"  # the attribute of an adapted layer that holds its dropout layers
+
+
+class AdaptedMeta(type(nnx.Module)):
+    """The metaclass of run-time subclasses that apply adapters; `base` is the layer's own class."""
+
+    base: type[nnx.Module]
 
 
 def set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:

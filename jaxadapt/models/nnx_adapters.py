@@ -159,8 +159,8 @@ def _hold(module: nnx.Module, collection: str, name: str, leaf: str, tensors: di
         raise AttachError(f"cannot attach the adapter: the model has an attribute {collection!r} of its own")
     vars(module)[collection].setdefault(name, {})[leaf] = tensors
     install_adapters(module)
-    if ACTIVE not in vars(module):
-        setattr(module, ACTIVE, (name,))
+    if graph.ACTIVE not in vars(module):
+        setattr(module, graph.ACTIVE, (name,))
 
 
 def _hold_dropout(module: nnx.Module, name: str, site: Site, rngs: nnx.Rngs | None) -> None:
@@ -215,7 +215,7 @@ def _require_room(walk: graph.ModelWalk, adapter_sites: Sequence[Site], collecti
         *(
             f"{leaf}: its module already has an attribute {collection!r} of its own"
             for leaf, (module, _) in owners.items()
-            if collection in vars(module) and ACTIVE not in vars(module)
+            if collection in vars(module) and graph.ACTIVE not in vars(module)
         ),
     ]
     if problems:
@@ -224,35 +224,26 @@ def _require_room(walk: graph.ModelWalk, adapter_sites: Sequence[Site], collecti
 
 def install_adapters(layer: nnx.Module) -> None:
     """Change a layer's class to the run-time subclass that applies its adapters and dequantises its weights."""
-    if not isinstance(type(layer), planning.AdaptedMeta):
+    if not isinstance(type(layer), graph.AdaptedMeta):
         graph.set_class(layer, adapted_class(type(layer)))
 
 
 def uninstall_adapters(layer: nnx.Module) -> None:
     """Restore a layer's own class, unless it has adapters or quantised weights."""
     if (
-        isinstance(type(layer), planning.AdaptedMeta)
-        and vars(layer).keys().isdisjoint((ACTIVE, ROWS))
+        isinstance(type(layer), graph.AdaptedMeta)
+        and vars(layer).keys().isdisjoint((graph.ACTIVE, ROWS))
         and not graph.quantized_params(layer)
     ):
         graph.set_class(layer, planning.base_class(layer))
 
 
-def adapted_layers(model: graph.Model) -> list[tuple[str, Any]]:
-    """Return `(path, layer)` for every adapted layer."""
-    return [
-        (path, node)
-        for path, node in graph.walk_model(model).modules
-        if isinstance(type(node), planning.AdaptedMeta) and ACTIVE in vars(node)
-    ]
-
-
-def activate(model: graph.Model, names: tuple[str, ...]) -> None:
+def activate(walk: graph.ModelWalk, names: tuple[str, ...]) -> None:
     """Make these adapters, and no others, active in every adapted layer.
 
     Raises `AttachError` if several of them each replace the same weight.
     """
-    layers = adapted_layers(model)
+    layers = walk.adapted
     if len(names) > 1:
         methods_by_leaf: dict[str, dict[str, Method]] = {}
         for path, layer in layers:
@@ -260,21 +251,16 @@ def activate(model: graph.Model, names: tuple[str, ...]) -> None:
                 methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached_to(tensors).method
         refuse_rivals(methods_by_leaf)
     for _, layer in layers:
-        if getattr(layer, ACTIVE) != names:
-            setattr(layer, ACTIVE, names)
-
-
-def active_names(model: graph.Model) -> tuple[str, ...]:
-    """Return the names of a model's active adapters, each once."""
-    return tuple(dict.fromkeys(name for _, layer in adapted_layers(model) for name in getattr(layer, ACTIVE)))
+        if getattr(layer, graph.ACTIVE) != names:
+            setattr(layer, graph.ACTIVE, names)
 
 
 def delete(model: graph.Model, *names: str) -> None:
     """Remove these adapters, and restore the class of each layer that has no adapter left."""
     walk = graph.walk_model(model)
-    layers = adapted_layers(walk)
+    layers = walk.adapted
     require_current_trace(layer for _, layer in layers)
-    activate(walk, tuple(name for name in active_names(walk) if name not in names))
+    activate(walk, tuple(name for name in walk.active if name not in names))
     for _, layer in layers:
         attributes = vars(layer)
         for name, attr in itertools.product(names, (*graph.held_adapters(layer), graph.DROPOUT)):
@@ -283,7 +269,7 @@ def delete(model: graph.Model, *names: str) -> None:
                 if not attributes[attr]:
                     delattr(layer, attr)
         if not graph.held_adapters(layer):
-            delattr(layer, ACTIVE)
+            delattr(layer, graph.ACTIVE)
             uninstall_adapters(layer)
 
 
@@ -414,7 +400,6 @@ def call_with_keys(
 # ---------------------------------------------------------------- the call of a layer
 
 
-ACTIVE = "active_adapters"
 ROWS = "adapter_rows"
 """The attribute of a layer with a bank: `{leaf: {number of the site: {tensor: RowParam}}}`, empty without a route."""
 
@@ -465,11 +450,11 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
 
     body: dict[str, Any] = {name: wrap(f) for name, f in graph.entry_points(base).items()}
     body |= {"base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    subclass: Any = planning.AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
+    subclass: Any = graph.AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
     return subclass
 
 
-copyreg.pickle(planning.AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright: ignore[reportArgumentType]
+copyreg.pickle(graph.AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright: ignore[reportArgumentType]
 
 
 # ---------------------------------------------------------------- calling
@@ -487,7 +472,7 @@ def _active_hooks(module: nnx.Module) -> dict[str, Hook]:
     """Return `{leaf: hook}` for the active adapters of one layer."""
     hooks: dict[str, list[AppliedMethod]] = {}
     attributes = vars(module)
-    for name, leaf, tensors in adapters_on(module, attributes.get(ACTIVE, ())):
+    for name, leaf, tensors in adapters_on(module, attributes.get(graph.ACTIVE, ())):
         params = {tensor: _value_of(tensor, var) for tensor, var in tensors.items()}
         hooks.setdefault(leaf, []).append(
             AppliedMethod.in_call(attached_to(tensors), params, _active_dropout(module, name))
@@ -535,7 +520,7 @@ def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
-    if f is base.__call__ and (virtual := active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
+    if f is base.__call__ and (virtual := active_prompt(module, vars(module).get(graph.ACTIVE, ()))) is not None:
         if (hooked := prompts.hooked_call(module, virtual)) is not None:
             name, first = hooked
             return getattr(base, name)(graph.plain_view(module, base, {}), *first, *args, **kwargs)

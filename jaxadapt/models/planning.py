@@ -95,16 +95,10 @@ def read_params(params: Any, target: Any = None) -> BaseParams:
 # ---------------------------------------------------------------- Flax's own layer classes
 
 
-class AdaptedMeta(type(nnx.Module)):
-    """The metaclass of run-time subclasses that apply adapters; `base` is the layer's own class."""
-
-    base: type[nnx.Module]
-
-
 def base_class(module: nnx.Module) -> type[nnx.Module]:
     """Return a layer's own class, whether the layer is adapted or not."""
     cls = type(module)
-    return cls.base if isinstance(cls, AdaptedMeta) else cls
+    return cls.base if isinstance(cls, graph.AdaptedMeta) else cls
 
 
 _NEVER_LINEAR = (nnx.Embed.__call__, nnx.Conv.__call__, nnx.ConvTranspose.__call__)
