@@ -13,7 +13,7 @@ Differences from PEFT, and its faults that are kept:
 - The norm of a grouped DoRA in PEFT mixes channels of several groups; this configuration is refused.
 - PEFT adds the product of an `nn.MultiheadAttention`'s output projection twice, from 0.15.0 (the first version that
   adapts it) to 0.21.2 (the newest). Files were trained that way, so it is added twice here as well. Later versions may
-  differ (`is_newer_attention_file`). Its dropout has no effect in PEFT, and none here.
+  differ (`is_newer_lora_file`). Its dropout has no effect in PEFT, and none here.
 
 DoRA (Liu et al. 2024, arXiv:2402.09353) with PEFT's conventions: m/‖W + s·B·A‖ · (W + s·B·A), bias untouched.
 
@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -517,15 +517,12 @@ class Lora(Method, peft_type="LORA"):
         return {MASK: tokens if tokens.dtype == bool else invocation_mask(tuple(sequence), tokens)}
 
 
-def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:
-    """Return True if a file adapts an attention's output projection and is of a newer PEFT than `PEFT_VERSION`.
-
-    A newer PEFT may add the product of that projection once instead of twice.
-    """
+def is_newer_lora_file(config: Config) -> bool:
+    """Return True if a file of LoRA is of a newer PEFT than `PEFT_VERSION`."""
     known, file_version = (
         [int(n) for n in re.findall(r"\d+", version)[:3]] for version in (PEFT_VERSION, config.peft_version or "")
     )
-    return config.peft_type == "LORA" and file_version > known and any(match.weight.products == 2 for match in sites)
+    return config.peft_type == "LORA" and file_version > known
 
 
 def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:

@@ -44,7 +44,7 @@ from jaxadapt.core.errors import (
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.methods.base import file_sizes, get_method
-from jaxadapt.methods.lora import is_newer_attention_file
+from jaxadapt.methods.lora import is_newer_lora_file
 from jaxadapt.models import planning, trees
 from jaxadapt.models.carriers import DEFAULT, Carrier, carrier, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
@@ -144,7 +144,7 @@ def load(
         parameters, present = holder.base(), holder.attached(name)
         if isinstance(opened, PeftTensors):
             origin, stored, change_base = opened.source, opened.fingerprint, opened.change_base
-            adapter, adapter_sites = adapter_from_tensors(opened, parameters, options, report, check=True)
+            adapter, adapter_sites = adapter_from_tensors(opened, parameters, options, report, present, check=True)
         else:
             place, read_adapter = opened
             origin, stored = os.fspath(place.path), None
@@ -356,16 +356,17 @@ def adapter_from_tensors(
     base: planning.BaseParams,
     options: rules.Options,
     report: Report = no_report,
+    present: Adapter | None = None,
     check: bool = False,
 ) -> tuple[Adapter, Sites]:
     """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
 
-    With `check`, NaN and infinity in the tensors are a warning.
+    `present` is the attached adapter of the same name. With `check`, NaN and infinity in the tensors are a warning.
 
     Raises `MismatchError` listing all tensors that do not fit, and `AdapterError` for a configuration that does not fit
     the base.
     """
-    expected = bind(tensors, base, options)
+    expected = _bind_to_attached(tensors, base, options, present) or bind(tensors, base, options)
     source, recipe, adapter_sites = rules.fit(expected), expected.recipe, expected.sites
     own = {key: spec.dtype for key, spec in source.specs.items()}
     if options.dtype is None and np.dtype("float64") in own.values() and jnp.zeros(0, float).dtype != "float64":
@@ -408,13 +409,53 @@ def bind(
     except AdapterError as error:
         hint = rules.attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
         raise type(error)(f"{tensors.source}: {error}{hint}") from error
-    if is_newer_attention_file(tensors.config, (site.match for site in adapter_sites if not site.method.copies)):
+    _warn_of_newer_attention(tensors, adapter_sites)
+    return rules.Expected(tensors, recipe, adapter_sites, base, options)
+
+
+def _bind_to_attached(
+    tensors: PeftTensors, base: planning.BaseParams, options: rules.Options, present: Adapter | None
+) -> rules.Expected | None:
+    """Bind a file to an attached adapter that has the file's configuration and tensors; return None for any other.
+
+    The sites are those of the attached adapter, so that nothing is selected, planned or traced again.
+    """
+    given, config = options.given, tensors.config
+    options_of_plan = (options.keymap, given.stack_axes, given.example, config.get("layer_replication"))
+    if present is None or any(option is not None for option in options_of_plan):
+        return None
+    # Equality ignores the task, and a task adds a head to the targets.
+    if config != present.config or config.task_type != present.config.task_type:
+        return None
+    adapter_sites = sites.sites_of(present)
+    is_alike = (
+        all(_is_for_weight(site, base.shapes.get(site.leaf, ())) for site in adapter_sites)
+        and all(tensor.in_file for tensor, _ in tensor_entries(adapter_sites))
+        and as_source(tensors.tensors).shapes == adapter_sites.file_plan.shapes
+    )
+    if not is_alike:
+        return None
+    _warn_of_newer_attention(tensors, adapter_sites)
+    return rules.Expected(tensors, dataclasses.replace(present.recipe, config=config), adapter_sites, base, options)
+
+
+def _warn_of_newer_attention(tensors: PeftTensors, adapter_sites: Sites) -> None:
+    """Warn of a file with an attention's output projection that a newer PEFT wrote, which may add its product once."""
+    weights = [site.match.weight for site in adapter_sites if not site.method.copies]
+    outputs = [weight for weight in weights if weight.kind == "attention" and weight.products == 2]
+    if outputs and is_newer_lora_file(tensors.config):
         warn(
             f"{tensors.source}: written by PEFT {tensors.config.peft_version}. PEFT up to {PEFT_VERSION} adds the"
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"
             " untested. If that version adds it once, halve the projection's lora_B"
         )
-    return rules.Expected(tensors, recipe, adapter_sites, base, options)
+
+
+def _is_for_weight(site: Site, shape: tuple[int, ...]) -> bool:
+    """Return True if a site's tensors are for a weight of this shape."""
+    names = site.match.weight.left
+    sizes = dict(zip(names, shape, strict=False))
+    return len(names) == len(shape) and all(sizes.get(name, size) == size for name, size in site.axis_sizes.items())
 
 
 def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites) -> dict[str, Any]:
