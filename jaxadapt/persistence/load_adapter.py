@@ -418,7 +418,7 @@ def _bind_to_attached(
 ) -> rules.Expected | None:
     """Bind a file to an attached adapter that has the file's configuration and tensors; return None for any other.
 
-    The sites are those of the attached adapter, so that nothing is selected, planned or traced again.
+    The sites are those of the attached adapter: the model is neither selected from nor traced again.
     """
     given, config = options.given, tensors.config
     options_of_plan = (options.keymap, given.stack_axes, given.example, config.get("layer_replication"))
