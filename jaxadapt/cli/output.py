@@ -8,7 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -46,7 +46,8 @@ def _print(console: Console, *renderables: Any) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON, with control characters escaped."""
-    text = json.dumps(_replace_non_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
+    text = json.dumps(finite, indent=2, ensure_ascii=False)
     # JSON allows some control characters that a terminal would obey.
     click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
@@ -61,29 +62,15 @@ def print_result(as_json: bool, value: Any, shown: Iterable[tuple[str, str]] | C
         print_pairs(shown)
 
 
-def print_line(text: str) -> None:
-    """Print a line without folding it, so that it can be copied."""
-    click.echo(escape_text(text))
-
-
-def print_lines(lines: Iterable[str]) -> None:
-    """Print lines without folding them."""
+def print_lines(*lines: str) -> None:
+    """Print lines without folding them, so that they can be copied."""
     for line in lines:
-        print_line(line)
+        click.echo(escape_text(line))
 
 
 def print_indented(text: str) -> None:
     """Print text folded to the terminal's width, with each line indented."""
     click.echo(_indent(text))
-
-
-def _replace_non_finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON cannot express, by None."""
-    if isinstance(value, dict):
-        return {key: _replace_non_finite(inner) for key, inner in cast("dict[str, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [_replace_non_finite(inner) for inner in cast("list[Any]", value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
@@ -144,10 +131,14 @@ def print_list(title: str, items: Sequence[str], limit: int) -> None:
     if not items:
         return
     _print_title(f"{title}: {len(items)}")
-    for item in items[:limit]:
+    for item in shorten(items, limit):
         click.echo(_indent(item))
-    if len(items) > limit:
-        click.echo(_indent(f"… and {len(items) - limit} more (--json lists all)"))
+
+
+def shorten(items: Sequence[str], limit: int = 6) -> list[str]:
+    """Return the first `limit` items, and the number of the others."""
+    rest = len(items) - limit
+    return [*items[:limit], f"… and {rest} more (--json lists all)"] if rest > 0 else [*items]
 
 
 def print_words(title: str, words: Iterable[str]) -> None:

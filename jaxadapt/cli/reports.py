@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import click
 import jaxadapt
 from jaxadapt.cli import output
 from jaxadapt.core import errors, paths
+from jaxadapt.persistence import consumers
 
 if TYPE_CHECKING:
     from jaxadapt.analysis.changes import Difference, Norms
@@ -79,22 +80,13 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
         changes = jaxadapt.analysis.measure_norms(jaxadapt.read(folder, progress=True))
         if plot is not None:
             atomic.write_bytes(plot, jaxadapt.analysis.norms_png(changes, info.config))
-    if as_json:
-        from jaxadapt.persistence import consumers
-
-        document = info.to_dict() | {
-            "readers": [reader.to_dict() for reader in consumers.judge_readers(info.config, info.tensors)]
-        }
-        output.print_json(document if changes is None else document | {"norms": changes.to_dict()})
-        return
-    _print_info(info, tensors)
-    if changes is not None:
-        _print_norms(changes)
+    readers = [reader.to_dict() for reader in consumers.judge_readers(info.config, info.tensors)]
+    measured = {} if changes is None else {"norms": changes.to_dict()}
+    document = info.to_dict() | {"readers": readers} | measured
+    output.print_result(as_json, document, lambda: _print_info(info, changes, tensors))
 
 
-def _print_info(info: Info, tensors: bool) -> None:
-    from jaxadapt.persistence import consumers
-
+def _print_info(info: Info, changes: Norms | None, tensors: bool) -> None:
     config, targets = info.config, info.config.get("target_modules")
     dtypes, size = "/".join(info.dtypes), consumers.size_text(info.file_bytes)
     rows = [  # None leaves a row out
@@ -113,12 +105,12 @@ def _print_info(info: Info, tensors: bool) -> None:
         click.echo()
         rows = [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()]
         output.print_table(("tensor", "dtype", "shape"), rows)
+    if changes is not None:
+        _print_norms(changes)
 
 
 def reader_rows(config: jaxadapt.Config, keys: Iterable[str]) -> list[tuple[str, str]]:
     """Return rows of (title, text): the programs that read an adapter, and the others with reasons and what helps."""
-    from jaxadapt.persistence import consumers
-
     readers = consumers.judge_readers(config, keys)
     right = [reader.name for reader in readers if reader.verdict == consumers.RIGHT]
     rows = [("read by", ", ".join(right) or "no known program as it is")]
@@ -155,7 +147,6 @@ def _print_norms(norms: Norms) -> None:
 
 
 _COLORS = {"error": "red", "warning": "yellow", "note": "green"}
-_MAX_NAMES = 6
 
 
 @click.command("verify", short_help="Find the problems of an adapter's files.")
@@ -206,9 +197,9 @@ def verify_command(path: str, base: str | None, as_json: bool) -> None:
             print_finding(found)
         words = [f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in counts.items() if n and kind != "note"]
         click.echo()
-        output.print_line(f"{path}: {', '.join(words) if words else 'no problem found'}")
+        output.print_lines(f"{path}: {', '.join(words) if words else 'no problem found'}")
         if codes := dict.fromkeys(found.code for found in findings if found.repairable):
-            output.print_line(f"jaxadapt repair {path} repairs {', '.join(codes)}")
+            output.print_lines(f"jaxadapt repair {path} repairs {', '.join(codes)}")
     if counts["error"]:
         sys.exit(1)
 
@@ -217,9 +208,9 @@ def print_finding(found: Finding) -> None:
     """Print a finding: what was found, and below it what was expected, what to do, and the names concerned."""
     click.secho(f"{found.severity}", fg=_COLORS[found.severity], bold=True, nl=False)
     if found.severity == "note":
-        output.print_line(f"  {found.found}")
+        output.print_lines(f"  {found.found}")
         return
-    output.print_line(f"  {found.code}")
+    output.print_lines(f"  {found.code}")
     output.print_indented(found.found)
     if found.expected:
         output.print_indented(f"expected: {found.expected}")
@@ -227,9 +218,8 @@ def print_finding(found: Finding) -> None:
         output.print_indented(f"to do: {found.remedy}")
     if any(subject not in found.found for subject in found.subjects):
         groups = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", subject) for subject in found.subjects)
-        names = [f"{name} ({n})" if n > 1 else name for name, n in groups.items()]
-        rest = f", … and {len(names) - _MAX_NAMES} more (--json lists all)" if len(names) > _MAX_NAMES else ""
-        output.print_indented(f"names: {', '.join(names[:_MAX_NAMES])}{rest}")
+        names = output.shorten([f"{name} ({n})" if n > 1 else name for name, n in groups.items()])
+        output.print_indented(f"names: {', '.join(names)}")
 
 
 # ---------------------------------------------------------------- diff
@@ -281,8 +271,7 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
         sys.exit(1)
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Generator[jaxadapt.PeftTensors]:
+def _open(path: str) -> contextlib.AbstractContextManager[jaxadapt.PeftTensors]:
     """Open an adapter, or the only adapter of a run's step."""
     from jaxadapt.persistence import folder
     from jaxadapt.storage import location
@@ -290,19 +279,16 @@ def _open(path: str) -> Generator[jaxadapt.PeftTensors]:
     place = location.to_location(path)
     step = _STEP.fullmatch(place.name)
     if step is None:
-        with folder.open_adapter(path) as tensors:
-            yield tensors
-        return
-    yield dataclasses.replace(
-        jaxadapt.to_peft(jaxadapt.CheckpointManager(place.parent).adapter(int(step[1]))), source=path
-    )
+        return folder.open_adapter(path)
+    tensors = jaxadapt.to_peft(jaxadapt.CheckpointManager(place.parent).adapter(int(step[1])))
+    return contextlib.nullcontext(dataclasses.replace(tensors, source=path))
 
 
 def _print_difference(found: Difference, modules: bool) -> None:
     from jaxadapt.analysis.changes import difference_grid
 
     if found.is_equal:
-        output.print_line("equal: the same settings, modules and values")
+        output.print_lines("equal: the same settings, modules and values")
         return
     if found.settings:
         rows = [

@@ -235,7 +235,7 @@ def serve_command(
         output.print_result(
             as_json,
             {"url": url, "base": server.base.name, "adapters": count},
-            lambda: output.print_line(f"{server.base.name} and {count} adapters at {url}/v1; Ctrl-C ends"),
+            lambda: output.print_lines(f"{server.base.name} and {count} adapters at {url}/v1; Ctrl-C ends"),
         )
 
     app.run(server, host=host, port=port, started=started)
@@ -359,8 +359,7 @@ def push_command(
         readers = [reader.to_dict() for reader in consumers.judge_readers(info.config, info.tensors)]
         output.print_json(result._asdict() | {"readers": readers})
     else:
-        output.print_line(f"page     {result.url}")
-        output.print_line(f"address  {result.address}")
+        output.print_lines(f"page     {result.url}", f"address  {result.address}")
         output.print_pairs(reader_rows(info.config, info.tensors))
 
 

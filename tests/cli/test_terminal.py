@@ -141,7 +141,7 @@ def test_titles_lists_and_heat(capsys):
     output.print_heat(EVIL, [EVIL], [EVIL], [[1.0]])
     output.print_table((EVIL,), [(EVIL,)], numbers=(EVIL,))
     output.print_pairs([(EVIL, EVIL)])
-    output.print_line(EVIL)
+    output.print_lines(EVIL)
     out = capsys.readouterr().out
     is_safe(out)
     assert out.count("[bold]b[/bold]") >= 7
