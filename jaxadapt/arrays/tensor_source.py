@@ -293,7 +293,7 @@ def rename(tensors: TensorSource, names: Mapping[str, str]) -> View:
     return View(tensors.source, {key: (tensors, name) for key, name in names.items()})
 
 
-class _Derived(TensorSource):
+class Derived(TensorSource):
     """Tensors that are made from others when they are read."""
 
     def __init__(
@@ -340,7 +340,7 @@ def transpose(tensors: TensorSource, names: Mapping[str, str]) -> TensorSource:
         # As integers: numpy copies the 16-bit floats of other packages element by element.
         return np.ascontiguousarray(values.view(f"u{values.itemsize}").T).view(values.dtype)
 
-    return _Derived(tensors.source, names, spec, read)
+    return Derived(tensors.source, names, spec, read)
 
 
 def cut(tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> View:
@@ -355,7 +355,7 @@ def cut(tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]
     def read(key: str, slices: Sequence[slice]) -> np.ndarray:
         return tensors.read_slice(*parts[key])[tuple(slices)]
 
-    new = _Derived(tensors.source, parts, spec, read)
+    new = Derived(tensors.source, parts, spec, read)
     return _replace(tensors, {name for name, _ in parts.values()}, new, {})
 
 
@@ -402,7 +402,7 @@ def stack(tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]], na
                 offset += length
         return out[(slice(None), slice(None, None, padded[1].step), *padded[2:])]
 
-    new = _Derived(tensors.source, rows, spec, read)
+    new = Derived(tensors.source, rows, spec, read)
     stacked = {name for rows_of_one in rows.values() for row in rows_of_one for name in row}
     return _replace(tensors, stacked | set(names.values()), new, names)
 
@@ -436,4 +436,4 @@ def cast(tensors: Mapping[str, Any], dtype: Any) -> TensorSource:
                 lost[name] = regions.count_lost(values, values.astype(dtype))
         raise regions.overflow_error(lost, dtype, source.source)
 
-    return _Derived(source.source, source, spec, read)
+    return Derived(source.source, source, spec, read)

@@ -160,7 +160,7 @@ def export_base(
     _refuse_statistics(model, leaves)
     require_values(leaves, traced=False)
     base_plan = plan.base_plan(resolved, leaf_shapes(leaves))
-    changed = {} if adapter is None else base_merge.plan_merge(leaves, adapter)
+    changed = {} if adapter is None else base_merge.plan_changes(leaves, adapter)
     strict = adapter is not None and not allow_nan
     if adapter is not None and strict:
         base_merge.refuse_nan(leaves, adapter, changed)
@@ -417,7 +417,7 @@ def import_base(
     leaves, resolved = collect_base_leaves(model, keymap, allow_generic=True)
     shapes = leaf_shapes(leaves)
     if adapter is not None:  # raise before anything is read if the adapter does not fit
-        base_merge.plan_merge(base_merge.mergeable_leaves(carrier(model).params, adapter), adapter)
+        base_merge.plan_changes(base_merge.mergeable_leaves(carrier(model).params, adapter), adapter)
     with hf_model.open_model(location.to_location(path)) as tensors:
         hf_model.refuse_packed(tensors)
         resolved = resolved.spelling_for(tensors, shapes)
@@ -445,7 +445,7 @@ def import_base(
         with reporter(progress) as report:
             new = _load_leaves(entries, rename(tensors, sources), leaves, carrier(model).base().shardings, report)
     if adapter is not None:
-        changed = base_merge.plan_merge({**leaves, **new}, adapter)
+        changed = base_merge.plan_changes({**leaves, **new}, adapter)
         if not allow_nan:
             base_merge.refuse_nan({**leaves, **new}, adapter, changed)
         for leaf in list(changed):

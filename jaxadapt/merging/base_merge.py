@@ -296,9 +296,7 @@ def _merge_and_detach(held: Model, adapters: Mapping[str, Adapter], options: Any
     return held.tree
 
 
-def _unmerge_bias(applied: AppliedMethod, bias: Any) -> Any:
-    """Return a bias without an adapter's change; one function, since each new one would be compiled again."""
-    return applied.merged_bias(bias, -1)
+_unmerged_bias = functools.partial(AppliedMethod.merged_bias, sign=-1)  # each new function would be compiled again
 
 
 def unmerge(
@@ -325,7 +323,7 @@ def unmerge(
     return _apply_changes(
         carrier(model).to_change(in_place, donate),
         (adapter,),
-        (AppliedMethod.unweight, _unmerge_bias),
+        (AppliedMethod.unweight, _unmerged_bias),
         ("unmerge", progress),
         donate=donate,
         allow_nan=allow_nan,
@@ -408,13 +406,17 @@ def _check_finite(values: Mapping[str, Callable[[], Any]]) -> None:
     )
 
 
-def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLeaf]:
-    """Return the leaves that an adapter changes, merged; all checks are made now, values are computed on demand."""
-    return plan_changes(base, adapter, AppliedMethod.merged, AppliedMethod.merged_bias)
+def plan_changes(
+    base: Mapping[str, Any],
+    adapter: Adapter,
+    weight: Change = AppliedMethod.merged,
+    bias: Change = AppliedMethod.merged_bias,
+) -> dict[str, ChangedLeaf]:
+    """Return the leaves that an adapter changes; all checks are made now, values are computed on demand.
 
-
-def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, ChangedLeaf]:
-    """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
+    Args:
+        weight, bias: the change of a weight and of a bias. By default the adapter is merged.
+    """
     sites = sites_of(adapter)
     _check_fit(sites, base, adapter)
     own, shared = adapter.sites, adapter.shared

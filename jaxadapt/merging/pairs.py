@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, as_source
+from jaxadapt.arrays.tensor_source import Derived, TensorSource, TensorSpec, as_source
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
@@ -287,20 +287,21 @@ def plain_lora(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
     ranks = _padded_ranks(config, pairs, arrays, tensors.source, first is not None)
     r = (1 if first is None else 2) * max(ranks.values(), default=config.r)
     parts: dict[str, _Part] = {
-        key: (TensorSpec(*spec), functools.partial(arrays.read, key)) for key, spec in arrays.specs.items()
+        key: (TensorSpec(*spec), functools.partial(arrays.read_into, key, None)) for key, spec in arrays.specs.items()
     }
     for module, keys in pairs.items():
-        scale = config.lora_alpha / config.scale_divisor(config.r)
-        scale = scale if config.target_parameters else config.scale_of(module_name(module))
         size = r if module in ranks else None
         parts[keys.a] = _plain_tensor(arrays, start, keys.a, 0, 1.0, size)
-        parts[keys.b] = _plain_tensor(arrays, start, keys.b, 1, scale, size)
+        parts[keys.b] = _plain_tensor(arrays, start, keys.b, 1, config.scale_of(module_name(module)), size)
     plain = config.with_scale_one(r).with_default_init()
     if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
         plain = plain.replace(
             target_modules=sorted(pairs), exclude_modules=None, layers_to_transform=None, layers_pattern=None
         )
-    return dataclasses.replace(tensors, config=plain, tensors=PlainTensors(tensors.source, parts))
+    computed = Derived(
+        tensors.source, parts, lambda key: parts[key][0], lambda key, slices: parts[key][1]()[*slices, ...]
+    )
+    return dataclasses.replace(tensors, config=plain, tensors=computed)
 
 
 def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collection[str]) -> None:
@@ -376,7 +377,7 @@ def as_start(first: PeftTensors, trained: Config) -> PeftTensors:
     return first if is_zero else dataclasses.replace(first, config=first.config.replace(init_lora_weights=init))
 
 
-_Part = tuple[TensorSpec, Callable[[], Any]]
+_Part = tuple[TensorSpec, Callable[[], np.ndarray]]
 """A tensor's spec, and the function that computes the tensor."""
 
 
@@ -413,17 +414,3 @@ def _plain_tensor(
         return np.pad(values, [(0, missing if i == axis else 0) for i in range(values.ndim)]) if missing else values
 
     return new, read
-
-
-class PlainTensors(TensorSource):
-    """The tensors of a plain form, computed when they are read."""
-
-    def __init__(self, source: str, parts: Mapping[str, _Part]) -> None:
-        self.source, self._parts = source, parts
-
-    @functools.cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        return {key: spec for key, (spec, _) in self._parts.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        return self._parts[key][1]()
