@@ -51,10 +51,10 @@ def repair_command(path: str, out: str | None, in_place: bool, as_json: bool) ->
     if as_json:
         output.print_json(result.to_dict())
     else:
-        output.print_lines(f"repaired  {line}" for line in result.done)
+        output.print_lines(*(f"repaired  {line}" for line in result.done))
         for found in result.remaining:
             print_finding(found)
-        output.print_line("nothing to repair; no file written" if result.path is None else f"written to {result.path}")
+        output.print_lines("nothing to repair; no file written" if result.path is None else f"written to {result.path}")
     if any(found.severity == "error" for found in result.remaining):
         sys.exit(1)
 
@@ -95,9 +95,6 @@ def resize_command(adapter: str, rank: int, out: str, dtype: str | None, as_json
 # ---------------------------------------------------------------- rename
 
 
-_MAX_NAMES = 6
-
-
 @click.command("rename", short_help="Change the names of an adapter's modules.")
 @click.argument("adapter", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Folder to write.")
@@ -117,16 +114,14 @@ def rename_command(adapter: str, out: str, old: str | None, new: str | None, bas
       jaxadapt rename out/ --out new/ --from language_model.model. --to model.language_model.
       jaxadapt rename out/ --out new/ --from "" --to model.
     """
-    from jaxadapt.export import adapter_files
+    from jaxadapt.export import conversion
 
     if (base is None) == (old is None and new is None):
         raise click.UsageError("give --base, or --from and --to")
-    changed = adapter_files.rename_files(adapter, out, old=old, new=new or "", base=base, progress=True)
-    shown = [f"{name} -> {to}" for name, to in changed.items()]
-    if len(shown) > _MAX_NAMES:
-        shown[_MAX_NAMES:] = [f"… and {len(shown) - _MAX_NAMES} more (--json lists all)"]
+    changed = conversion.rename_files(adapter, out, old=old or "", new=new or "", base=base, progress=True)
+    shown = output.shorten([f"{name} -> {to}" for name, to in changed.items()])
     lines = [f"{out}: {len(changed)} modules renamed", *(f"  {line}" for line in shown)]
-    output.print_result(as_json, {"path": out, "renamed": changed}, lambda: output.print_lines(lines))
+    output.print_result(as_json, {"path": out, "renamed": changed}, lambda: output.print_lines(*lines))
 
 
 # ---------------------------------------------------------------- undo start
@@ -238,7 +233,7 @@ def convert_command(
         done = conversion.convert_several(sources, target, format=form, dtype=dtype, progress=True)
         values = [{k: x for k, x in each._asdict().items() if k != "dialect"} for each in done]
         texts = [f"{each.path}: {each.tensors} tensors of {each.method}" for each in done]
-        output.print_result(as_json, values, lambda: output.print_lines(texts))
+        output.print_result(as_json, values, lambda: output.print_lines(*texts))
         return
     result = conversion.convert(source, target, conversion.TreeOptions(**tree), format=form, dtype=dtype, progress=True)
     alpha = "" if result.lora_alpha is None else f", rank {result.rank}, alpha {result.lora_alpha:g}"
@@ -246,7 +241,7 @@ def convert_command(
     if result.dialect is not None:
         lines.append(f"a {result.dialect} tree; build its model with this rank and alpha")
     value = {name: value for name, value in result._asdict().items() if name != "method"}
-    output.print_result(as_json, value, lambda: output.print_lines(lines))
+    output.print_result(as_json, value, lambda: output.print_lines(*lines))
 
 
 # ---------------------------------------------------------------- extract

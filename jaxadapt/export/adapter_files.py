@@ -1,5 +1,5 @@
-"""Changes of adapter files without a model: another rank, other names, a plain LoRA of a start, one adapter taken out,
-and the form that another program reads.
+"""Changes of adapter files without a model: another rank, a plain LoRA of a start, one adapter taken out, and the form
+that another program reads.
 
     PEFT folder ──plain_lora──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -22,9 +22,8 @@ import numpy as np
 from jaxadapt.adapters.peft_tensors import PeftTensors, is_known_method, normalize_keys, split_key
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, rename
-from jaxadapt.configs import lora, matching
+from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config, loads
-from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
 from jaxadapt.core.errors import (
     ConfigError,
@@ -44,7 +43,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import combination
 from jaxadapt.merging.pairs import as_start, plain_lora
 from jaxadapt.models.carriers import DEFAULT
-from jaxadapt.persistence import consumers, folder, formats, load_adapter, save_adapter, tensor_checks, verify_folder
+from jaxadapt.persistence import consumers, folder, formats, load_adapter, save_adapter, tensor_checks
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
 from jaxadapt.storage import atomic, hf_model, location, orbax
@@ -92,8 +91,9 @@ def resize_files(
         label = f"{tensors.source}: "
         regions.require_finite(tensors.tensors, "resize a finite adapter, such as an earlier step", label)
         resized, error = combination.resize_rank(tensors, r)
-        way_out = f"at rank {r} its changes overflow float32; scale the adapter down"
-        regions.require_finite(resized.tensors, way_out, label)
+        regions.require_finite(
+            resized.tensors, f"at rank {r} its changes overflow float32; scale the adapter down", label
+        )
         conversion.write_like(_kept(resized, tensors), out, origin, dtype, report)
         return error
 
@@ -118,161 +118,6 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
         result = _kept(convert_start(new, as_start(old, new.config)), new)
         folder.write(result, out, progress=report)
         return result
-
-
-# ---------------------------------------------------------------- names
-
-
-def rename_files(
-    adapter: Path, out: Path, *, old: str | None = None, new: str = "", base: Any = None, progress: Progress = None
-) -> dict[str, str]:
-    """Write an adapter with other module names; return {old name: new name} of the modules that changed.
-
-    Args:
-        adapter: the adapter's folder or address.
-        out: the folder to write.
-        old, new: the beginning of the names to replace, and its replacement; "" adds or removes a beginning.
-        base: in their place a base model, as in `jaxadapt.verify`, whose names the modules get.
-        progress: as in `jaxadapt.write`.
-
-    Raises `MismatchError` if no name changes, two names become equal, or the base has no such modules.
-    """
-    conversion.refuse_same(adapter, out)
-    with reporter(progress) as report, formats.open_place(formats.look(adapter, report)) as origin:
-        tensors = origin.tensors
-        modules, copied = _named_modules(tensors)
-        if base is not None:
-            names = _names_in_base(tensors, modules, copied, base)
-        else:
-            begin = old or ""
-            names = {name: new + name.removeprefix(begin) for name in modules | copied if name.startswith(begin)}
-        changed = {name: to for name, to in names.items() if name != to}
-        if not changed:
-            why = (
-                f"no other module name begins with {old!r}"
-                if base is None
-                else f"the names are those of {base} already"
-            )
-            raise MismatchError(f"{tensors.source}: {why}; nothing to rename")
-        renamed = rename(as_source(tensors.tensors), _renamed_keys(tensors, changed))
-        config = _renamed_config(tensors, changed, {name: names.get(name, name) for name in modules}, (old or "", new))
-        conversion.write_like(PeftTensors(config, renamed, tensors.source), out, origin, None, report)
-        return changed
-
-
-def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, None]]:
-    """Return the adapted modules of a file, and those with a copy of their parameters, in the order of the keys."""
-    modules, copied = dict[str, None](), dict[str, None]()
-    for key in tensors.tensors:
-        split = split_key(key, tensors.config.peft_type)
-        name = key.removeprefix(PEFT_PREFIX).rpartition(".")[0] if split is None else split[0]
-        if key.startswith(PEFT_PREFIX) and name:  # others belong to the whole adapter
-            (copied if split is None else modules)[name.replace(".base_layer", "")] = None
-    return modules, {name: None for name in copied if name not in modules}
-
-
-def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterable[str], base: Any) -> dict[str, str]:
-    """Return {module: its name in the base}. Raises `MismatchError` if one is not there."""
-    shapes, wanted = verify_folder.base_shapes(base), [*modules, *copied]
-    in_files = [name for name in wanted if name.rpartition(".")[2] != "lm_head"]  # a tied head is in no file
-    for each in (wanted, in_files):
-        if (names := verify_folder.names_in_base(each, shapes)) is not None:
-            return names
-    raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(in_files))
-
-
-def _renamed_keys(tensors: PeftTensors, changed: Mapping[str, str]) -> dict[str, str]:
-    """Return {new key: key}. Raises `MismatchError` if several tensors would get one key."""
-    prefixed = {PEFT_PREFIX + name: PEFT_PREFIX + to for name, to in changed.items()}
-    keys: dict[str, list[str]] = {}
-    for key in tensors.tensors:
-        keys.setdefault(_rename(key, prefixed), []).append(key)
-    raise_listed(
-        MismatchError,
-        f"{tensors.source}: several tensors would get one name; choose another beginning:",
-        [f"{' and '.join(own)} would be called {to}" for to, own in keys.items() if len(own) > 1],
-    )
-    return {to: own[0] for to, own in keys.items()}
-
-
-def _rename(name: str, changed: Mapping[str, str]) -> str:
-    """Return a name with the longest module that it begins with renamed."""
-    module = name
-    while module and module not in changed:
-        module = module.rpartition(".")[0]
-    return changed[module] + name.removeprefix(module) if module else name
-
-
-def _renamed_config(
-    tensors: PeftTensors,
-    changed: Mapping[str, str],
-    modules: Mapping[str, str],
-    beginning: tuple[str, str],
-) -> Config:
-    """Rename the modules that a configuration names in full. Where it then selects others, name all of them.
-
-    Args:
-        tensors: the adapter.
-        changed: {module: another name}.
-        modules: {adapted module: its name}, also of those that keep it.
-        beginning: the beginning to replace, and its replacement.
-    """
-    config, values = tensors.config, _renamed_fields(tensors.config, changed, beginning)
-    targets = {name: to for name, to in modules.items() if matching.is_target(config, name)}
-    renamed = Config.from_dict(values)
-    is_narrower = not all(matching.is_target(renamed, to) for to in targets.values())
-    if is_narrower:
-        values |= {
-            name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in values
-        }
-        values["target_modules"] = sorted(targets.values())
-    if config.get("feedforward_modules") is not None:
-        inputs = {to for name, to in targets.items() if matching.is_feedforward(config, name)}
-        if is_narrower or inputs != {to for to in targets.values() if matching.is_feedforward(renamed, to)}:
-            values |= {"target_modules": sorted(targets.values()), "feedforward_modules": sorted(inputs)}
-    for field in ("rank_pattern", "alpha_pattern"):
-        wanted = _pattern_values(config, field, modules)
-        if wanted != _pattern_values(renamed, field, modules.values()):
-            values[field] = {to: x for to, x in zip(modules.values(), wanted, strict=True) if x is not None}
-    result = Config.from_dict(values)
-    lost = [to for to in targets.values() if not matching.is_target(result, to)]
-    lost += [
-        f"those of {field}"
-        for field in ("rank_pattern", "alpha_pattern")
-        if _pattern_values(config, field, modules) != _pattern_values(result, field, modules.values())
-    ]
-    raise_listed(MismatchError, f"{tensors.source}: no configuration selects these modules by their new names:", lost)
-    return result
-
-
-def _renamed_fields(config: Config, changed: Mapping[str, str], beginning: tuple[str, str]) -> dict[str, Any]:
-    """Return the fields of a configuration with the names in them renamed; the arguments are `_renamed_config`'s."""
-    values, (old, new) = config.to_dict(), beginning
-
-    def one(name: Any) -> Any:
-        if not isinstance(name, str):
-            return name
-        renamed = _rename(name, changed)
-        return new + name.removeprefix(old) if renamed == name and old and name.startswith(old) else renamed
-
-    for field in _NAMING & values.keys():
-        if isinstance(values[field], list):
-            values[field] = [one(name) for name in values[field]]
-        elif isinstance(values[field], dict):
-            values[field] = {one(name): value for name, value in values[field].items()}
-    return values
-
-
-_NAMING = frozenset({
-    "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters", "rank_pattern",
-    "alpha_pattern", "trainable_token_indices",
-})  # fmt: skip
-"""Fields that name modules: lists, or dicts by name."""
-
-
-def _pattern_values(config: Config, field: str, names: Iterable[str]) -> list[Any]:
-    """Return the value of `rank_pattern` or `alpha_pattern` for each name; None for one that no pattern matches."""
-    return [find_pattern_value(config.get(field) or {}, name, None) for name in names]
 
 
 # ---------------------------------------------------------------- one adapter out of a larger file
@@ -346,18 +191,13 @@ def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) ->
     tensors = rename(stored.tensors, {new: key for new, key in names.keys_of(name).items() if key not in left_out})
     wrong = [found.found for found in tensor_checks.check_tensors(tensors.shapes, config) if found.code == "rank"]
     raise_listed(MismatchError, f"{stored.source}: the configuration is not that of these tensors:", wrong)
-    if not _has_tensors(tensors, config):
+    is_known = is_known_method(config.peft_type)
+    if not any(not is_known or split_key(key, config.peft_type) is not None for key in tensors):
         raise MismatchError(
             f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
             " whole model or a part of one has no adapter to extract; pass the file with the adapter's tensors"
         )
     return PeftTensors(config, tensors, stored.source)
-
-
-def _has_tensors(keys: Collection[str], config: Config) -> bool:
-    """Return True if keys are those of the configuration's method, as far as it is known."""
-    is_known = is_known_method(config.peft_type)
-    return any(not is_known or split_key(key, config.peft_type) is not None for key in keys)
 
 
 def _from_orbax(

@@ -1,4 +1,4 @@
-"""Convert adapter files between formats, dtypes, families and libraries, without a model.
+"""Convert adapter files between formats, dtypes, families and libraries, and rename their modules, without a model.
 
 path ──formats.look──► Place ──open──► PeftTensors ──with_dtype, other names──► PeftTensors ──write──► path
 
@@ -13,22 +13,25 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxadapt.adapters import experts
-from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
-from jaxadapt.arrays.tensor_source import cast, float_dtype
+from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts, split_key
+from jaxadapt.arrays.tensor_source import as_source, cast, float_dtype, rename
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.core import paths
 from jaxadapt.core.errors import (
     ConfigError,
     FileError,
     FormatError,
     KeyMapError,
+    MismatchError,
     Progress,
     Report,
     raise_listed,
@@ -40,7 +43,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging.pairs import lora_pairs
 from jaxadapt.models.foreign import DIALECTS, Dialect, dialect_of, get_dialect, like_pattern, survey
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import FILES, FOLDERS, folder, formats
+from jaxadapt.persistence import FILES, FOLDERS, folder, formats, verify_folder
 from jaxadapt.storage import atomic, location, safetensors
 
 
@@ -352,7 +355,180 @@ def _under_other_names(tensors: PeftTensors, options: TreeOptions, from_tree: bo
         return experts.fuse_experts(tensors, source, on_shared, parts=False)
     if on_shared is not None:
         raise needs_tree
-    return _respell(tensors, source, target)
+    modules, copied = _named_modules(tensors)
+    names = survey.respell_modules(source, target, [*modules, *copied])
+    return _under_new_names(tensors, modules, {name: to for name, to in names.items() if name != to})
+
+
+# ---------------------------------------------------------------- names
+
+
+def rename_files(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    old: str = "",
+    new: str = "",
+    base: Any = None,
+    progress: Progress = None,
+) -> dict[str, str]:
+    """Write an adapter with other module names; return {old name: new name} of the modules that changed.
+
+    Args:
+        adapter: the adapter's folder or address.
+        out: the folder to write.
+        old, new: the beginning of the names to replace, and its replacement; "" adds or removes a beginning.
+        base: in their place a base model, as in `jaxadapt.verify`, whose names the modules get.
+        progress: as in `jaxadapt.write`.
+
+    Raises `MismatchError` if no name changes, two names become equal, or the base has no such modules.
+    """
+    refuse_same(adapter, out)
+    with reporter(progress) as report, formats.open_place(formats.look(adapter, report)) as origin:
+        tensors = origin.tensors
+        modules, copied = _named_modules(tensors)
+        if base is not None:
+            names = _names_in_base(tensors, modules, copied, base)
+            why = f"the names are those of {base} already"
+        else:
+            names = {name: new + name.removeprefix(old) for name in modules | copied if name.startswith(old)}
+            why = f"no other module name begins with {old!r}"
+        changed = {name: to for name, to in names.items() if name != to}
+        if not changed:
+            raise MismatchError(f"{tensors.source}: {why}; nothing to rename")
+        write_like(_under_new_names(tensors, modules, changed, (old, new)), out, origin, None, report)
+        return changed
+
+
+def _under_new_names(
+    tensors: PeftTensors, modules: Iterable[str], changed: Mapping[str, str], beginning: tuple[str, str] = ("", "")
+) -> PeftTensors:
+    """Return an adapter with other module names, in its keys and in its configuration.
+
+    Args:
+        tensors: the adapter.
+        modules: the adapted modules.
+        changed: {module: another name}, also of modules with a copy of their parameters.
+        beginning: the beginning of names to replace in the configuration, and its replacement.
+    """
+    keys = _renamed_keys(tensors, changed)
+    config = _renamed_config(tensors, changed, {name: changed.get(name, name) for name in modules}, beginning)
+    return PeftTensors(config, rename(as_source(tensors.tensors), keys), tensors.source)
+
+
+def _named_modules(tensors: PeftTensors) -> tuple[dict[str, None], dict[str, None]]:
+    """Return the adapted modules of a file, and those with a copy of their parameters, in the order of the keys."""
+    modules, copied = dict[str, None](), dict[str, None]()
+    for key in tensors.tensors:
+        split = split_key(key, tensors.config.peft_type)
+        name = key.removeprefix(PEFT_PREFIX).rpartition(".")[0] if split is None else split[0]
+        if key.startswith(PEFT_PREFIX) and name:  # others belong to the whole adapter
+            (copied if split is None else modules)[name.replace(".base_layer", "")] = None
+    return modules, {name: None for name in copied if name not in modules}
+
+
+def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterable[str], base: Any) -> dict[str, str]:
+    """Return {module: its name in the base}. Raises `MismatchError` if one is not there."""
+    shapes, wanted = verify_folder.base_shapes(base), [*modules, *copied]
+    in_files = [name for name in wanted if name.rpartition(".")[2] != "lm_head"]  # a tied head is in no file
+    for each in (wanted, in_files):
+        if (names := verify_folder.names_in_base(each, shapes)) is not None:
+            return names
+    raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(in_files))
+
+
+def _renamed_keys(tensors: PeftTensors, changed: Mapping[str, str]) -> dict[str, str]:
+    """Return {new key: key}. Raises `MismatchError` if several tensors would get one key."""
+    prefixed = {PEFT_PREFIX + name: PEFT_PREFIX + to for name, to in changed.items()}
+    keys: dict[str, list[str]] = {}
+    for key in tensors.tensors:
+        keys.setdefault(_rename(key, prefixed), []).append(key)
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: several tensors would get one name; choose another beginning:",
+        [f"{' and '.join(own)} would be called {to}" for to, own in keys.items() if len(own) > 1],
+    )
+    return {to: own[0] for to, own in keys.items()}
+
+
+def _rename(name: str, changed: Mapping[str, str]) -> str:
+    """Return a name with the longest module that it begins with renamed."""
+    module = name
+    while module and module not in changed:
+        module = module.rpartition(".")[0]
+    return changed[module] + name.removeprefix(module) if module else name
+
+
+def _renamed_config(
+    tensors: PeftTensors,
+    changed: Mapping[str, str],
+    modules: Mapping[str, str],
+    beginning: tuple[str, str],
+) -> Config:
+    """Rename the modules that a configuration names in full. Where it then selects others, name all of them.
+
+    Args:
+        tensors: the adapter.
+        changed: {module: another name}.
+        modules: {adapted module: its name}, also of those that keep it.
+        beginning: the beginning to replace, and its replacement.
+    """
+    config, values = tensors.config, _renamed_fields(tensors.config, changed, beginning)
+    targets = {name: to for name, to in modules.items() if matching.is_target(config, name)}
+    renamed = Config.from_dict(values)
+    is_narrower = not all(matching.is_target(renamed, to) for to in targets.values())
+    if is_narrower:
+        values |= {
+            name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in values
+        }
+        values["target_modules"] = sorted(targets.values())
+    if config.get("feedforward_modules") is not None:
+        inputs = {to for name, to in targets.items() if matching.is_feedforward(config, name)}
+        if is_narrower or inputs != {to for to in targets.values() if matching.is_feedforward(renamed, to)}:
+            values |= {"target_modules": sorted(targets.values()), "feedforward_modules": sorted(inputs)}
+    for field in ("rank_pattern", "alpha_pattern"):
+        wanted = _pattern_values(config, field, modules)
+        if wanted != _pattern_values(renamed, field, modules.values()):
+            values[field] = {to: x for to, x in zip(modules.values(), wanted, strict=True) if x is not None}
+    result = Config.from_dict(values)
+    lost = [to for to in targets.values() if not matching.is_target(result, to)]
+    lost += [
+        f"those of {field}"
+        for field in ("rank_pattern", "alpha_pattern")
+        if _pattern_values(config, field, modules) != _pattern_values(result, field, modules.values())
+    ]
+    raise_listed(MismatchError, f"{tensors.source}: no configuration selects these modules by their new names:", lost)
+    return result
+
+
+def _renamed_fields(config: Config, changed: Mapping[str, str], beginning: tuple[str, str]) -> dict[str, Any]:
+    """Return the fields of a configuration with the names in them renamed; the arguments are `_renamed_config`'s."""
+    values, (old, new) = config.to_dict(), beginning
+
+    def one(name: Any) -> Any:
+        if not isinstance(name, str):
+            return name
+        renamed = _rename(name, changed)
+        return new + name.removeprefix(old) if renamed == name and old and name.startswith(old) else renamed
+
+    for field in _NAMING & values.keys():
+        if isinstance(values[field], list):
+            values[field] = [one(name) for name in values[field]]
+        elif isinstance(values[field], dict):
+            values[field] = {one(name): value for name, value in values[field].items()}
+    return values
+
+
+_NAMING = frozenset({
+    "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters", "rank_pattern",
+    "alpha_pattern", "trainable_token_indices",
+})  # fmt: skip
+"""Fields that name modules: lists, or dicts by name."""
+
+
+def _pattern_values(config: Config, field: str, names: Iterable[str]) -> list[Any]:
+    """Return the value of `rank_pattern` or `alpha_pattern` for each name; None for one that no pattern matches."""
+    return [find_pattern_value(config.get(field) or {}, name, None) for name in names]
 
 
 # ---------------------------------------------------------------- trees
@@ -408,27 +584,6 @@ def _require_lora(config: Config, target: str) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"cannot convert {config.peft_type} to {target}: trees of other libraries support LoRA only")
     return config
-
-
-def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensors:
-    """Rename the modules of an adapter from the spelling of one keymap to that of another."""
-    config = tensors.config
-    pairs = _lora_pairs(tensors)
-    names = survey.respell_modules(source, target, list(pairs))
-    stale = [f for f in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform") if config.get(f)]
-    if stale and set(names) != set(names.values()):
-        raise ConfigError(
-            f"{tensors.source}: cannot rename the modules, because {', '.join(stale)} of the configuration use the old"
-            " names; edit the configuration first"
-        )
-    if not all(matching.is_target(config, m) for m in names.values()):
-        config = _require_lora(config, "another spelling").replace(target_modules=sorted(names.values()))
-    arrays = {
-        f"{PEFT_PREFIX}{names[m]}.lora_{side}.weight": x
-        for m, pair in pairs.items()
-        for side, x in zip("AB", pair, strict=True)
-    }
-    return PeftTensors(config, arrays, tensors.source)
 
 
 def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: TreeOptions) -> Written:

@@ -26,7 +26,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -434,8 +434,8 @@ def read_base(path: Any) -> Base:
 def gguf_base(file: File) -> Base:
     """Return the facts of a base model in a GGUF file. Raises `ConfigError` for other architectures."""
     name = file.value("general.architecture")
-    found = next((each for each in ARCHITECTURES.values() if each.name == name), None)
-    architecture = _find_architecture(found, name, file.path)
+    by_name = {each.name: each for each in ARCHITECTURES.values()}
+    architecture = _find_architecture(by_name.get(name), name, file.path)
     if file.value("general.type", "model") != "model":
         raise FormatError(f"{file.path}: expected a whole model, found general.type {file.value('general.type')!r}")
     if (parts := file.value("split.count", 1)) != 1:
@@ -489,14 +489,21 @@ def deinterleave_rows(values: Array, heads: int | None) -> Array:
 # ---------------------------------------------------------------- model
 
 
-_FLAT_MODULES = ("embed_tokens", "norm")
-_LAYER_MODULES = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", "self_attn.o_proj",
-    "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj",
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+_LLAMA = (
+    "model.embed_tokens", "model.norm",
+    *("model.layers.{l}." + name for name in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", "self_attn.o_proj",
+        "self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj",
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    )), "lm_head",
 )  # fmt: skip
-_GPT2_FLAT = ("wte", "wpe", "ln_f")
-_GPT2_LAYER = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+_GPT2 = (
+    "transformer.wte", "transformer.wpe", "transformer.ln_f",
+    *("transformer.h.{l}." + name for name in (
+        "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj",
+    )), "lm_head",
+)  # fmt: skip
+"""The modules of the architectures with LLaMA's names, and of GPT-2; {l} is the number of a layer."""
 
 
 class GgufTensors(TensorSource):
@@ -550,18 +557,12 @@ class GgufTensors(TensorSource):
         return interleave_rows(values, self.base.head_count(self._kinds[key]))
 
 
-def _candidates(base: Base, has_gate: bool) -> Iterator[str]:
-    """Yield the keys that a model of the architecture may have; fused and separate ones exclude each other."""
-    if base.architecture.turned:
-        flat, layer, prefix, lists = _GPT2_FLAT, _GPT2_LAYER, "transformer", "h"
-    else:
-        flat, layer, prefix, lists = _FLAT_MODULES, _LAYER_MODULES, "model", "layers"
-    left_out = "mlp.gate_up_proj" if has_gate else "mlp.up_proj"
-    modules = [f"{prefix}.{name}" for name in flat]
-    modules += [f"{prefix}.{lists}.{i}.{name}" for i in range(base.layers) for name in layer if name != left_out]
-    for module in [*modules, "lm_head"]:
-        yield f"{module}.weight"
-        yield f"{module}.bias"
+def _candidates(base: Base, has_gate: bool) -> list[str]:
+    """Return the keys that a model of the architecture may have; fused and separate ones exclude each other."""
+    left_out = ".gate_up_proj" if has_gate else ".up_proj"
+    names = [name for name in (_GPT2 if base.architecture.turned else _LLAMA) if not name.endswith(left_out)]
+    modules = dict.fromkeys(name.format(l=layer) for layer in range(base.layers) for name in names)
+    return [f"{module}.{end}" for module in modules for end in ("weight", "bias")]
 
 
 # ---------------------------------------------------------------- adapter

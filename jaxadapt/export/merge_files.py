@@ -110,10 +110,8 @@ def untie_base(
         more=len(pairs) > 1 and _place_of_changed(changed, without_head),
     )
     if outcome in _PROBLEMS:
-        weights, reason = (
-            " and ".join(sorted(changed or rows)),
-            _PROBLEMS[outcome](path, pairs, (different or pairs)[0]),
-        )
+        reason = _PROBLEMS[outcome](path, pairs, (different or pairs)[0])
+        weights = " and ".join(sorted(changed or rows))
         raise MismatchError(f"{adapter.source}: cannot merge changes of {weights}, because {reason}")
     if outcome == "tie":
         return _tie(base_tensors, without_head, equal, file_keys)
@@ -390,22 +388,21 @@ def merge_folder(
     """
     source, target = location.to_location(base), location.to_location(out)
     base_folder = source.parent if location.is_file(source) else source
-    if target.suffix == ".gguf":
-        raise FileError(
-            f"{target}: cannot write the merged model here: a .gguf file is written only for a base that is one; merge"
-            " into a folder, and convert that with llama.cpp's converter"
-        )
-    if location.is_same(base_folder, target):
-        raise FileError(f"{target}: cannot write the merged model here: this is the base model; choose another folder")
-    if location.exists(target / location.CONFIG):
-        raise FileError(
-            f"{target}: cannot write the merged model here: the folder contains an adapter, which transformers would"
-            " load instead; choose another folder"
-        )
+    _refuse_target(
+        target,
+        {
+            "a .gguf file is written only for a base that is one; merge into a folder, and convert that with"
+            " llama.cpp's converter": target.suffix == ".gguf",
+            "this is the base model; choose another folder": location.is_same(base_folder, target),
+            "the folder contains an adapter, which transformers would load instead; choose another folder": (
+                location.exists(target / location.CONFIG)
+            ),
+        },
+    )
     with reporter(progress) as report, hf_model.open_model(source) as base_tensors:
         hf_model.refuse_packed(base_tensors)
         tensors = _read_adapter(adapter, base_tensors, allow_nan, report)
-        plan = plan_merge(base_tensors, base_folder / "config.json", tensors)
+        plan = plan_merge(base_tensors, base_folder / hf_model.CONFIG, tensors)
         file_dtype = None if dtype is None else float_dtype(dtype)
         specs = {
             key: (dtype_name(file_dtype if file_dtype is not None and is_float(spec.dtype) else spec.dtype), spec.shape)
@@ -428,6 +425,13 @@ def merge_folder(
         total = base_files.write_folder(target, specs, read, refuse, max_shard_size, other_files, "merge", report)
     LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, plan.count, len(specs), total)
     return plan.count
+
+
+def _refuse_target(target: location.Location, problems: Mapping[str, bool]) -> None:
+    """Raise `FileError` with the first problem that the target of a merge has."""
+    for problem, applies in problems.items():
+        if applies:
+            raise FileError(f"{target}: cannot write the merged model here: {problem}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -485,7 +489,7 @@ def plan_merge(
     keymap = load_adapter.base_keymap(tensors, untied.tensors.shapes, untied.tied)
     params = paths.unflatten(specs | _repeated_weights(tensors, untied.tensors, keymap))
     loaded = load_adapter.from_peft(tensors, params, keymap=keymap)
-    return MergePlan(untied.tensors, base_merge.plan_merge(specs, loaded), len(loaded.sites), untied.is_untied)
+    return MergePlan(untied.tensors, base_merge.plan_changes(specs, loaded), len(loaded.sites), untied.is_untied)
 
 
 # ---------------------------------------------------------------- merge gguf
@@ -528,17 +532,20 @@ def merge_gguf(
         AdapterError: something does not fit. Then nothing is written.
     """
     source, target = location.to_location(base), location.to_location(out)
-    if target.suffix != ".gguf":
-        raise FileError(f"{target}: cannot write the merged model here: expected a file name ending in .gguf")
-    if location.is_same(source, target):
-        raise FileError(f"{target}: cannot write the merged model here: this is the base model; choose another file")
+    _refuse_target(
+        target,
+        {
+            "expected a file name ending in .gguf": target.suffix != ".gguf",
+            "this is the base model; choose another file": location.is_same(source, target),
+        },
+    )
     file = gguf_files.File(source)
     tensors = gguf_files.GgufTensors(file, gguf_files.gguf_base(file))
     kind = _matrix_kind(file, dtype)
     with reporter(progress) as report:
         is_exact = {tensor.kind for tensor in file.tensors.values()} <= _FLOATS
-        peft_tensors = _read_adapter(adapter, tensors if is_exact else None, allow_nan, report)
-        plan = plan_merge(tensors, source, peft_tensors, tensors.base.tied)
+        adapter_tensors = _read_adapter(adapter, tensors if is_exact else None, allow_nan, report)
+        plan = plan_merge(tensors, source, adapter_tensors, tensors.base.tied)
         keys = {name: key for key, name in tensors.names.items()}
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         if plan.is_untied:
