@@ -381,7 +381,11 @@ def combine_command(
       jaxadapt combine french/ code/ --weights 0.7,0.5 --out both/
       jaxadapt combine a/ hf://org/b --weights 1,-1 --method cat --rank 16 --out both/
     """
-    _refuse_split_weights(adapters, weights)
+    # Numbers among the adapters, as in `--weights 0.7 0.3`.
+    loose = [text for text in adapters if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text) and not Path(text).exists()]
+    if loose:
+        wanted = ",".join([weights, *loose])
+        raise click.BadParameter(f"separate the factors by commas: --weights {wanted}", param_hint="--weights")
     try:
         numbers = [float(w) for w in weights.split(",")]
     except ValueError:
@@ -404,11 +408,3 @@ def combine_command(
         {"folder": out, "r": r, "lora_alpha": alpha},
         [("folder", out), ("rank", str(r)), ("tensors", str(len(combined.tensors)))],
     )
-
-
-def _refuse_split_weights(adapters: tuple[str, ...], weights: str) -> None:
-    """Raise `click.BadParameter` if numbers stand among the adapters, as in `--weights 0.7 0.3`."""
-    numbers = [text for text in adapters if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text) and not Path(text).exists()]
-    if numbers:
-        wanted = ",".join([weights, *numbers])
-        raise click.BadParameter(f"separate the factors by commas: --weights {wanted}", param_hint="--weights")

@@ -52,7 +52,7 @@ def print_json(value: Any) -> None:
     click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
-def print_result(as_json: bool, value: Any, shown: Iterable[tuple[str, str]] | Callable[[], object]) -> None:
+def print_result(as_json: bool, value: Any, shown: Iterable[tuple[str, str | None]] | Callable[[], object]) -> None:
     """Print the result of a command: the value as JSON, or names and values, or what `shown` prints."""
     if as_json:
         print_json(value)
@@ -73,15 +73,16 @@ def print_indented(text: str) -> None:
     click.echo(_indent(text))
 
 
-def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
-    """Print names and values, folded to the terminal's width."""
+def print_pairs(rows: Iterable[tuple[str, str | None]]) -> None:
+    """Print names and values, folded to the terminal's width; a value of None leaves its row out."""
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(escape_text(name), escape_text(value))
+        if value is not None:
+            table.add_row(escape_text(name), escape_text(value))
     _print(_console(), table)
 
 
@@ -162,13 +163,14 @@ def _indent(text: str, prefix: str = "  ") -> str:
 def print_heat(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]
 ) -> None:
-    """Print a heat map: a table of numbers on shades of blue, split into several tables if it is too wide."""
+    """Print an empty line and a heat map: a table of numbers on shades of blue, or several if it is too wide."""
     from rich.table import Table
     from rich.text import Text
 
     from jaxadapt.analysis.changes import number_text
 
     console = _console()
+    click.echo()
     title, rows, columns = escape_text(title), [*map(escape_text, rows)], [*map(escape_text, columns)]
     high = max((v for row in values for v in row if v is not None and math.isfinite(v)), default=0.0) or 1.0
     label_width = max(len("layer"), *map(len, rows)) + 1

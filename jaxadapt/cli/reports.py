@@ -89,7 +89,7 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
 def _print_info(info: Info, changes: Norms | None, tensors: bool) -> None:
     config, targets = info.config, info.config.get("target_modules")
     dtypes, size = "/".join(info.dtypes), consumers.size_text(info.file_bytes)
-    rows = [  # None leaves a row out
+    rows = [
         ("method", config.peft_type + (f", {config.task_type}" if config.task_type else "")),
         ("format", None if info.form == "PEFT" else f"{info.form}; the programs below read it after jaxadapt convert"),
         ("base model", config.base_model_name_or_path or "not recorded"),
@@ -99,8 +99,7 @@ def _print_info(info: Info, changes: Norms | None, tensors: bool) -> None:
         ("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"),
         ("peft version", config.peft_version or None),
     ]
-    shown = [(name, text) for name, text in rows if text is not None]
-    output.print_pairs([*shown, *reader_rows(config, info.tensors)])
+    output.print_pairs([*rows, *reader_rows(config, info.tensors)])
     if tensors:
         click.echo()
         rows = [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()]
@@ -135,7 +134,6 @@ def _print_norms(norms: Norms) -> None:
         values = cells.values(name)
         if all(v is None for row in values for v in row) or (name == "scale" and scale is not None):
             continue
-        click.echo()
         output.print_heat(title, cells.rows, cells.columns, values)
     if scale is not None and rank is not None:
         click.echo(f"\nrank {rank:g} and scale {scale:.4g} in all modules")
@@ -212,10 +210,9 @@ def print_finding(found: Finding) -> None:
         return
     output.print_lines(f"  {found.code}")
     output.print_indented(found.found)
-    if found.expected:
-        output.print_indented(f"expected: {found.expected}")
-    if found.remedy:
-        output.print_indented(f"to do: {found.remedy}")
+    for title, text in (("expected", found.expected), ("to do", found.remedy)):
+        if text:
+            output.print_indented(f"{title}: {text}")
     if any(subject not in found.found for subject in found.subjects):
         groups = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", subject) for subject in found.subjects)
         names = output.shorten([f"{name} ({n})" if n > 1 else name for name, n in groups.items()])
@@ -300,7 +297,6 @@ def _print_difference(found: Difference, modules: bool) -> None:
     grid = difference_grid(found)
     if grid is not None and any(v for row in grid.values("relative") for v in row):
         for title, name in (("distance ÷ norm of the first", "relative"), ("cosine", "cosine")):
-            click.echo()
             output.print_heat(title, grid.rows, grid.columns, grid.values(name))
     if modules:
         click.echo()
@@ -480,14 +476,15 @@ def _run_keymap_file(text: str) -> jaxadapt.KeyMap:
 
 
 def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes | None, is_custom: bool) -> None:
-    rows = [("family", report.family)]
-    if leaves is not None:
-        rows.append(("model", f"{len(leaves)} leaves, {len(report.claims)} matched"))
-    if tensors is not None:
-        keys = {key for claimed in report.claims.values() for key in claimed}
-        rows.append(("checkpoint", f"{len(tensors)} tensors, {len(keys & tensors.keys())} matched"))
-    rows.append(("result", "fits" if report.fits else "does not fit"))
-    output.print_pairs(rows)
+    keys = {key for claimed in report.claims.values() for key in claimed if key in (tensors or {})}
+    output.print_pairs(
+        [
+            ("family", report.family),
+            ("model", None if leaves is None else f"{len(leaves)} leaves, {len(report.claims)} matched"),
+            ("checkpoint", None if tensors is None else f"{len(tensors)} tensors, {len(keys)} matched"),
+            ("result", "fits" if report.fits else "does not fit"),
+        ]
+    )
     used = [(w.leaf, w.key, str(count)) for w, count in report.counts.items() if count]
     unused = [w.leaf for w, count in report.counts.items() if not count]
     if not used:

@@ -278,14 +278,13 @@ def export_command(
     result = jaxadapt.export.export_adapter(
         source, out, program, base=base, first=first, rank=rank, dtype=dtype, progress=True
     )
+    module, worst = max(result.error.items(), key=lambda item: item[1], default=("", 0.0))
     rows = [
         ("for", f"{result.program} ({result.version})"),
         ("written", result.path),
         ("size", f"rank {result.rank}, {result.tensors} tensors"),
+        ("lost", f"at most {worst:.1%} of a change, at {module}" if result.error else None),
     ]
-    if result.error:
-        module, worst = max(result.error.items(), key=lambda item: item[1])
-        rows.append(("lost", f"at most {worst:.1%} of a change, at {module}"))
     output.print_result(as_json, result.to_dict(), rows)
 
 

@@ -392,22 +392,17 @@ def _plain(
 
 def _check_reader(plain: PeftTensors, program: consumers.Program, tied: bool | None) -> None:
     """Raise `ConfigError` if a program that reads PEFT's folders refuses or misreads the plain form."""
-    if program.style != "safetensors":
+    readers = {reader.name: reader for reader in consumers.judge_readers(plain.config, plain.tensors, tied)}
+    reader = readers.get(program.reader) if program.style == "safetensors" else None
+    if reader is None or reader.verdict == consumers.RIGHT:
         return
-    for reader in consumers.judge_readers(plain.config, plain.tensors, tied):
-        if reader.name != program.reader or reader.verdict == consumers.RIGHT:
-            continue
-        named = f"{reader.name} ({reader.version})"
-        if reader.verdict == consumers.UNKNOWN:
-            warn(
-                f"{plain.source}: no test has run {named} with {'; '.join(reader.reasons)}; compare its outputs with"
-                " PEFT's"
-            )
-        else:
-            remedy = reader.remedy or "there is no other form"
-            raise_listed(
-                ConfigError, f"{plain.source}: {named} {consumers.WORDS[reader.verdict]}; {remedy}:", reader.reasons
-            )
+    named = f"{reader.name} ({reader.version})"
+    if reader.verdict != consumers.UNKNOWN:
+        remedy = reader.remedy or "there is no other form"
+        raise_listed(
+            ConfigError, f"{plain.source}: {named} {consumers.WORDS[reader.verdict]}; {remedy}:", reader.reasons
+        )
+    warn(f"{plain.source}: no test has run {named} with {'; '.join(reader.reasons)}; compare its outputs with PEFT's")
 
 
 # ---------------------------------------------------------------- nearest lora and original start

@@ -237,7 +237,7 @@ class File:
             FileError: the file or the package `gguf` is missing.
             FormatError: it is no GGUF file.
         """
-        gguf, self.path, self._place = _gguf(), location.to_location(path), 0
+        gguf, self.path = _gguf(), location.to_location(path)
         if isinstance(self.path, location.Address) or not location.is_file(self.path):
             raise FileError(f"{self.path}: expected a local GGUF file, found none")
         try:
@@ -278,7 +278,7 @@ class File:
         if alignment.type != "UINT32" or alignment.value.bit_count() != 1:
             raise ValueError(f"general.alignment: {alignment.value!r}")
         found = self._named(tensor_count, lambda: self._tensor(gguf))
-        begin = self._place + -self._place % alignment.value
+        begin = self._data.tell() + -self._data.tell() % alignment.value
         tensors = {name: tensor._replace(start=begin + tensor.start) for name, tensor in found.items()}
         for name, tensor in tensors.items():
             if tensor.start + tensor.nbytes > len(self._data):
@@ -286,11 +286,9 @@ class File:
         return fields, tensors
 
     def _take(self, count: int) -> bytes:
-        begin = self._place
-        if count > len(self._data) - begin:
-            raise ValueError(f"{count} bytes at byte {begin} of {len(self._data)}")
-        self._place += count
-        return self._data[begin : self._place]
+        if count > len(self._data) - self._data.tell():
+            raise ValueError(f"{count} bytes at byte {self._data.tell()} of {len(self._data)}")
+        return self._data.read(count)
 
     def _numbers(self, kind: int, count: int = 1) -> tuple[Any, ...]:
         return struct.unpack(f"<{count}{_FORMS[kind]}", self._take(count * struct.calcsize(f"<{_FORMS[kind]}")))
@@ -616,18 +614,25 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, t
         is_table = "lora_embedding" in keys.a
         a, b = (arrays.specs[key].shape for key in keys)
         heads = base.head_count(kind)
-        if not name:
-            problems.append(f"{module}: {base.architecture.name} has no such tensor in GGUF")
-        elif kind not in LINEAR and kind != "TOKEN_EMBD":
-            problems.append(f"{module}: llama.cpp adds no LoRA to {name}")
-        elif kind in ("TOKEN_EMBD", "OUTPUT") and base.tied is not False:
-            problems.append(f"{module}: the head is tied to the token embedding, which llama.cpp cannot adapt")
-        elif len(a) != 2 or len(b) != 2 or a[0] != b[1] or (is_table != (kind == "TOKEN_EMBD")):
-            problems.append(f"{module}: expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}")
-        elif heads is not None and b[0] % (2 * heads):
-            problems.append(f"{module}: expected rows for {heads} heads ({base.source}), found {b[0]}")
-        else:
-            plan |= {f"{name}.lora_a": (keys.a, None, is_table), f"{name}.lora_b": (keys.b, heads, False)}
+        are_pair = len(a) == len(b) == 2 and a[0] == b[1]
+        rules = (
+            (not name, f"{base.architecture.name} has no such tensor in GGUF"),
+            (kind not in (*LINEAR, "TOKEN_EMBD"), f"llama.cpp adds no LoRA to {name}"),
+            (
+                kind in ("TOKEN_EMBD", "OUTPUT") and base.tied is not False,
+                "the head is tied to the token embedding, which llama.cpp cannot adapt",
+            ),
+            (
+                not are_pair or is_table != (kind == "TOKEN_EMBD"),
+                f"expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}",
+            ),
+            (
+                heads is not None and are_pair and b[0] % (2 * heads),
+                f"expected rows for {heads} heads ({base.source}), found {b[0] if b else b}",
+            ),
+        )
+        problems += [f"{module}: {problem}" for applies, problem in rules if applies][:1]
+        plan |= {f"{name}.lora_a": (keys.a, None, is_table), f"{name}.lora_b": (keys.b, heads, False)}
     raise_listed(
         MismatchError,
         f"{tensors.source}: llama.cpp has no form for these modules; {lora.merge_advice(tensors.config)}:",

@@ -495,8 +495,16 @@ def plan_merge(
 # ---------------------------------------------------------------- merge gguf
 
 
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-"""llama.cpp's numbers of these types in general.file_type."""
+_FIELDS = {
+    "F32": {"general.file_type": gguf_files.Field(0, "UINT32")},
+    "F16": {"general.file_type": gguf_files.Field(1, "UINT32")},
+    "BF16": {"general.file_type": gguf_files.Field(32, "UINT32")},
+    "Q8_0": {
+        "general.file_type": gguf_files.Field(7, "UINT32"),
+        "general.quantization_version": gguf_files.Field(2, "UINT32"),
+    },
+}
+"""{type of the matrices: fields of the file}, with llama.cpp's numbers of the types."""
 _FLOATS = {"F32", "F16", "BF16"}
 """The types whose values are those of the model; the others are quantized."""
 
@@ -546,16 +554,11 @@ def merge_gguf(
         is_exact = {tensor.kind for tensor in file.tensors.values()} <= _FLOATS
         adapter_tensors = _read_adapter(adapter, tensors if is_exact else None, allow_nan, report)
         plan = plan_merge(tensors, source, adapter_tensors, tensors.base.tied)
-        keys = {name: key for key, name in tensors.names.items()}
+        added = {"output.weight": "lm_head.weight"} if plan.is_untied else {}
+        keys = {name: key for key, name in tensors.names.items()} | added
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        if plan.is_untied:
-            keys["output.weight"] = "lm_head.weight"
-            shapes["output.weight"] = plan.base_tensors.shapes["lm_head.weight"]
-        fields = dict(file.fields)
-        architecture = fields.pop("general.architecture").value
-        fields["general.file_type"] = gguf_files.Field(_FILE_TYPES[kind], "UINT32")
-        if kind == "Q8_0":
-            fields["general.quantization_version"] = gguf_files.Field(2, "UINT32")
+        shapes |= {name: plan.base_tensors.shapes[key] for name, key in added.items()}
+        fields = {name: field for name, field in file.fields.items() if name != "general.architecture"} | _FIELDS[kind]
 
         def get(name: str) -> np.ndarray:
             key = keys.get(name, "")
@@ -570,7 +573,7 @@ def merge_gguf(
             return values
 
         specs = {name: (_kind(name, shape, kind), shape) for name, shape in shapes.items()}
-        gguf_files.write(target, architecture, fields, specs, get, report, "merge")
+        gguf_files.write(target, tensors.base.architecture.name, fields, specs, get, report, "merge")
     LOGGER.info("%s: %d of %d tensors changed", target, plan.count, len(specs))
     return plan.count
 

@@ -56,27 +56,22 @@ class _Options(NamedTuple):
     majority_sign_method: str
 
 
-def _combine_noisy(static: tuple[_Options, tuple[float, ...], Any], tree: Any) -> tuple[Array, Array]:
-    """Return `_combine_matrices` of (As, Bs, weights, DARE's masks or keys of the adapters); None for other methods."""
+def _combine_matrices(static: tuple[_Options, tuple[float, ...], Any], tree: Any) -> tuple[Array, Array]:
+    """Return A (r, in) and B (out, r) of one matrix, or of each expert's, from those of each adapter.
+
+    Args:
+        static: the options and the scales; the third value only keeps programs apart.
+        tree: the As, the Bs, the weights, and of DARE for each adapter its key, its masks of A and B, or twice the mask
+            of its weight change; None for other methods.
+    """
     (options, scales, _), (a, b, weights, noise) = static, tree
     masks = noise and [
         each if isinstance(each, tuple) else _draw_masks(options, x, y, each)
         for x, y, each in zip(a, b, noise, strict=True)
     ]
-    return _combine_matrices(options, scales, a, b, weights, masks)
-
-
-def _combine_matrices(
-    options: _Options, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any
-) -> tuple[Array, Array]:
-    """Return A (r, in) and B (out, r) of one matrix, or of each expert's, from those of each adapter.
-
-    Args:
-        masks: DARE's masks of A and B of each adapter, or of its weight change; None for other methods.
-    """
     if a[0].ndim == 3:  # one by one: a weight change is as large as its weight
         return jax.lax.map(
-            lambda each: _combine_matrices(options, scales, each[0], each[1], weights, each[2]), (a, b, masks)
+            lambda each: _combine_matrices(static, (each[0], each[1], weights, each[2])), (a, b, masks)
         )
     mask_a, mask_b = (masks and [pair[i] for pair in masks] for i in (0, 1))
     scaled_weights = [w * s for w, s in zip(weights, scales, strict=True)]
@@ -241,7 +236,7 @@ def _combine_pairs(
         items[matrix] = (options, scales, None if kept is None else matrix), (a, b, shares, noise)
         first[matrix] = next(iter(having.values()))
     with jax.default_matmul_precision("highest"):
-        combined = factors.map_equal(_combine_noisy, items)
+        combined = factors.map_equal(_combine_matrices, items)
     new = {matrix: dataclasses.replace(first[matrix], a=a, b=b, scale=1.0) for matrix, (a, b) in combined.items()}
     return factors.split_parts(new, parts_of)
 
@@ -391,14 +386,12 @@ def _union(targets: Sequence[Any]) -> Any:
     """Return targets that select what any of several does; None if one of them would change its meaning."""
     if all(isinstance(target, tuple) for target in targets):
         return sorted({name for names in targets for name in names})
-    expressions = list(dict.fromkeys(targets))
     if not all(isinstance(target, str) for target in targets):
         return None
-    if len(expressions) == 1:
-        return expressions[0]
-    if any(re.search(r"\\[1-9]|\(\?[aiLmsuxP]", expression) for expression in expressions):
+    first, *others = dict.fromkeys(targets)
+    if others and any(re.search(r"\\[1-9]|\(\?[aiLmsuxP]", expression) for expression in targets):
         return None  # group numbers shift, flags and group names clash
-    return "|".join(f"({expression})" for expression in expressions)
+    return "|".join(f"({expression})" for expression in (first, *others)) if others else first
 
 
 # ---------------------------------------------------------------- masks

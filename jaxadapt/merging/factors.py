@@ -111,8 +111,9 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
     `MismatchError` for PEFT's tensors of modules that are no targets; `AttachError` for abstract parameters.
     """
     if not isinstance(source, Adapter | PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
-        type_name = type(source).__name__
-        raise AttachError(f"{label}: expected an Adapter (from extract, init or from_peft), found {type_name}")
+        raise AttachError(
+            f"{label}: expected an Adapter (from extract, init or from_peft), found {type(source).__name__}"
+        )
     reasons, config = reasons_not_a_product(source.config), source.config
     if reasons or not isinstance(config, LoraConfig):
         raise ConfigError(
