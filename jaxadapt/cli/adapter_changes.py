@@ -394,11 +394,11 @@ def combine_command(
         raise click.BadParameter(f"expected numbers separated by commas, found {weights!r}", param_hint="--weights")
     import jax
 
-    from jaxadapt.export import merge_files
+    from jaxadapt.export import adapter_files
 
     is_svd, key = method.endswith("svd"), jax.random.key(seed) if method.startswith("dare") else None
     options = {"method": method, "density": density, "svd_rank": rank if is_svd else None, "key": key}
-    combined = merge_files.combine_folders(
+    combined = adapter_files.combine_folders(
         adapters, numbers, out, resize=None if is_svd else rank, dtype=dtype, allow_nan=allow_nan, progress=True,
         **options,
     )  # fmt: skip

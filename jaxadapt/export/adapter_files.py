@@ -1,5 +1,5 @@
-"""Changes of adapter files without a model: another rank, a plain LoRA of a start, one adapter taken out, and the form
-that another program reads.
+"""Changes of adapter files without a model: another rank, a plain LoRA of a start, one adapter of several, one taken out
+of a larger file, and the form that another program reads.
 
     PEFT folder ──plain_lora──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import combination
 from jaxadapt.merging.pairs import as_start, plain_lora
 from jaxadapt.models.carriers import DEFAULT
-from jaxadapt.persistence import consumers, folder, formats, load_adapter, save_adapter, tensor_checks
+from jaxadapt.persistence import consumers, fingerprint, folder, formats, load_adapter, save_adapter, tensor_checks
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
 from jaxadapt.storage import atomic, hf_model, location, orbax
@@ -118,6 +118,80 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
         result = _kept(convert_start(new, as_start(old, new.config)), new)
         folder.write(result, out, progress=report)
         return result
+
+
+# ---------------------------------------------------------------- combine
+
+
+def combine_folders(
+    adapters: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    *,
+    resize: int | None = None,
+    dtype: str | None = None,
+    allow_nan: bool = False,
+    progress: Progress = None,
+    **options: Any,
+) -> PeftTensors:
+    """Combine several adapters of the same base into one, LoRA or IA3, and write it.
+
+    Args:
+        adapters: folders or addresses, or image adapters in one file each.
+        weights: one factor for each adapter.
+        out: the folder to write to; for image adapters also a file, with the names of the first one.
+        resize: the rank of the result. Default: decided by the method.
+        dtype: the dtype of the file, as in `conversion.convert_format`.
+        allow_nan: accept a NaN or an infinity in the adapters.
+        progress: as in `jaxadapt.read` and `jaxadapt.write`.
+        options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
+    """
+    with reporter(progress) as report, contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(formats.open_place(formats.look(path, report))) for path in adapters]
+        tensors = [folder.in_memory(each.tensors, report) for each in opened]
+        if not allow_nan:
+            conversion.refuse_nan(tensors, "combine")
+        if combination.summed_type(each.config for each in tensors) is not None and resize is not None:
+            raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
+        for each in tensors:
+            lora.require_original_base(each.config, each.source)
+        combined = combination.combine(tensors, weights, **options)
+        if resize is not None:
+            combined, _ = combination.resize_rank(combined, resize)
+        combined = _replace_base(combined, tensors)
+        if not allow_nan:
+            conversion.refuse_nan([dataclasses.replace(combined, source=f"{os.fspath(out)}, the result")], "combine")
+        conversion.refuse_same(adapters[0], out)
+        conversion.write_like(combined, out, opened[0], dtype, report)
+        return combined
+
+
+def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> PeftTensors:
+    """Return the combined adapter with the base of all adapters; warn if they name several, and then name none."""
+    base = {adapter.config.base_model_name_or_path for adapter in adapters}
+    if len(base - {None}) > 1:
+        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in adapters]
+        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
+    name = base.pop() if len(base) == 1 else None
+    config = combined.config.replace(inference_mode=True, base_model_name_or_path=name)
+    return dataclasses.replace(combined, config=config, fingerprint=_common_fingerprint(adapters))
+
+
+def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerprint | None:
+    """Return the fingerprint of the base of all adapters, if all have one; warn if these are of several bases."""
+    first, *others = adapters
+    common = dict(first.fingerprint or {})
+    for other in others:
+        shared = {key: value for key, value in common.items() if key in (other.fingerprint or {})}
+        if different := fingerprint.differences(shared, other.fingerprint or {}):
+            warn(
+                f"{first.source} and {other.source} were trained on different base models: {len(different)} of"
+                f" {len(shared)} compared weights differ, such as {different[0]}. The combined adapter may be wrong on"
+                " both"
+            )
+            return None
+        common |= other.fingerprint or {}
+    return common if all(adapter.fingerprint for adapter in adapters) else None
 
 
 # ---------------------------------------------------------------- one adapter out of a larger file

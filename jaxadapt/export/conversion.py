@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxadapt.adapters import experts
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts, split_key
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import as_source, cast, float_dtype, rename
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -132,6 +133,17 @@ def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
         raise FileError(f"{target}: expected a local folder or file; upload it with jaxadapt push")
     if not location.is_hub_address(source) and location.is_same(*map(location.to_location, (source, target))):
         raise FileError(f"{os.fspath(target)}: the target is the source; choose another name")
+
+
+ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) accepts them"
+"""The way out of an error about a NaN or an infinity; {} is the command."""
+
+
+def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
+    """Raise `MismatchError` if one of the adapters to `command` holds a NaN or an infinity."""
+    names = [f"{each.source}: {key}" for each in adapters for key in regions.names_not_finite(each.tensors)]
+    if names:
+        raise MismatchError(regions.not_finite_message(names, ALLOW.format(command)))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Merge and combine adapters as files, with PyTorch's names and without a model.
+"""Merge adapters into the files of models, with PyTorch's names and without a model.
 
 PEFT adapts the token embedding and the head as two modules, although they share one weight in many models. A merged
 weight that is correct for one of them is wrong for the other, so the merged model needs two tensors.
@@ -7,7 +7,6 @@ weight that is correct for one of them is wrong for the other, so the merged mod
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import os
@@ -29,7 +28,7 @@ from jaxadapt.arrays.tensor_source import (
     numpy_dtype,
     rename,
 )
-from jaxadapt.configs import lora, matching
+from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import (
@@ -41,13 +40,12 @@ from jaxadapt.core.errors import (
     Progress,
     Report,
     reporter,
-    warn,
 )
 from jaxadapt.export import base_files, conversion, gguf_files
 from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.merging import base_merge, combination
-from jaxadapt.persistence import fingerprint, folder, formats, load_adapter, verify_folder
+from jaxadapt.merging import base_merge
+from jaxadapt.persistence import fingerprint, folder, load_adapter, verify_folder
 from jaxadapt.storage import atomic, hf_model, location
 
 # ---------------------------------------------------------------- tied embeddings
@@ -347,9 +345,6 @@ def _is_headless(path: location.Location) -> bool:
 # ---------------------------------------------------------------- merge
 
 
-_ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) accepts them"
-
-
 @atomic.cleans("out")
 def merge_folder(
     base: str | os.PathLike[str],
@@ -417,7 +412,7 @@ def merge_folder(
         def not_finite_error(keys: list[str]) -> MismatchError:
             names = [f"{key}{'' if regions.is_finite(plan.base_tensors[key]) else ', of the base'}" for key in keys]
             return MismatchError(
-                f"{target}: in the merged model {regions.not_finite_message(names, _ALLOW.format('merge'))}"
+                f"{target}: in the merged model {regions.not_finite_message(names, conversion.ALLOW.format('merge'))}"
             )
 
         other_files = hf_model.read_other_files(source, None if file_dtype is None else file_dtype.name, plan.is_untied)
@@ -599,80 +594,6 @@ def _kind(name: str, shape: Any, matrices: str) -> str:
     return "F16" if matrices == "Q8_0" and shape[-1] % 32 else matrices
 
 
-# ---------------------------------------------------------------- combine
-
-
-def combine_folders(
-    adapters: Sequence[str | os.PathLike[str]],
-    weights: Sequence[float],
-    out: str | os.PathLike[str],
-    *,
-    resize: int | None = None,
-    dtype: str | None = None,
-    allow_nan: bool = False,
-    progress: Progress = None,
-    **options: Any,
-) -> PeftTensors:
-    """Combine several adapters of the same base into one, LoRA or IA3, and write it.
-
-    Args:
-        adapters: folders or addresses, or image adapters in one file each.
-        weights: one factor for each adapter.
-        out: the folder to write to; for image adapters also a file, with the names of the first one.
-        resize: the rank of the result. Default: decided by the method.
-        dtype: the dtype of the file, as in `conversion.convert_format`.
-        allow_nan: accept a NaN or an infinity in the adapters.
-        progress: as in `merge_folder`, for reading and writing.
-        options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
-    """
-    with reporter(progress) as report, contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(formats.open_place(formats.look(path, report))) for path in adapters]
-        tensors = [folder.in_memory(each.tensors, report) for each in opened]
-        if not allow_nan:
-            refuse_nan(tensors, "combine")
-        if combination.summed_type(each.config for each in tensors) is not None and resize is not None:
-            raise ConfigError("cannot change the rank of the result: these adapters have no rank; leave the rank out")
-        for each in tensors:
-            lora.require_original_base(each.config, each.source)
-        combined = combination.combine(tensors, weights, **options)
-        if resize is not None:
-            combined, _ = combination.resize_rank(combined, resize)
-        combined = _replace_base(combined, tensors)
-        if not allow_nan:
-            refuse_nan([dataclasses.replace(combined, source=f"{os.fspath(out)}, the result")], "combine")
-        conversion.refuse_same(adapters[0], out)
-        conversion.write_like(combined, out, opened[0], dtype, report)
-        return combined
-
-
-def _replace_base(combined: PeftTensors, adapters: Sequence[PeftTensors]) -> PeftTensors:
-    """Return the combined adapter with the base of all adapters; warn if they name several, and then name none."""
-    base = {adapter.config.base_model_name_or_path for adapter in adapters}
-    if len(base - {None}) > 1:
-        names = [f"{adapter.source}: {adapter.config.base_model_name_or_path}" for adapter in adapters]
-        warn("combining adapters whose configurations name different base models:\n" + paths.bullets(names))
-    name = base.pop() if len(base) == 1 else None
-    config = combined.config.replace(inference_mode=True, base_model_name_or_path=name)
-    return dataclasses.replace(combined, config=config, fingerprint=_common_fingerprint(adapters))
-
-
-def _common_fingerprint(adapters: Sequence[PeftTensors]) -> fingerprint.Fingerprint | None:
-    """Return the fingerprint of the base of all adapters, if all have one; warn if these are of several bases."""
-    first, *others = adapters
-    common = dict(first.fingerprint or {})
-    for other in others:
-        shared = {key: value for key, value in common.items() if key in (other.fingerprint or {})}
-        if different := fingerprint.differences(shared, other.fingerprint or {}):
-            warn(
-                f"{first.source} and {other.source} were trained on different base models: {len(different)} of"
-                f" {len(shared)} compared weights differ, such as {different[0]}. The combined adapter may be wrong on"
-                " both"
-            )
-            return None
-        common |= other.fingerprint or {}
-    return common if all(adapter.fingerprint for adapter in adapters) else None
-
-
 def _read_adapter(
     path: str | os.PathLike[str], base: TensorSource | None, allow_nan: bool, report: Report
 ) -> PeftTensors:
@@ -682,7 +603,7 @@ def _read_adapter(
     """
     tensors = folder.read(path, progress=report)
     if not allow_nan:
-        refuse_nan([tensors], "merge")
+        conversion.refuse_nan([tensors], "merge")
     stored = tensors.fingerprint or {}
     if base is not None:
         names = verify_folder.weight_names(stored, base.shapes) or {}
@@ -692,13 +613,6 @@ def _read_adapter(
                 stored, {k: x for part in parts for k, x in (part or {}).items()}, tensors.source, strict=False
             )
     return tensors
-
-
-def refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
-    """Raise `MismatchError` if an adapter holds a NaN or an infinity."""
-    names = [f"{each.source}: {key}" for each in adapters for key in regions.names_not_finite(each.tensors)]
-    if names:
-        raise MismatchError(regions.not_finite_message(names, _ALLOW.format(command)))
 
 
 def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt.core import errors
 from jaxadapt.core.errors import LOGGER, escape_text
-from jaxadapt.export import merge_files
+from jaxadapt.export import adapter_files, merge_files
 from jaxadapt.export.conversion import convert
 from jaxadapt.models import LoraTree
 from tests.support import small
@@ -92,7 +92,7 @@ WORK = {
     "import": (lambda p: jaxadapt.export.import_base("base", small.net(3), keymap=TABLE, progress=p), "import", BASE),
     "merge of files": (lambda p: merge_files.merge_folder("base", "peft", "new", progress=p), "merge", BASE),
     "combine of files": (
-        lambda p: merge_files.combine_folders(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER
+        lambda p: adapter_files.combine_folders(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER
     ),
     "convert": (lambda p: convert("peft", "new", progress=p), "save", ADAPTER),
     "manager, save": (managed, "save", ADAPTER),

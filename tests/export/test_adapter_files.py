@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.export import adapter_files, merge_files
+from jaxadapt.export import adapter_files
 from jaxadapt.models import LoraTree
 from jaxadapt.storage import orbax
 
@@ -73,7 +73,7 @@ def test_modules_that_are_no_targets_are_refused_and_float64_is_said(tmp_path: P
     with refused:
         adapter_files.resize_files(tmp_path / "narrow", 2, tmp_path / "out")
     with refused:
-        merge_files.combine_folders([tmp_path / "wide", tmp_path / "narrow"], [1, 1], tmp_path / "out")
+        adapter_files.combine_folders([tmp_path / "wide", tmp_path / "narrow"], [1, 1], tmp_path / "out")
     with refused:
         adapter_files.undo_start(tmp_path / "narrow start", tmp_path / "narrow start", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -230,7 +230,7 @@ def test_results_keep_the_fingerprint_of_the_base(tmp_path: Path):
     held = jaxadapt.read(tmp_path / "b")
     jaxadapt.write(dataclasses.replace(held, fingerprint=other), tmp_path / "b")
     with pytest.warns(UserWarning, match="were trained on different base models: 1 of 2 compared weights differ"):
-        merge_files.combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "mixed")
+        adapter_files.combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "mixed")
     assert jaxadapt.read(tmp_path / "mixed").fingerprint is None
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.export import merge_files
+from jaxadapt.export import adapter_files, merge_files
 from jaxadapt.keymaps import pytorch
 from jaxadapt.storage import safetensors
 
@@ -261,9 +261,9 @@ def test_combine_with_a_smaller_rank(tmp_path):
     for name, seed in (("one", 0), ("two", 5)):
         saved(llama, tmp_path, name, seed, r=2, init_lora_weights=False)
     folders = [tmp_path / "one", tmp_path / "two"]
-    merge_files.combine_folders(folders, [1, 1], tmp_path / "four", method="cat")
-    merge_files.combine_folders(folders, [1, 1], tmp_path / "three", method="svd", svd_rank=3)
-    merge_files.combine_folders(folders, [1, 1], tmp_path / "resized", method="cat", resize=3)
+    adapter_files.combine_folders(folders, [1, 1], tmp_path / "four", method="cat")
+    adapter_files.combine_folders(folders, [1, 1], tmp_path / "three", method="svd", svd_rank=3)
+    adapter_files.combine_folders(folders, [1, 1], tmp_path / "resized", method="cat", resize=3)
     a, b = jaxadapt.read(tmp_path / "three").tensors, jaxadapt.read(tmp_path / "resized").tensors
     for module in pytorch.adapted_shapes({k: v.shape for k, v in a.items()}):
         at = f"base_model.model.{module}"
@@ -281,10 +281,10 @@ def test_combine_says_which_file_does_not_belong(tmp_path):
         config = jaxadapt.LoraConfig(r=2, target_modules=["q"], base_model_name_or_path=f"org/{name}", **options)
         jaxadapt.write(jaxadapt.PeftTensors(config, held, ""), tmp_path / name)
     with pytest.warns(UserWarning, match=r"different base models(.|\n)*one: org/one(.|\n)*two: org/two"):
-        made = merge_files.combine_folders([tmp_path / "one", tmp_path / "two"], [1, 1], tmp_path / "both")
+        made = adapter_files.combine_folders([tmp_path / "one", tmp_path / "two"], [1, 1], tmp_path / "both")
     assert made.config.base_model_name_or_path is None
     with pytest.raises(jaxadapt.ConfigError, match=r"dora: use_dora=True"):
-        merge_files.combine_folders([tmp_path / "one", tmp_path / "dora"], [1, 1], tmp_path / "no")
+        adapter_files.combine_folders([tmp_path / "one", tmp_path / "dora"], [1, 1], tmp_path / "no")
 
 
 def test_convolutions_are_combined_and_experts_refused(tmp_path):
@@ -294,7 +294,7 @@ def test_convolutions_are_combined_and_experts_refused(tmp_path):
     files = [{key: rng.standard_normal(shape, "f4") for key, shape in shapes.items()} for _ in range(2)]
     for i, held in enumerate(files):
         jaxadapt.write(jaxadapt.PeftTensors(config, held, ""), tmp_path / str(i))
-    made = merge_files.combine_folders([tmp_path / "0", tmp_path / "1"], [0.5, -2], tmp_path / "both", method="cat")
+    made = adapter_files.combine_folders([tmp_path / "0", tmp_path / "1"], [0.5, -2], tmp_path / "both", method="cat")
 
     def change(held, scale):
         a, b = (np.asarray(held[key], "f8") for key in shapes)
@@ -313,7 +313,7 @@ def test_convolutions_are_combined_and_experts_refused(tmp_path):
             lambda: merge_files.merge_folder(tmp_path / "model.safetensors", tmp_path / "experts", tmp_path / "no"),
             "export_base",
         ),
-        (lambda: merge_files.combine_folders([tmp_path / "experts"], [1], tmp_path / "no"), "jaxadapt.combine"),
+        (lambda: adapter_files.combine_folders([tmp_path / "experts"], [1], tmp_path / "no"), "jaxadapt.combine"),
     ):
         with pytest.raises(jaxadapt.ConfigError, match=rf"cannot .*target_parameters.*{way}"):
             call()

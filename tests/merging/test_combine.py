@@ -11,7 +11,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import ConfigError, KeyMap, KeyMapError, MismatchError, Weight
-from jaxadapt.export import merge_files
+from jaxadapt.export import adapter_files
 from jaxadapt.merging import combination
 from tests.support import small
 
@@ -440,7 +440,7 @@ def test_ia3_is_the_weighted_sum_of_its_vectors_as_in_peft(scan, tmp_path):
         np.testing.assert_allclose(ours.tensors[key], x, **CLOSE)
     for name, tensors in (("one", one), ("two", two)):
         jaxadapt.write(tensors, tmp_path / name)
-    merge_files.combine_folders([tmp_path / name for name in IA3], WEIGHTS[:2], tmp_path / "mix", method="linear")
+    adapter_files.combine_folders([tmp_path / name for name in IA3], WEIGHTS[:2], tmp_path / "mix", method="linear")
     for key, x in jaxadapt.read(tmp_path / "mix").tensors.items():
         np.testing.assert_allclose(x, mix.tensors[key], **CLOSE)
 

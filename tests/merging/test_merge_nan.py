@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.export import merge_files
+from jaxadapt.export import conversion, merge_files
 from tests.support import small
 
 RNG = np.random.default_rng(0)
@@ -156,4 +156,4 @@ def test_adapters_of_one_name_are_looked_at_each_by_itself():
     config = jaxadapt.LoraConfig(r=1, target_modules=["q"])
     bad, good = (jaxadapt.PeftTensors(config, {f"{P}q.lora_A.weight": np.array([[x]])}, "one") for x in (np.nan, 1.0))
     with pytest.raises(jaxadapt.MismatchError, match=r"\n  one: base_model.model.q.lora_A.weight$"):
-        merge_files.refuse_nan([bad, good], "combine")
+        conversion.refuse_nan([bad, good], "combine")

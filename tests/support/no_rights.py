@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxadapt
-from jaxadapt.export import merge_files
+from jaxadapt.export import adapter_files, merge_files
 from tests.support import small
 from tests.support.small import CONFIG
 
@@ -44,7 +44,7 @@ def readers(good: Path) -> dict[str, Operation]:
         "import_base": lambda path: jaxadapt.export.import_base(path, BASE, keymap=TABLE),
         "merge, base": lambda path: merge_files.merge_folder(path, good / "adapter", good / "merged"),
         "merge, adapter": lambda path: merge_files.merge_folder(good / "base", path, good / "merged"),
-        "combine": lambda path: merge_files.combine_folders([path, good / "adapter"], [1.0, 1.0], good / "combined"),
+        "combine": lambda path: adapter_files.combine_folders([path, good / "adapter"], [1.0, 1.0], good / "combined"),
         "push": lambda path: jaxadapt.push(path, "org/name"),
     }
 
@@ -59,7 +59,7 @@ def writers(good: Path) -> dict[str, Operation]:
         "export_base": lambda path: jaxadapt.export.export_base(BASE, path, keymap=TABLE),
         "export_base, shards": lambda path: jaxadapt.export.export_base(BASE, path, keymap=TABLE, max_shard_size=100),
         "merge, out": lambda path: merge_files.merge_folder(good / "base", good / "adapter", path),
-        "combine, out": lambda path: merge_files.combine_folders([good / "adapter"] * 2, [1.0, 1.0], path),
+        "combine, out": lambda path: adapter_files.combine_folders([good / "adapter"] * 2, [1.0, 1.0], path),
     }
 
 
