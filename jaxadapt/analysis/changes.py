@@ -75,6 +75,17 @@ class Norms:
     left_out: tuple[str, ...] = ()
     not_finite: tuple[str, ...] = ()
 
+    def grid(self) -> Grid[Norm]:
+        """Return the norms by layer and module.
+
+        Modules of several experts share a cell, with the root of the sum of squared norms and the mean effective rank.
+
+        >>> grid = Norms("", (Norm("model.layers.0.q_proj", 3.0), Norm("model.layers.1.q_proj", 4.0))).grid()
+        >>> grid.rows, grid.columns, grid.values("norm")
+        (('0', '1'), ('q_proj',), [[3.0], [4.0]])
+        """
+        return make_grid(self.modules, _combine_norms)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the norms as plain JSON values."""
         return {
@@ -187,18 +198,6 @@ class Grid(Generic[_Cell]):
         return next(iter(distinct)) if len(distinct) == 1 else None
 
 
-def norms_grid(norms: Sequence[Norm]) -> Grid[Norm]:
-    """Return the grid of an adapter's norms.
-
-    Modules of several experts share a cell, with the root of the sum of squared norms and the mean effective rank.
-
-    >>> grid = norms_grid([Norm("model.layers.0.q_proj", 3.0), Norm("model.layers.1.q_proj", 4.0)])
-    >>> grid.rows, grid.columns, grid.values("norm")
-    (('0', '1'), ('q_proj',), [[3.0], [4.0]])
-    """
-    return make_grid(norms, _combine_norms)
-
-
 def make_grid(measures: Sequence[_Cell], combine: Callable[[Sequence[_Cell]], _Cell]) -> Grid[_Cell]:
     """Return the grid of the measures of an adapter's modules; `combine` makes one of several experts'."""
     located = [(*_split_module(measure.module), measure) for measure in measures]
@@ -228,8 +227,8 @@ def _split_module(module: str) -> tuple[str, int | None, str]:
     position = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) <= 18), None)
     if position is None:
         return "", None, module
-    name = re.sub(r"(?<![^.])\d+(?![^.])", "*", ".".join(parts[position + 1 :]))
-    return ".".join(parts[:position]), int(parts[position]), name
+    name = ".".join(parts[position + 1 :])
+    return ".".join(parts[:position]), int(parts[position]), re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _shorten_labels(labels: Sequence[str]) -> dict[str, str]:
@@ -347,7 +346,7 @@ def norms_png(norms: Norms, config: Config) -> bytes:
     >>> norms_png(measure_norms(jaxadapt.PeftTensors(config, tensors)), config)[:4]
     b'\\x89PNG'
     """
-    grid = norms_grid(norms.modules)
+    grid = norms.grid()
     if not grid.cells:
         raise AdapterError(
             "nothing to draw: the change of these modules cannot be computed from the adapter's tensors alone:\n"
@@ -518,6 +517,11 @@ class Difference:
         members = [module for module in self.modules if module.kind == kind]
         return _combine_differences(members) if members else None
 
+    def grid(self) -> Grid[ModuleDifference] | None:
+        """Return the grid of the modules of one kind, LoRA if there are any; None if the adapters share no module."""
+        members = _modules_of_one_kind(self)
+        return make_grid(members, _combine_differences) if members else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         kinds = dict.fromkeys(module.kind for module in self.modules)
@@ -545,12 +549,6 @@ def _modules_of_one_kind(difference: Difference) -> list[ModuleDifference]:
     """Return the modules of LoRA, or else those of IA3, or else the other tensors."""
     by_kind = ([module for module in difference.modules if module.kind == kind] for kind in ("LoRA", "IA3", "tensor"))
     return next(filter(None, by_kind), [])
-
-
-def difference_grid(difference: Difference) -> Grid[ModuleDifference] | None:
-    """Return the grid of the modules of one kind, LoRA if there are any; None if the adapters share no module."""
-    members = _modules_of_one_kind(difference)
-    return make_grid(members, _combine_differences) if members else None
 
 
 def _cosine(product: float, norm: float, other: float) -> float:
@@ -681,13 +679,13 @@ def difference_png(difference: Difference, names: tuple[str, str]) -> bytes:
 
     Raises `AdapterError` if matplotlib is missing, or if the adapters share no module.
     """
-    members = _modules_of_one_kind(difference)
-    if not members:
+    grid = difference.grid()
+    if grid is None:
         raise AdapterError(
             "nothing to draw: the adapters share no module; they have:\n"
             + bullets([*difference.only[0], *difference.only[1]])
         )
-    grid, total = make_grid(members, _combine_differences), _combine_differences(members)
+    total = _combine_differences(_modules_of_one_kind(difference))
     relative = grid.values("relative")
     largest = max((v for row in relative for v in row if v is not None and v < float("inf")), default=1)
     maps = (

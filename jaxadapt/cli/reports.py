@@ -19,6 +19,7 @@ import jaxadapt
 from jaxadapt.cli import output
 from jaxadapt.core import errors, paths
 from jaxadapt.persistence import consumers
+from jaxadapt.storage import atomic, location
 
 if TYPE_CHECKING:
     from jaxadapt.analysis.changes import Difference, Norms
@@ -75,8 +76,6 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
     info = jaxadapt.inspect(folder, progress=True)
     changes = None
     if norms or plot is not None:
-        from jaxadapt.storage import atomic
-
         changes = jaxadapt.analysis.measure_norms(jaxadapt.read(folder, progress=True))
         if plot is not None:
             atomic.write_bytes(plot, jaxadapt.analysis.norms_png(changes, info.config))
@@ -126,9 +125,7 @@ def _value_text(value: Any) -> str:
 
 
 def _print_norms(norms: Norms) -> None:
-    from jaxadapt.analysis.changes import norms_grid
-
-    cells = norms_grid(norms.modules)
+    cells = norms.grid()
     scale, rank = cells.constant("scale"), cells.constant("rank")
     for name, title in (("norm", norms.what), ("effective_rank", "effective rank"), ("scale", "scale s")):
         values = cells.values(name)
@@ -259,8 +256,6 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
     with _open(first) as one, _open(second) as two:
         found = diff(one, two, progress=True)
     if plot is not None:
-        from jaxadapt.storage import atomic
-
         atomic.write_bytes(plot, difference_png(found, (first, second)))
     document = {"first": first, "second": second, **found.to_dict()}
     output.print_result(as_json, document, lambda: _print_difference(found, modules))
@@ -271,7 +266,6 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
 def _open(path: str) -> contextlib.AbstractContextManager[jaxadapt.PeftTensors]:
     """Open an adapter, or the only adapter of a run's step."""
     from jaxadapt.persistence import folder
-    from jaxadapt.storage import location
 
     place = location.to_location(path)
     step = _STEP.fullmatch(place.name)
@@ -282,8 +276,6 @@ def _open(path: str) -> contextlib.AbstractContextManager[jaxadapt.PeftTensors]:
 
 
 def _print_difference(found: Difference, modules: bool) -> None:
-    from jaxadapt.analysis.changes import difference_grid
-
     if found.is_equal:
         output.print_lines("equal: the same settings, modules and values")
         return
@@ -294,7 +286,7 @@ def _print_difference(found: Difference, modules: bool) -> None:
         output.print_table(("setting", "first", "second"), rows)
         click.echo()
     _print_totals(found)
-    grid = difference_grid(found)
+    grid = found.grid()
     if grid is not None and any(v for row in grid.values("relative") for v in row):
         for title, name in (("distance ÷ norm of the first", "relative"), ("cosine", "cosine")):
             output.print_heat(title, grid.rows, grid.columns, grid.values(name))
@@ -458,8 +450,6 @@ def _run_keymap_file(text: str) -> jaxadapt.KeyMap:
     import runpy
     import traceback
 
-    from jaxadapt.storage import location
-
     path, _, name = text.rpartition(":")
     location.read_text_bytes(Path(path))
     try:
@@ -519,7 +509,7 @@ def _describe_unused(report: KeyMapReport) -> list[str]:
 
 def read_model_shapes(path: Path) -> Shapes:
     """Read `{leaf: shape}` of a model: an Orbax folder, a .safetensors file, or JSON under any other name."""
-    from jaxadapt.storage import location, orbax, safetensors
+    from jaxadapt.storage import orbax, safetensors
 
     if location.is_dir(path):  # of a training run; if any leaf is below a key "params", only such leaves are the base
         shapes: Shapes = {}

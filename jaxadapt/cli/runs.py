@@ -13,7 +13,7 @@ from jaxadapt.cli import output
 from jaxadapt.cli.reports import reader_rows
 from jaxadapt.core.errors import escape_text
 from jaxadapt.persistence import consumers
-from jaxadapt.storage import location
+from jaxadapt.storage import atomic, location
 
 # ---------------------------------------------------------------- demo
 
@@ -392,8 +392,6 @@ def pull_command(repo: str, out: str | None, as_json: bool) -> None:
 
 def _copy_adapter(source: Path, target: str) -> location.Location:
     """Copy the adapter's files from `source` to `target`, all or none."""
-    from jaxadapt.storage import atomic
-
     out = location.to_location(target)
     weights = next(name for name in location.WEIGHTS if location.exists(source / name))
     stale = [name for name in location.WEIGHTS if name != weights and location.exists(out / name)]

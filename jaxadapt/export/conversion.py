@@ -214,11 +214,10 @@ def convert_several(
     twice = repeated(names)
     if twice:
         raise FileError(f"{os.fspath(target)}: several sources are called {', '.join(twice)}; convert them one by one")
-    single = options.get("format") in FILES
+    ending = ".safetensors" if options.get("format") in FILES else ""
     done: list[Written] = []
     for source, name in zip(sources, names, strict=True):
-        stem = name.removesuffix(".safetensors")
-        done += convert_format(source, place / (f"{stem}.safetensors" if single else stem), **options)
+        done += convert_format(source, place / (name.removesuffix(".safetensors") + ending), **options)
     return done
 
 

@@ -416,8 +416,9 @@ def merge_folder(
             )
 
         other_files = hf_model.read_other_files(source, None if file_dtype is None else file_dtype.name, plan.is_untied)
-        refuse = None if allow_nan else not_finite_error
-        total = base_files.write_folder(target, specs, read, refuse, max_shard_size, other_files, "merge", report)
+        total = base_files.write_folder(
+            target, specs, read, None if allow_nan else not_finite_error, max_shard_size, other_files, "merge", report
+        )
     LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, plan.count, len(specs), total)
     return plan.count
 

@@ -343,8 +343,7 @@ def _apply_changes(
     """Apply the changes of several adapters to a tree or model; `task` is the name and the receiver of progress."""
     name, progress = task
     base = mergeable_leaves(params, adapters[0])  # several adapters are those of a model
-    packed = {path: leaf for path, leaf in base.items() if dequantize and quantized.is_quantized(leaf)}
-    values = {path: quantized.to_dense(leaf) for path, leaf in packed.items()}
+    values = {path: quantized.to_dense(x) for path, x in base.items() if dequantize and quantized.is_quantized(x)}
     by_path: dict[str, list[tuple[bool, Effects, ChangedLeaf]]] = {}
     for adapter in adapters:
         for path, leaf in plan_changes({**base, **values}, adapter, *change).items():
@@ -356,7 +355,7 @@ def _apply_changes(
     if not allow_nan:
         for adapter in adapters:
             refuse_nan({**base, **values}, adapter, changes)
-    del base, packed
+    del base
     if safe and donate:
         _check_finite({path: leaf.value for path, leaf in changes.items()})
     with reporter(progress) as report:

@@ -193,12 +193,10 @@ def combine(
     by_adapter = [factors.pairs_of(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
     _check_sizes(by_adapter, method)
     ranks = [config.largest_rank for config in configs]
-    r = sum(ranks) if method == "cat" else max(ranks)
-    r = int(svd_rank) if svd_rank and method.endswith("svd") else r
-    kept = None
-    if masks is not None:
-        given = zip(adapters, by_adapter, masks, strict=True)
-        kept = [_given_masks(*each, i, method) for i, each in enumerate(given)]
+    r = sum(ranks) if method == "cat" else int(svd_rank or max(ranks))
+    kept = None if masks is None else [
+        _given_masks(*each, i, method) for i, each in enumerate(zip(adapters, by_adapter, masks, strict=True))
+    ]
     options = options._replace(svd_rank=r, density=1.0 if density is None else float(density))
     combined = _combine_pairs(by_adapter, weights, options, key, kept)
     return factors.build(combined, _combined_config(configs, r, combined), adapters, "combine")

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 import jaxadapt
 from jaxadapt.analysis import diff
-from jaxadapt.analysis.changes import difference_grid
 from jaxadapt.cli import main
 from tests.support import small
 
@@ -183,7 +182,7 @@ def test_an_untrained_adapter_has_no_direction():
 
 def test_the_grid():
     one, two = lora(3), lora(3)
-    grid = difference_grid(diff(one, two))
+    grid = diff(one, two).grid()
     assert grid is not None
     assert (grid.rows, grid.columns) == (("0", "1"), ("q", "v"))
     found = {m.module: m for m in diff(one, two).modules}
@@ -219,7 +218,7 @@ def test_values_that_are_nan_differ(tmp_path):
     found = diff(one, two)
     assert not found.is_equal
     assert [math.isnan(m.distance) for m in found.modules] == [True, False, False]
-    grid = difference_grid(found)
+    grid = found.grid()
     assert grid is not None
     assert math.isnan(grid.values("cosine")[0][0])
     jaxadapt.write(one, tmp_path / "a")

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import jaxadapt
-from jaxadapt.analysis.changes import Norm, measure_norms, norms_grid, norms_png
+from jaxadapt.analysis.changes import Norm, Norms, measure_norms, norms_png
 from jaxadapt.cli import main
 from tests.support import small
 
@@ -81,7 +81,7 @@ def test_experts_are_changed_each_by_itself():
         norm = found[f"l.0.experts.{name}"]
         np.testing.assert_allclose([norm.norm, norm.effective_rank], want, rtol=1e-5)  # as above
         assert (norm.rank, norm.scale) == (rank, 6 / rank)
-    assert norms_grid(list(found.values())).columns == ("gate_up_proj", "down_proj")
+    assert Norms("", tuple(found.values())).grid().columns == ("gate_up_proj", "down_proj")
 
 
 def test_the_change_is_never_formed():
@@ -148,17 +148,17 @@ def test_a_run_that_went_astray_is_shown_not_decomposed(tmp_path):
 
 def test_the_grid():
     names = ["lm_head", "enc.block.0.mlp.down_proj", "enc.block.0.q_proj", "dec.block.10.q_proj", "dec.block.2.q_proj"]
-    made = norms_grid([Norm(name, float(i)) for i, name in enumerate(names)])
+    made = Norms("", tuple(Norm(name, float(i)) for i, name in enumerate(names))).grid()
     assert made.rows == ("enc.block.0", "dec.block.2", "dec.block.10", "–")
     assert made.columns == ("q_proj", "down_proj", "lm_head")
     assert made.values("norm")[0] == [2.0, 1.0, None]
-    experts = norms_grid([Norm("l.0.experts.0.up", 3.0, 2.0, 4, 1.0), Norm("l.0.experts.1.up", 4.0, 4.0, 4, 1.0)])
+    experts = Norms("", (Norm("l.0.experts.0.up", 3.0, 2.0, 4, 1.0), Norm("l.0.experts.1.up", 4.0, 4.0, 4, 1.0),)).grid()
     assert (experts.rows, experts.columns) == (("0",), ("up",))
     assert experts.values("norm") == [[5.0]]  # of the two together
     assert experts.values("effective_rank") == [[3.0]]
-    twice = norms_grid([Norm("l.0.self.dense", 1.0), Norm("l.0.cross.dense", 2.0)])
+    twice = Norms("", (Norm("l.0.self.dense", 1.0), Norm("l.0.cross.dense", 2.0),)).grid()
     assert twice.columns == ("self.dense", "cross.dense")
-    diffusion = norms_grid([Norm(f"up.1.attn.{name}", 1.0) for name in ("to_k", "to_out.0", "to_q")])
+    diffusion = Norms("", tuple(Norm(f"up.1.attn.{name}", 1.0) for name in ("to_k", "to_out.0", "to_q"))).grid()
     assert diffusion.columns == ("to_q", "to_k", "to_out.*")
 
 
@@ -259,7 +259,7 @@ def test_the_grid_of_many_modules_takes_time_in_proportion():
         many = [Norm(f"layers.0.{i}x.{i}y.q", 1.0) for i in range(count)]
         sys.setprofile(lambda *_: next(seen))
         try:
-            grid = norms_grid(many)
+            grid = Norms("", tuple(many)).grid()
         finally:
             sys.setprofile(None)
         assert grid.columns[:2] == ("0y.q", "1y.q")
