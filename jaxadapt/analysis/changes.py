@@ -514,8 +514,12 @@ class Difference:
 
     def total(self, kind: str = "LoRA") -> ModuleDifference | None:
         """Return the difference over all modules of one kind together; None if there are none."""
-        members = [module for module in self.modules if module.kind == kind]
-        return _combine_differences(members) if members else None
+        return self.totals().get(kind)
+
+    def totals(self) -> dict[str, ModuleDifference]:
+        """Return `{kind: the difference over all modules of the kind together}`."""
+        kinds = dict.fromkeys(module.kind for module in self.modules)
+        return {kind: _combine_differences([m for m in self.modules if m.kind == kind]) for kind in kinds}
 
     def grid(self) -> Grid[ModuleDifference] | None:
         """Return the grid of the modules of one kind, LoRA if there are any; None if the adapters share no module."""
@@ -524,12 +528,10 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        kinds = dict.fromkeys(module.kind for module in self.modules)
-        totals = {kind: total.to_dict() for kind in kinds if (total := self.total(kind)) is not None}
         return {
             "equal": self.is_equal,
             "settings": {name: list(values) for name, values in self.settings.items()},
-            "totals": totals,
+            "totals": {kind: total.to_dict() for kind, total in self.totals().items()},
             "modules": [module.to_dict() for module in self.modules],
             "only_first": list(self.only[0]),
             "only_second": list(self.only[1]),

@@ -302,10 +302,8 @@ _NAMES = {"LoRA": "modules with LoRA", "IA3": "modules with IA3", "tensor": "oth
 
 
 def _print_totals(found: Difference) -> None:
-    for kind in dict.fromkeys(m.kind for m in found.modules):
-        total, distances = found.total(kind), [m.distance for m in found.modules if m.kind == kind]
-        if total is None:
-            continue
+    for kind, total in found.totals().items():
+        distances = [m.distance for m in found.modules if m.kind == kind]
         changed = sum(distance != 0 for distance in distances)
         unknown = sum(not math.isfinite(distance) for distance in distances)
         output.print_pairs(

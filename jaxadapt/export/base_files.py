@@ -67,11 +67,12 @@ def collect_base_leaves(
     held = carrier(params)
     leaves = held.leaves()
     walk = held.walk()
-    if walk is not None and (loose := walk.unowned):
-        raise AttachError(
-            "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a"
-            " dict). Store each in a module, or pass the parameters as a tree of arrays:\n" + bullets(loose)
-        )
+    raise_listed(
+        AttachError,
+        "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a dict)."
+        " Store each in a module, or pass the parameters as a tree of arrays:",
+        () if walk is None else walk.unowned,
+    )
     raise_listed(
         AttachError,
         "expected arrays as base parameters (for quantized ones call jaxadapt.models.dequantize first), found:",

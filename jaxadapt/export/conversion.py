@@ -489,10 +489,8 @@ def _renamed_config(
     renamed = Config.from_dict(values)
     is_narrower = not all(matching.is_target(renamed, to) for to in targets.values())
     if is_narrower:
-        values |= {
-            name: None for name in ("exclude_modules", "layers_to_transform", "layers_pattern") if name in values
-        }
-        values["target_modules"] = sorted(targets.values())
+        narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        values |= {name: None for name in narrowing if name in values} | {"target_modules": sorted(targets.values())}
     if config.get("feedforward_modules") is not None:
         inputs = {to for name, to in targets.items() if matching.is_feedforward(config, name)}
         if is_narrower or inputs != {to for to in targets.values() if matching.is_feedforward(renamed, to)}:

@@ -468,17 +468,18 @@ def plan_merge(
     Raises:
         AdapterError: the adapter does not fit.
     """
-    advice = "call jaxadapt.export.export_base(model, folder, adapter), which merges it into a model in memory"
-    if tensors.config.get("target_parameters"):
-        raise ConfigError(
-            f"{tensors.source}: cannot merge the files of an adapter with target_parameters, because they do not"
-            f" contain the layout of these parameters in the model; {advice}"
-        )
-    if tensors.config.get("layer_replication"):
-        raise ConfigError(
-            f"{tensors.source}: cannot merge an adapter that repeats layers of its base (layer_replication),"
-            f" because the folder of the base contains each layer once; {advice}"
-        )
+    refused = {
+        "target_parameters": "the files of an adapter with target_parameters, because they do not contain the layout of"
+        " these parameters in the model",
+        "layer_replication": "an adapter that repeats layers of its base (layer_replication), because the folder of the"
+        " base contains each layer once",
+    }
+    for field, reason in refused.items():
+        if tensors.config.get(field):
+            raise ConfigError(
+                f"{tensors.source}: cannot merge {reason}; call jaxadapt.export.export_base(model, folder, adapter),"
+                " which merges it into a model in memory"
+            )
     untied = untie_base(base_tensors, config, tensors, tied)
     tensors = dataclasses.replace(tensors, config=resolve_untied_config(tensors.config, untied))
     specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}

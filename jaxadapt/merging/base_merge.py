@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +89,7 @@ class ChangedLeaf:
     @property
     def nbytes(self) -> int:
         """The size of the leaf in bytes."""
-        return math.prod(self.spec.shape) * self.spec.dtype.itemsize
+        return self.spec.size * self.spec.dtype.itemsize
 
     def with_base(self, base: Any) -> ChangedLeaf:
         """Return the same change of another base, including the changes before it."""

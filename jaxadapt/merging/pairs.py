@@ -277,10 +277,7 @@ def plain_lora(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
         )
     _refuse_fields(config, tensors.source, first is not None, keep)
     if any(config.get(name) for name in _VARIANTS):
-        tensors = convert_variant(tensors)
-        first = None if first is None else convert_variant(first)
-        config = tensors.config
-        assert isinstance(config, LoraConfig)
+        return plain_lora(convert_variant(tensors), None if first is None else convert_variant(first), keep=keep)
     arrays = as_source(tensors.tensors)
     pairs = pair_keys(tensors, keep)
     start = None if first is None else _check_first(tensors, first, arrays)
