@@ -1,5 +1,5 @@
-"""Changes of adapter files without a model: another rank, a plain LoRA of a start, one adapter of several, one taken out
-of a larger file, and the form that another program reads.
+"""Changes of adapter files without a model: another rank, a plain LoRA of a start, one adapter of several, one out of a
+larger file, and the form that another program reads.
 
     PEFT folder ──plain_lora──► one rank, scales in B ──► PEFT folder │ GGUF adapter │ mlx-lm's folder
 

@@ -70,9 +70,7 @@ def _combine_matrices(static: tuple[_Options, tuple[float, ...], Any], tree: Any
         for x, y, each in zip(a, b, noise, strict=True)
     ]
     if a[0].ndim == 3:  # one by one: a weight change is as large as its weight
-        return jax.lax.map(
-            lambda each: _combine_matrices(static, (each[0], each[1], weights, each[2])), (a, b, masks)
-        )
+        return jax.lax.map(lambda each: _combine_matrices(static, (each[0], each[1], weights, each[2])), (a, b, masks))
     mask_a, mask_b = (masks and [pair[i] for pair in masks] for i in (0, 1))
     scaled_weights = [w * s for w, s in zip(weights, scales, strict=True)]
     method, r = options.method, options.svd_rank
@@ -194,9 +192,11 @@ def combine(
     _check_sizes(by_adapter, method)
     ranks = [config.largest_rank for config in configs]
     r = sum(ranks) if method == "cat" else int(svd_rank or max(ranks))
-    kept = None if masks is None else [
-        _given_masks(*each, i, method) for i, each in enumerate(zip(adapters, by_adapter, masks, strict=True))
-    ]
+    kept = (
+        None
+        if masks is None
+        else [_given_masks(*each, i, method) for i, each in enumerate(zip(adapters, by_adapter, masks, strict=True))]
+    )
     options = options._replace(svd_rank=r, density=1.0 if density is None else float(density))
     combined = _combine_pairs(by_adapter, weights, options, key, kept)
     return factors.build(combined, _combined_config(configs, r, combined), adapters, "combine")

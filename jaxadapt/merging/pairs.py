@@ -309,14 +309,18 @@ def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collec
     rules = (
         (
             lora.changes_base(config) and not converts and config.kasa_config is None,
-            f"{lora.init_field(config)}: this initialization changed the base of the adapter; pass the"
-            " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora and"
-            " pissa",
+            (
+                f"{lora.init_field(config)}: this initialization changed the base of the adapter; pass the"
+                " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora"
+                " and pissa"
+            ),
         ),
         (
             config.target_parameters and (config.rank_pattern or config.alpha_pattern or converts),
-            "target_parameters with patterns or a changed base: load the adapter into its model and use"
-            " jaxadapt.merging.resize_rank",
+            (
+                "target_parameters with patterns or a changed base: load the adapter into its model and use"
+                " jaxadapt.merging.resize_rank"
+            ),
         ),
     )
     problems += [problem for applies, problem in rules if applies]

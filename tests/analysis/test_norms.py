@@ -152,11 +152,23 @@ def test_the_grid():
     assert made.rows == ("enc.block.0", "dec.block.2", "dec.block.10", "–")
     assert made.columns == ("q_proj", "down_proj", "lm_head")
     assert made.values("norm")[0] == [2.0, 1.0, None]
-    experts = Norms("", (Norm("l.0.experts.0.up", 3.0, 2.0, 4, 1.0), Norm("l.0.experts.1.up", 4.0, 4.0, 4, 1.0),)).grid()
+    experts = Norms(
+        "",
+        (
+            Norm("l.0.experts.0.up", 3.0, 2.0, 4, 1.0),
+            Norm("l.0.experts.1.up", 4.0, 4.0, 4, 1.0),
+        ),
+    ).grid()
     assert (experts.rows, experts.columns) == (("0",), ("up",))
     assert experts.values("norm") == [[5.0]]  # of the two together
     assert experts.values("effective_rank") == [[3.0]]
-    twice = Norms("", (Norm("l.0.self.dense", 1.0), Norm("l.0.cross.dense", 2.0),)).grid()
+    twice = Norms(
+        "",
+        (
+            Norm("l.0.self.dense", 1.0),
+            Norm("l.0.cross.dense", 2.0),
+        ),
+    ).grid()
     assert twice.columns == ("self.dense", "cross.dense")
     diffusion = Norms("", tuple(Norm(f"up.1.attn.{name}", 1.0) for name in ("to_k", "to_out.0", "to_q"))).grid()
     assert diffusion.columns == ("to_q", "to_k", "to_out.*")
