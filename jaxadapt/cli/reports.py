@@ -464,7 +464,7 @@ def _run_keymap_file(text: str) -> jaxadapt.KeyMap:
 
 
 def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes | None, is_custom: bool) -> None:
-    keys = {key for claimed in report.claims.values() for key in claimed if key in (tensors or {})}
+    keys = set[str]().union(*report.claims.values()) & (tensors or {}).keys()
     output.print_pairs(
         [
             ("family", report.family),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -265,13 +265,18 @@ def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) ->
     tensors = rename(stored.tensors, {new: key for new, key in names.keys_of(name).items() if key not in left_out})
     wrong = [found.found for found in tensor_checks.check_tensors(tensors.shapes, config) if found.code == "rank"]
     raise_listed(MismatchError, f"{stored.source}: the configuration is not that of these tensors:", wrong)
-    is_known = is_known_method(config.peft_type)
-    if not any(not is_known or split_key(key, config.peft_type) is not None for key in tensors):
+    if not _has_tensors(tensors, config):
         raise MismatchError(
             f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
             " whole model or a part of one has no adapter to extract; pass the file with the adapter's tensors"
         )
     return PeftTensors(config, tensors, stored.source)
+
+
+def _has_tensors(keys: Iterable[str], config: Config) -> bool:
+    """Return True if keys are those of the configuration's method, as far as it is known."""
+    is_known = is_known_method(config.peft_type)
+    return any(not is_known or split_key(key, config.peft_type) is not None for key in keys)
 
 
 def _from_orbax(

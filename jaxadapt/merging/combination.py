@@ -71,7 +71,7 @@ def _combine_matrices(static: tuple[_Options, tuple[float, ...], Any], tree: Any
     ]
     if a[0].ndim == 3:  # one by one: a weight change is as large as its weight
         return jax.lax.map(lambda each: _combine_matrices(static, (each[0], each[1], weights, each[2])), (a, b, masks))
-    mask_a, mask_b = (masks and [pair[i] for pair in masks] for i in (0, 1))
+    mask_a, mask_b = zip(*masks, strict=True) if masks else (None, None)
     scaled_weights = [w * s for w, s in zip(weights, scales, strict=True)]
     method, r = options.method, options.svd_rank
     if method == "cat":
