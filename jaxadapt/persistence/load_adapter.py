@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import experts, initial_values, peft_tensors, sites
-from jaxadapt.adapters.adapter import Adapter, Site, Sites, file_entries, tensor_entries
+from jaxadapt.adapters.adapter import Adapter, Recipe, Site, Sites, file_entries, tensor_entries
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, is_float
 from jaxadapt.configs import lora
@@ -436,7 +436,8 @@ def _bind_to_attached(
     if not is_alike:
         return None
     _warn_of_newer_attention(tensors, adapter_sites)
-    return rules.Expected(tensors, dataclasses.replace(present.recipe, config=config), adapter_sites, base, options)
+    recipe = Recipe(config, present.keymap, len(adapter_sites))
+    return rules.Expected(tensors, recipe, adapter_sites, base, options)
 
 
 def _warn_of_newer_attention(tensors: PeftTensors, adapter_sites: Sites) -> None:
