@@ -19,9 +19,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.core.errors import MismatchError, repeated
+from jaxadapt.core.lazy import LazyModule
 
 if TYPE_CHECKING:
     import numpy as np
+else:
+    np = LazyModule("numpy")  # which strings and shapes do not need
 
 # ---------------------------------------------------------------- pattern
 
@@ -222,8 +225,6 @@ class FileLayout:
 
     def expand_by_tensor(self, values: Sequence[float]) -> np.ndarray:
         """Return a factor for the array: one number per tensor, broadcast over its part, and 0 elsewhere."""
-        import numpy as np
-
         full_axes = {*self.split, *([self.rank_axis] if self.ranks else [])}
         out = np.zeros([n if axis in full_axes else 1 for axis, n in enumerate(self.shape)], np.float32)
         for i, value in enumerate(values):
@@ -266,8 +267,7 @@ class FileLayout:
         """
         if self.split or self.ranks is not None:
             return self.part_layout(i).encode(leaf[self.index(i)], 0)
-        part = to_file_scale(leaf, self.factor, self.shift)
-        return part.reshape(tuple(self.inner.values())).transpose(self.orders[0]).reshape(self.file_shape)
+        return self.to_torch(leaf)
 
     def locate(self, i: int, positions: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
         """Return the indices in the array of the elements at `positions` of tensor `i`; all ranks must be equal.
@@ -278,8 +278,6 @@ class FileLayout:
         ...     np.arange(24).reshape(4, 2, 3), 0)[5, 3])
         ([(3, 1, 2)], True)
         """
-        import numpy as np
-
         points = np.reshape([*positions], (-1, len(self.right))).T
         flat = np.unravel_index(np.ravel_multi_index(tuple(points), self.file_shape), (*self.flat.values(),))
         inner = np.ravel_multi_index(tuple(flat[axis] for axis in self.orders[1]), (*self.inner.values(),))
@@ -289,8 +287,7 @@ class FileLayout:
 
     def decode(self, tensor: Array) -> Array:
         """Return the part of the array for one tensor, as a view if its memory layout allows it."""
-        part = tensor.reshape(tuple(self.flat.values())).transpose(self.orders[1]).reshape(self._part_shape)
-        return to_model_scale(part, self.factor, self.shift)
+        return self.single_layout.from_torch(tensor)
 
     @functools.cached_property
     def count(self) -> int:
@@ -333,14 +330,14 @@ class FileLayout:
     def to_rows(self, leaf: Array) -> Array:
         """Return all tensors as one array (count, *file_shape); smaller tensors are padded with zeros."""
         rows = self.to_torch(leaf).reshape((self._entries, *self.file_shape))
-        return rows if self.file_entries is None else rows[_indices(self.file_entries)]
+        return rows if self.file_entries is None else rows[np.array(self.file_entries)]
 
     def from_rows(self, rows: Array) -> Array:
         """Return the array for all tensors `rows`: the inverse of `to_rows`."""
         if self.file_entries is not None:  # an entry without a tensor takes the row of zeros at the end
             xp = rows.__array_namespace__()
             rows = xp.concat([rows, xp.zeros_like(rows[:1])])
-            rows = rows[_indices(self.number_of.get(i, self.count) for i in range(self._entries))]
+            rows = rows[np.array([self.number_of.get(i, self.count) for i in range(self._entries)])]
         return self.clear_gaps(self.from_torch(rows))
 
 
@@ -351,15 +348,7 @@ def with_rank(form: FileLayout, rank: int) -> FileLayout:
     return dataclasses.replace(form, shape=shape, file_entries=None, ranks=None)
 
 
-def _indices(numbers: Iterable[int]) -> np.ndarray:
-    import numpy as np  # which strings and shapes do not need
-
-    return np.array([*numbers])
-
-
 def _widen(x: Array) -> Array:
-    import numpy as np
-
     return x.astype(np.promote_types(x.dtype, np.float32))
 
 

@@ -2,7 +2,7 @@
 
 A `TensorSource` is the interface of files, of views over files, and of encoded leaves. Views give the tensors of other
 sources new names, or transpose, cut, stack and cast them. Dtypes have safetensors' names and numpy's. numpy is imported
-only when it is needed.
+only with the first tensor.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, problems_text
+from jaxadapt.core.lazy import LazyModule
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+else:
+    np = LazyModule("numpy")
 
 # ---------------------------------------------------------------- dtypes
 
@@ -47,7 +50,6 @@ def numpy_dtype(name: str) -> np.dtype:
     (dtype(bfloat16), dtype('float32'))
     """
     import ml_dtypes
-    import numpy as np
 
     if name not in _DTYPES:
         raise FormatError(f"dtype {name}: no numpy array can hold it; expected one of {', '.join(_DTYPES)}")
@@ -63,8 +65,6 @@ def dtype_name(dtype: npt.DTypeLike) -> str:
     >>> dtype_name("float16")
     'F16'
     """
-    import numpy as np
-
     name = np.dtype(dtype).name
     if name not in NAMES:
         raise FileError(f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(NAMES)}")
@@ -80,8 +80,6 @@ def float_dtype(dtype: Any, option: str = "dtype") -> np.dtype:
     >>> float_dtype("bf16"), float_dtype("float16")
     (dtype(bfloat16), dtype('float16'))
     """
-    import numpy as np
-
     name = dtype.lower() if isinstance(dtype, str) else None
     name = _SPELLINGS.get(name or "", name)
     if name not in _FLOATS:
@@ -96,15 +94,11 @@ def float_dtype(dtype: Any, option: str = "dtype") -> np.dtype:
 
 def is_float(dtype: npt.DTypeLike) -> bool:
     """Return True for a dtype of floating-point numbers, also of the 8- and 16-bit ones that numpy lacks."""
-    import numpy as np
-
     return np.dtype(dtype).kind == "f" or np.dtype(dtype).name.startswith(("bfloat", "float"))
 
 
 def can_hold(dtype: npt.DTypeLike) -> bool:
     """Return True if safetensors files can hold this dtype."""
-    import numpy as np
-
     return np.dtype(dtype).name in NAMES
 
 
@@ -114,8 +108,6 @@ ALIGNED = 64
 
 def aligned_empty(nbytes: int) -> np.ndarray:
     """Return an uninitialised, aligned uint8 array of `nbytes`."""
-    import numpy as np
-
     raw = np.empty(nbytes + ALIGNED - 1, np.uint8)
     skip = -raw.__array_interface__["data"][0] % ALIGNED  # ten times cheaper than raw.ctypes.data
     return raw[skip : skip + nbytes]
@@ -170,8 +162,6 @@ class TensorSource(Mapping[str, Any]):
 
         It is in the first bytes of `memory` (uint8, aligned for the dtype), or elsewhere if that takes no copy.
         """
-        import numpy as np
-
         return np.asarray(self.read(key))
 
     def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
@@ -219,8 +209,6 @@ class Arrays(TensorSource):
 
     @functools.cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        import numpy as np
-
         return {key: TensorSpec(tuple(x.shape), np.dtype(x.dtype)) for key, x in self._arrays.items()}
 
     def read(self, key: str) -> Any:
@@ -333,8 +321,6 @@ def transpose(tensors: TensorSource, names: Mapping[str, str]) -> TensorSource:
         return TensorSpec(shape[::-1], dtype)
 
     def read(key: str, slices: Sequence[slice]) -> np.ndarray:
-        import numpy as np
-
         padded = (*slices, *(slice(None) for _ in range(2 - len(slices))))
         values = tensors.read_slice(names[key], padded[::-1])
         # As integers: numpy copies the 16-bit floats of other packages element by element.
@@ -419,8 +405,6 @@ def cast(tensors: Mapping[str, Any], dtype: Any) -> TensorSource:
         return TensorSpec(shape, dtype if is_float(own) else own)
 
     def read(key: str, slices: Sequence[slice]) -> np.ndarray:
-        import numpy as np
-
         from jaxadapt.arrays import regions  # imports JAX, which only a cast needs
 
         values = np.asarray(source.read_slice(key, slices))

@@ -1,4 +1,4 @@
-"""Names of a package that load on first use (PEP 562), so that importing the package stays fast.
+"""Names of a package (PEP 562) and modules that load on first use, so that importing the package stays fast.
 
 `OTHER_NAMES` has the names of PEFT, Tunix and Qwix, and those that the root once had, with their counterparts in
 jaxadapt, for error messages.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 # ---------------------------------------------------------------- lazy
@@ -51,6 +52,19 @@ def lazy_names(
         return value
 
     return load, lambda: [*public, "__version__"] if package == "jaxadapt" else public, public
+
+
+class LazyModule(ModuleType):
+    """A module that is imported when one of its names is first used.
+
+    >>> LazyModule("math").sqrt(4.0)
+    2.0
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(importlib.import_module(self.__name__), name)
+        setattr(self, name, value)  # the next use does not call this function
+        return value
 
 
 def _explain(name: str, public: list[str], package: str) -> str:
