@@ -445,24 +445,18 @@ def patterns(item_check: Check) -> Check:
     return check
 
 
+def _valid_expressions(problems: Problems, field: str, value: Any) -> None:
+    """Check the expression, or each expression of a list."""
+    for item in (value,) if isinstance(value, str) else value or ():
+        problems.pattern(field, item)
+
+
 def _selection(problems: Problems, field: str, value: Any) -> None:
     """Check a value that must be a regular expression, a list of names, or null."""
     if isinstance(value, str):
         problems.pattern(field, value)
     elif value is not None and not is_strings(value):
         problems.add(field, "a regular expression (string), a list of names, or null", value)
-
-
-def _expressions(problems: Problems, field: str, value: Any) -> None:
-    """Check a value that must be a list of regular expressions or null."""
-    _strings(problems, field, value)
-    for item in value or () if field not in problems else ():
-        problems.pattern(field, item)
-
-
-def _expression_or_list(problems: Problems, field: str, value: Any) -> None:
-    """Check a value that must be a regular expression, a list of them, or null."""
-    problems.pattern(field, value) if isinstance(value, str) else _expressions(problems, field, value)
 
 
 def _layer_pairs(problems: Problems, field: str, value: Any) -> None:
@@ -511,12 +505,14 @@ _strings = expects(  # a single string would be read letter by letter
 
 COMMON: Mapping[str, Check] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules"), _selection),
-    "modules_to_save": _expressions,
+    "modules_to_save": all_of(_strings, _valid_expressions),
     "target_parameters": _strings,
     "layers_to_transform": expects(
         "an integer, a list of integers, or null", lambda x: x is None or is_int(x) or is_ints(x)
     ),
-    "layers_pattern": _expression_or_list,
+    "layers_pattern": all_of(
+        expects("a list of strings or null", lambda x: isinstance(x, str | None) or is_strings(x)), _valid_expressions
+    ),
     "layer_replication": _layer_pairs,
     "trainable_token_indices": expects(
         "a list of integers, an object of module name -> list of integers, or null", _is_tokens
