@@ -139,12 +139,8 @@ class LocalFile(ByteSource):
         self.path = path if shown is None else shown
         with read_errors(self.path):
             self.file = io.FileIO(path, "rb", opener=_opener)
-        self._fd = self.file.fileno()
-        try:
+            self._fd = self.file.fileno()
             status = os.fstat(self._fd)
-        except OSError as error:
-            self.close()
-            raise file_error("read", self.path, error) from error
         self.size = status.st_size
         if not stat.S_ISREG(status.st_mode):
             self.close()
