@@ -40,7 +40,7 @@ from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.demo.llama import PROJECTIONS, LinenLlama, LlamaConfig, to_linen, to_nnx
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
-from jaxadapt.methods.base import COLLECTIONS, get_method
+from jaxadapt.methods.base import METHODS, get_method
 
 # ---------------------------------------------------------------- training
 
@@ -53,7 +53,7 @@ TOKENS = jax.ShapeDtypeStruct((1, 2), "int32")  # an input to trace the models w
 
 def method_names() -> list[str]:
     """Return the methods that the demo can train, in lower case."""
-    return sorted(COLLECTIONS)
+    return sorted(map(str.lower, METHODS))
 
 
 def adapter_config(method: str, steps: int = 40) -> Any:

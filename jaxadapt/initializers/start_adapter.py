@@ -85,25 +85,28 @@ class Initialization:
         )
 
     def _obstacles(self, b: Site) -> list[str]:
-        """Return the reasons why the initialisation does not support a site."""
+        """Return the first reason why the initialisation does not support a site, if there is one."""
         r, leaf = _rank(b), self.weights[b.leaf]
-        if isinstance(leaf, jax.ShapeDtypeStruct | Tracer):
-            return ["its values are needed, but only its shape is given"]
         if quantized.is_quantized(leaf):
             return ["it is quantized; initialize with the original weights, then quantize the changed base"]
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return [f"expected a floating dtype, found {leaf.dtype}"]
-        if leaf.dtype.itemsize == 1 and not self.kind.in_8_bits:
-            return [f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more"]
-        if not self.kind.per_entry and isinstance(b.hparams.scale, PerEntry):
-            return ["its layers or parts differ in rank or scale; use an unrolled model"]
         out_size, in_size = factors.matrix_sizes(b)
-        if self.kind.limit is None:
-            return [f"expected an even rank, found {r}"] if r % 2 else []
-        if not self.kind.conv1d and b.match.weight.fan_in_fan_out:
-            return ["PEFT decomposes a Conv1D's transposed weight, and its layer then fails or is wrong"]
-        max_rank = self.kind.limit(min(out_size, in_size))
-        return [f"rank {r} exceeds {max_rank}, the most for {out_size} x {in_size}"] if r > max_rank else []
+        max_rank = r if self.kind.limit is None else self.kind.limit(min(out_size, in_size))
+        obstacles = {
+            "its values are needed, but only its shape is given": isinstance(leaf, jax.ShapeDtypeStruct | Tracer),
+            f"expected a floating dtype, found {leaf.dtype}": not jnp.issubdtype(leaf.dtype, jnp.floating),
+            f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more": (
+                leaf.dtype.itemsize == 1 and not self.kind.in_8_bits
+            ),
+            "its layers or parts differ in rank or scale; use an unrolled model": (
+                isinstance(b.hparams.scale, PerEntry) and not self.kind.per_entry
+            ),
+            f"expected an even rank, found {r}": self.kind.limit is None and r % 2,
+            "PEFT decomposes a Conv1D's transposed weight, and its layer then fails or is wrong": (
+                b.match.weight.fan_in_fan_out and not self.kind.conv1d
+            ),
+            f"rank {r} exceeds {max_rank}, the most for {out_size} x {in_size}": r > max_rank,
+        }
+        return [obstacle for obstacle, is_met in obstacles.items() if is_met][:1]
 
     @property
     def pairs(self) -> list[Site]:
@@ -360,13 +363,17 @@ def _check_arguments(config: Config, method: Method, key: Any, data: Any) -> Non
     elif isinstance(method, PromptMethod):
         setting, needs = method.start_setting(config)
     wanted = next((_DATA[name] for name in needs if name in _DATA), None)
-    problems = ["data has no effect"] if wanted is None and data is not None else []
-    problems += [f"data is needed: {wanted}"] if wanted is not None and data is None else []
-    problems += ["key is needed"] if "key" in needs and key is None else []
-    if wanted is not None and data is not None and isinstance(data, Batches) != ("batches" in needs):
-        problems.append(f"data: expected {wanted}, found {type(data).__name__}")
-    if problems:
-        raise AttachError(f"{setting}: " + ", ".join(problems))
+    is_given, is_batches = data is not None, isinstance(data, Batches)
+    problems = {
+        "data has no effect": is_given and wanted is None,
+        f"data is needed: {wanted}": not is_given and wanted is not None,
+        "key is needed": "key" in needs and key is None,
+        f"data: expected {wanted}, found {type(data).__name__}": (
+            is_given and wanted is not None and is_batches != ("batches" in needs)
+        ),
+    }
+    if any(problems.values()):
+        raise AttachError(f"{setting}: " + ", ".join(problem for problem, is_met in problems.items() if is_met))
 
 
 def _prompt_values(
@@ -453,8 +460,8 @@ def _covariances(initialization: Initialization, base: Any, batches: Any, forwar
         sums = {leaf: sums[leaf] + x if sums else x for leaf, x in observe({}, batch).items()}
     if not sums:
         raise AttachError("CorDA needs at least one batch: data has none")
-    found = ((b, statistics.split_layers(b, sums[b.leaf])) for b in sites)
-    return {m: x[layer, :-1] / x[layer, -1, 0] for b, x in found for m, layer in b.layers.items()}
+    found = ((m, sums[b.leaf][layer]) for b in sites for m, layer in b.layers.items())
+    return {m: x[:-1] / x[-1, 0] for m, x in found}
 
 
 # ---------------------------------------------------------------- original base

@@ -162,8 +162,8 @@ def make_observer(
 ) -> Observer:
     """Return `observe(states, batch, mask=None)`, which runs the model on a batch and returns the new statistics.
 
-    These are `{leaf: (…, rows, in)}`, stacked as the weights. `states` are the previous statistics (zeros for leaves
-    without one). `mask` selects the tokens that count, in the shape of the layers' inputs without their last axis.
+    These are `{leaf: (layers, rows, in)}`. `states` are the previous statistics (zeros for leaves without one). `mask`
+    selects the tokens that count, in the shape of the layers' inputs without their last axis.
 
     Args:
         base: an NNX model, which stays unchanged, or Linen's base parameters.
@@ -181,32 +181,34 @@ def make_observer(
         values: dict[str, Array] = {}
         for site, probe in zip(adapter_sites, probes, strict=True):
             state, token_mask = probe.entries
-            values[state.path] = states.get(site.leaf, jnp.zeros(state.shape))
+            values[state.path] = (
+                _stack_layers(site, states[site.leaf]) if site.leaf in states else jnp.zeros(state.shape)
+            )
             values[token_mask.path] = jnp.broadcast_to(jnp.expand_dims(flat, site.match.stack), token_mask.shape)
         gradients = run(probes, values, batch)
-        new = {b.leaf: gradients[paths.join(b.leaf, "state")] for b in adapter_sites}
+        new = {b.leaf: _split_layers(b, gradients[paths.join(b.leaf, "state")]) for b in adapter_sites}
         raise_listed(
             AttachError,
             "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
             " model's outputs, or exclude the layers with exclude_modules:",
-            [b.leaf for b in adapter_sites if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))],
+            [leaf for leaf, state in new.items() if not bool(jnp.all(state[:, -1, 0] > 0))],
         )
         return new
 
     return observe
 
 
-def split_layers(site: Site, state: Array) -> Array:
-    """Return a leaf's statistic as (layers, rows, in)."""
+def _split_layers(site: Site, state: Array) -> Array:
+    """Return a leaf's statistic, stacked as the weight, as (layers, rows, in)."""
     stack = site.match.stack
     first = jnp.moveaxis(state, stack, range(len(stack)))
     return first.reshape(-1, *first.shape[-2:])
 
 
-def stack_layers(site: Site, rows: Array) -> Array:
-    """Invert `split_layers`, for leaves with one stack axis or none."""
-    stack = site.match.stack
-    return jnp.asarray(rows[0]) if not stack else jnp.moveaxis(jnp.asarray(rows), 0, stack[0])
+def _stack_layers(site: Site, state: Array) -> Array:
+    """Return a statistic (layers, rows, in) stacked as the weight: the inverse of `_split_layers`."""
+    layers = jnp.asarray(state).reshape(*site.stack_sizes, *state.shape[1:])
+    return jnp.moveaxis(layers, range(len(site.match.stack)), site.match.stack)
 
 
 def _probe(recipe: Recipe, site: Site, update: Update, rows: int, tokens: int) -> Site:
@@ -289,7 +291,7 @@ def find_components(
         watch: makes an `Observer` of the given sites, as `make_observer` does.
         mask: selects the tokens of a batch that count; by default from its "attention_mask" and "labels", as in PEFT.
 
-    Raises `AttachError` if the components do not converge.
+    Raises `ConfigError` for layers with fewer inputs than components, `AttachError` if the components do not converge.
     """
     settings = Settings(**kinds.init_settings(config, "eva_config", Settings._fields))
     batches = list(batches)
@@ -301,7 +303,13 @@ def find_components(
     groups = _group_equal_inputs(adapter_sites, observe_moments({}, batches[0], tokens(batches[0])))
     most = {m: max(round(wanted[other] * settings.rho) for other in group) for group in groups.values() for m in group}
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
-    rows = _state_rows(group_sites, most)
+    k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
+    raise_listed(
+        ConfigError,
+        "r * rho exceeds the inputs of these layers; lower r or rho:",
+        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
+    )
+    rows = {leaf: count + 4 for leaf, count in k.items()}  # of the states of `components`
     observe = watch(group_sites, components, rows)
     states = {b.leaf: np.zeros((math.prod(b.stack_sizes), rows[b.leaf], b.fan_in), "float32") for b in group_sites}
     found, ranks = _iterate(
@@ -338,7 +346,13 @@ def _iterate(
         going_on = [m for m in groups if not converged[m][: ranks[m]].all()]
         if not going_on:
             return state_of, ranks
-        after = _next_states(observe, group_sites, states, batch, tokens(batch))
+        after = {leaf: np.asarray(state) for leaf, state in observe(states, batch, tokens(batch)).items()}
+        raise_listed(
+            AttachError,
+            "EVA does not support a layer that runs several times in one call of the model; exclude these with"
+            " exclude_modules:",
+            [leaf for leaf, state in after.items() if state[:, -1, 0].max() > 1],
+        )
         for module in going_on:
             leaf, layer = places[module]
             before, state = state_of[module], after[leaf][layer]
@@ -348,38 +362,12 @@ def _iterate(
     raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
 
 
-def _state_rows(group_sites: Sequence[Site], most: Mapping[str, int]) -> dict[str, int]:
-    """Return {leaf: rows of its state, for k components}; raise `ConfigError` for layers with fewer inputs than k."""
-    k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
-    raise_listed(
-        ConfigError,
-        "r * rho exceeds the inputs of these layers; lower r or rho:",
-        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
-    )
-    return {leaf: count + 4 for leaf, count in k.items()}
-
-
-def _next_states(
-    observe: Observer, group_sites: Sequence[Site], states: Mapping[str, np.ndarray], batch: Any, tokens: Any
-) -> dict[str, np.ndarray]:
-    """Return the states, by leaf, after another batch; raise `AttachError` for layers that ran several times in it."""
-    new = observe({b.leaf: stack_layers(b, states[b.leaf]) for b in group_sites}, batch, tokens)
-    after = {b.leaf: np.asarray(split_layers(b, new[b.leaf])) for b in group_sites}
-    raise_listed(
-        AttachError,
-        "EVA does not support a layer that runs several times in one call of the model; exclude these with"
-        " exclude_modules:",
-        [leaf for leaf, state in after.items() if state[:, -1, 0].max() > 1],
-    )
-    return after
-
-
 def _group_equal_inputs(adapter_sites: Sequence[Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return {module: the modules with the same inputs, itself first}."""
     groups: dict[str, list[str]] = {}
     known: list[tuple[np.ndarray, str]] = []
     for site in adapter_sites:
-        rows = np.asarray(split_layers(site, seen[site.leaf]))
+        rows = np.asarray(seen[site.leaf])
         for module, layer in site.layers.items():
             head = next((m for other, m in known if _equal_inputs(rows[layer], other)), module)
             if head == module:

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import importlib
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -39,10 +39,10 @@ from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight, axes_tensor, 
 
 # The file of a method imports these names from here, wherever they are defined.
 __all__ = [
-    "CALL_KEY", "COLLECTIONS", "METHODS", "PRIMITIVES", "Array", "Axes", "Change", "Draw", "Drop", "Effects", "Match",
+    "CALL_KEY", "METHODS", "PRIMITIVES", "Array", "Axes", "Change", "Draw", "Drop", "Effects", "Match",
     "Method", "MethodTensor", "Operation", "Params", "PerEntry", "Shapes", "Start", "Target", "Targets", "TorchRandom",
     "Use", "adapted_entries", "as_computable", "at_least_float32", "axes_tensor", "file_sizes", "get_method",
-    "own_tensor", "register", "require_weights", "shared_value", "tensor_roles",
+    "is_collection", "own_tensor", "register", "require_weights", "shared_value", "tensor_roles",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- per entry
@@ -615,22 +615,12 @@ class Methods(Mapping[str, Method]):
         return peft_type in FACTS or peft_type in self.loaded
 
 
-class _Collections(Collection[str]):
-    """The names of the Linen collections, or of the attributes of an NNX layer, that hold each method's adapters."""
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.lower() for name in METHODS)
-
-    def __len__(self) -> int:
-        return len(METHODS)
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name == name.lower() and name.upper() in METHODS
-
-
 METHODS = Methods()
 
-COLLECTIONS = _Collections()
+
+def is_collection(name: object) -> bool:
+    """Return True for the name of a Linen collection, or of an attribute of an NNX layer, that holds adapters."""
+    return isinstance(name, str) and name == name.lower() and name.upper() in METHODS
 
 
 def get_method(config: Config) -> Method:

@@ -22,7 +22,6 @@ _DIRECTIONS = ("forward", "reverse")
 class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
     """Embeddings before those of the tokens, computed by a trained network."""
 
-    from_base = False
     examples = (
         {"num_virtual_tokens": 3, "encoder_hidden_size": 5},
         {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5},

@@ -102,14 +102,12 @@ class PromptMethod(Method):
         adds: "embeddings" before those of the tokens, "keys" (with values) before those of every attention layer, or
             "attention" to tokens of its own in some layers.
         in_decoder: True if the decoder of an encoder-decoder gets embeddings of its own, besides the encoder.
-        from_base: True if `initializers.start` creates new adapters, because they may start from the base's embeddings.
     """
 
     scope = "model"
     key_prefix = "base_model."  # PEFT wraps no module of the base
     adds: ClassVar[Literal["embeddings", "keys", "attention"]]
     in_decoder: ClassVar[bool] = False
-    from_base: ClassVar[bool] = False
 
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
         """Return the configuration with the sizes of the base that are None filled in, as PEFT fills them in."""
@@ -287,7 +285,6 @@ class EmbeddingPrompt(PromptMethod):
     """
 
     adds = "embeddings"
-    from_base = True
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         self.require_sizes(config)

@@ -24,7 +24,7 @@ from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.arrays import quantized, regions
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.base import COLLECTIONS
+from jaxadapt.methods.base import is_collection
 from jaxadapt.models import call
 
 # ---------------------------------------------------------------- params
@@ -76,7 +76,7 @@ class AdapterParam(nnx.LoRAParam[Any]):
 
 def _adapter_names(path: tuple[Any, ...]) -> list[Any]:
     """Return the possible adapter names in a parameter's path: every key after a collection's ("lora", "ia3", ...)."""
-    return [name for collection, name in itertools.pairwise(path) if collection in COLLECTIONS]
+    return [name for collection, name in itertools.pairwise(path) if is_collection(collection)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class CallData(nnx.Param[Any]):
 
 def held_adapters(module: nnx.Module) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """Return `{collection: {adapter: {leaf: {tensor: variable}}}}` of the adapters that are attributes of a module."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, dict) and name in COLLECTIONS}
+    return {name: value for name, value in vars(module).items() if isinstance(value, dict) and is_collection(name)}
 
 
 # ---------------------------------------------------------------- graph

@@ -37,7 +37,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.keymaps import families
-from jaxadapt.methods.base import COLLECTIONS
+from jaxadapt.methods.base import METHODS
 from jaxadapt.models import graph
 from jaxadapt.models.foreign import DIALECTS
 
@@ -195,7 +195,7 @@ def variable_adapters(variables: Any) -> list[tuple[str, Mapping[str, Any]]]:
 
 def collection_names(tree: Mapping[str, Any]) -> list[str]:
     """Return the names of the adapter collections in Linen variables, without those of integer tensors."""
-    return [name for name in COLLECTIONS if name in tree]
+    return [name for name in map(str.lower, METHODS) if name in tree]
 
 
 def without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
