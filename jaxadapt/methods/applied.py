@@ -77,11 +77,11 @@ class AppliedMethod:
     def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethod:
         return function(self)
 
-    def input(self, use: Use, x: Array) -> Array:
-        return self._on_parts(use.x, x, lambda x: self.method.input(self.hparams, self.params, use, x), use)
+    def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
+        def changed(x: Array) -> Array:
+            return self.method.input(self.hparams, self.params, use, x, w)
 
-    def operand(self, use: Operation, x: Array, w: Array) -> Array:
-        return self.method.operand(self.hparams, self.params, use, x, w)
+        return changed(x) if isinstance(use, Operation) else self._on_parts(use.x, x, changed, use)
 
     def follows(self, primitive: str) -> bool:
         return self.axes.parts is None and self.method.follows(self.hparams, primitive)
@@ -203,14 +203,9 @@ class AppliedMethods:
         """The adapters in the order in which they change the weight."""
         return weight_order([(_replaces(hook), hook.effects, hook) for hook in self.hooks])
 
-    def input(self, use: Use, x: Array) -> Array:
+    def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
         for hook in reversed(self._weight_order):
-            x = hook.input(_with_axes(use, hook.axes), x)
-        return x
-
-    def operand(self, use: Operation, x: Array, w: Array) -> Array:
-        for hook in reversed(self._weight_order):
-            x = hook.operand(_with_axes(use, hook.axes), x, w)
+            x = hook.input(_with_axes(use, hook.axes), x, w)
         return x
 
     def follows(self, primitive: str) -> bool:
@@ -340,9 +335,9 @@ class AppliedRows(AppliedMethod):
         """The method's own tensors, all with a leading axis of rows."""
         return {name: x for name, x in self.params.items() if not name.startswith("~")}
 
-    def input(self, use: Use, x: Array) -> Array:
+    def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
         inner, _ = self._without_rows(use, x)
-        return jax.vmap(lambda params, x: self._one(params).input(inner, x))(self.params, x)
+        return jax.vmap(lambda params, x: self._one(params).input(inner, x, w))(self.params, x)
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
         inner, axis = self._without_rows(use, x)
@@ -405,7 +400,7 @@ WEIGHTS = "~weights"
 class AppliedMixture(AppliedRows):
     """A method that adds to the output, with several adapters a row, (rows, adapters, …), and `WEIGHTS` for them."""
 
-    def input(self, use: Use, x: Array) -> Array:
+    def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
         return x
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
@@ -485,11 +480,12 @@ class AppliedMask(AppliedRows):
     another.
     """
 
-    def input(self, use: Use, x: Array) -> Array:
+    def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
         if self._pair is not None:
             return x
+        use = self._require_product(use)
         self._letters(use, x)
-        return self._choose(use.x, x, lambda one: one.input(use, x), use)
+        return self._choose(use.x, x, lambda one: one.input(use, x, w), use)
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
         use = self._require_product(use)
@@ -558,7 +554,7 @@ class AppliedSegments(AppliedMask):
 
     grouped: Grouped = jax.lax.ragged_dot
 
-    def input(self, use: Use, x: Array) -> Array:
+    def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
         return x
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:

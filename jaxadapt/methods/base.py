@@ -422,12 +422,8 @@ class Method(abc.ABC):
         It is called once for each entry of a leaf, in the order of `tensors`, and may be traced.
         """
 
-    def input(self, hparams: Any, params: Params, use: Use, x: Array) -> Array:
-        """Return the input that the contraction should get in place of `x`."""
-        return x
-
-    def operand(self, hparams: Any, params: Params, use: Operation, x: Array, w: Array) -> Array:
-        """Return the input that an operation of a primitive in `follows` should get in place of `x`."""
+    def input(self, hparams: Any, params: Params, use: Use | Operation, x: Array, w: Array) -> Array:
+        """Return the input that a product, or an operation of a primitive in `follows`, should get in place of `x`."""
         return x
 
     def warnings(self, sites: Mapping[str, Any]) -> list[str]:

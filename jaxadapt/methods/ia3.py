@@ -103,8 +103,8 @@ class IA3(Method, peft_type="IA3"):
     def follows(self, hparams: IA3Hparams, primitive: str) -> bool:
         return hparams.conv and not hparams.feedforward and primitive == "conv_general_dilated"
 
-    def input(self, hparams: IA3Hparams, params: Params, use: Use, x: Array) -> Array:
-        if not self._scales_input(hparams, use):
+    def input(self, hparams: IA3Hparams, params: Params, use: Use | Operation, x: Array, w: Array) -> Array:
+        if isinstance(use, Operation) or not self._scales_input(hparams, use):
             return x
         letters, scale = self._scale_letters(hparams, use), _vector(hparams, params)
         if not set(letters) <= set(use.x):

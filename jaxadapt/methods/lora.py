@@ -137,19 +137,6 @@ def scale_a(params: Params, a: Array) -> Array:
     return d.reshape(d.shape + (1,) * (a.ndim - d.ndim)) * a
 
 
-def list_kasa_problems(config: LoraConfig, match: Match) -> list[str]:
-    """Return the settings and layers that PEFT does not combine with KaSA."""
-    init = config.init_lora_weights
-    unsupported = {
-        "use_dora=True": config.use_dora,
-        f"init_lora_weights={init!r}": isinstance(init, str) and init.lower() != "gaussian",
-        "a layer that is not a plain linear one (embedding, convolution, attention, Conv1D)": (
-            match.weight.kind != "linear" or match.weight.fan_in_fan_out
-        ),
-    }
-    return [setting for setting, is_set in unsupported.items() if is_set]
-
-
 # ---------------------------------------------------------------- alora
 
 
@@ -187,28 +174,30 @@ def mask_delta(params: Params, delta: Array, y: Array) -> Array:
     return jnp.where(mask.reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), delta, 0)
 
 
-def list_alora_problems(config: LoraConfig, match: Match) -> list[str]:
-    """Return the settings and layers that PEFT does not combine with aLoRA."""
-    unsupported = {
-        "use_dora": config.use_dora,
-        "kasa_config": config.kasa_config is not None,
-        "init_lora_weights='mica'": str(config.init_lora_weights).lower() == "mica",
-        "an empty list of tokens": not config.alora_invocation_tokens,
-        "a layer that is not linear": match.weight.kind != "linear",
-    }
-    return [setting for setting, is_set in unsupported.items() if is_set]
-
-
 # ---------------------------------------------------------------- checks
 
 
 def check_site(config: LoraConfig, match: Match, r: int) -> None:
     """Raise `ConfigError` for settings that PEFT lacks for the kind of weight at a site."""
-    groups, kind = match.weight.groups, match.weight.kind
+    groups, kind, init = match.weight.groups, match.weight.kind, config.init_lora_weights
     asked = [f"{name}={value!r}" for name, value in fields_set(config, "tensor").items()]
     tied = [f"{name}={value!r}" for name in ("use_dora", "lora_dropout") if (value := config.get(name))]
-    kasa = [] if config.kasa_config is None else list_kasa_problems(config, match)
-    alora = [] if config.alora_invocation_tokens is None else list_alora_problems(config, match)
+    without_kasa = {
+        "use_dora=True": config.use_dora,
+        f"init_lora_weights={init!r}": isinstance(init, str) and init.lower() != "gaussian",
+        "a layer that is not a plain linear one (embedding, convolution, attention, Conv1D)": (
+            kind != "linear" or match.weight.fan_in_fan_out
+        ),
+    }
+    without_alora = {
+        "use_dora": config.use_dora,
+        "kasa_config": config.kasa_config is not None,
+        "init_lora_weights='mica'": str(init).lower() == "mica",
+        "an empty list of tokens": not config.alora_invocation_tokens,
+        "a layer that is not linear": kind != "linear",
+    }
+    kasa = [text for text, is_set in without_kasa.items() if is_set and config.kasa_config is not None]
+    alora = [text for text, is_set in without_alora.items() if is_set and config.alora_invocation_tokens is not None]
     problems = {
         f"the rank {r} must be a multiple of the convolution's {groups} groups": r % groups,
         "use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of several groups; set"

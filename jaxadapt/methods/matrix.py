@@ -212,8 +212,8 @@ class MatrixMethod(Method):
     def forward(self, hparams: MatrixHparams) -> bool:
         return _kind(hparams) != "embedding"  # whose product is that of a tied head
 
-    def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
-        if type(self).before is MatrixMethod.before:
+    def input(self, hparams: MatrixHparams, params: Params, use: Use | Operation, x: Array, w: Array) -> Array:
+        if type(self).before is MatrixMethod.before or isinstance(use, Operation):
             return x
         layout = layout_of(use.axes)
         letters = dict(zip(layout.left, use.w, strict=True))

@@ -122,13 +122,12 @@ class Oft(Rotation, peft_type="OFT"):
             )
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.1)
 
-    def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
-        return x if hparams.own.kind == "embedding" else super().input(hparams, params, use, x)
-
-    def operand(self, hparams: MatrixHparams, params: Params, use: Operation, x: Array, w: Array) -> Array:
-        """Return the sum of an image's rotated patches as PEFT places them; the ids of a lookup as they are."""
-        if hparams.own.kind != "conv":
+    def input(self, hparams: MatrixHparams, params: Params, use: Use | Operation, x: Array, w: Array) -> Array:
+        """Return rotated inputs: of an image the sum of its patches as PEFT places them; ids of a lookup as they are."""
+        if hparams.own.kind == "embedding":
             return x
+        if isinstance(use, Use):
+            return super().input(hparams, params, use, x, w)
         slide, layout = use.slide, layout_of(use.axes)
         window = [layout.left.index(name) for group in layout.right[2:] for name in group]
         if slide is None or window != sorted(window):

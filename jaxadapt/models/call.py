@@ -338,7 +338,7 @@ def _call_around(
 ) -> Any:
     """Call one of Flax's layers, and apply the adapter of its kernel to its input and output."""
     x, rest, kwargs, _ = split_input(args, kwargs)
-    x = hook.input(use, x)
+    x = hook.input(use, x, weight)
     return hook.output(use, x, call(x, *rest, **kwargs), weight)
 
 

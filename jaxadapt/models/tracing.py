@@ -11,8 +11,8 @@ of tokens with their experts' matrices. The positions of a weight's axes follow 
 equation; nothing is evaluated for them.
 
 A `Hook` is an adapter on one weight. `input` and `output` return what replaces the x and the y of a contraction, in
-their shapes and dtypes, if `follows_use` accepts it; `operand` and `output` do it for an operation that `follows`
-accepts. `weight` returns the effective weight, which all other uses get, in the weight's shape and dtype.
+their shapes and dtypes, if `follows_use` accepts it, and of an operation that `follows` accepts. `weight` returns the
+effective weight, which all other uses get, in the weight's shape and dtype.
 
 Uses only public names of jax; independent of Flax.
 """
@@ -276,8 +276,7 @@ def rewrite(
     >>> from jaxadapt.arrays.layout import Axes
     >>> class Double:
     ...     axes = Axes(in_axes=(0,), out_axes=(1,))
-    ...     def input(self, use, x): return x
-    ...     def operand(self, use, x, w): return x
+    ...     def input(self, use, x, w): return x
     ...     def follows(self, primitive): return False
     ...     def follows_use(self, use): return True
     ...     def output(self, use, x, y, w): return 2 * y
@@ -555,7 +554,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
         return None
     use, x_sizes, y_sizes = spelled
     split = jnp.reshape(x, x_sizes)
-    hooked_x = _check_like("input", hook.input(use, split), split)
+    hooked_x = _check_like("input", hook.input(use, split, scope.weights[view.layout.name]), split)
     pair = [view.array, view.array]
     pair[1 - side] = x if hooked_x is split else jnp.reshape(hooked_x, jnp.shape(x))
     (y,) = evaluate_unchanged(eqn, pair)
@@ -581,7 +580,7 @@ def _evaluate_operation(
     if (use := make(eqn, hook.axes, operands)) is None:
         return None
     x = operands[1 - side]
-    hooked_x = _check_like("input", hook.operand(use, x, w), x)
+    hooked_x = _check_like("input", hook.input(use, x, w), x)
     changed = [hooked_x if i == 1 - side else v.array if isinstance(v, _View) else v for i, v in enumerate(operands)]
     (y,) = evaluate_unchanged(eqn, changed)
     return [_check_like("output", hook.output(use, hooked_x, y, w), y)]

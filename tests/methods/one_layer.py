@@ -52,7 +52,7 @@ def run(hook: Any, w: Any, x: Any) -> Any:
     if hook.by_weight:
         return jnp.einsum("bi,oi->bo", x, hook.weight(jnp.asarray(w)))
     use = Use("bi", "oi", "bo", hook.axes)
-    x = hook.input(use, jnp.asarray(x))
+    x = hook.input(use, jnp.asarray(x), jnp.asarray(w))
     return hook.output(use, x, jnp.einsum("bi,oi->bo", x, w), jnp.asarray(w))
 
 

@@ -127,7 +127,7 @@ def through(hook: AppliedMethod, use: Use, x: Any, w: Any) -> Any:
     """A product as a layer runs it."""
     if hook.by_weight or not hook.follows_use(use):
         return jnp.einsum(f"{use.x},{use.w}->{use.y}", x, hook.weight(w))
-    x = hook.input(use, x)
+    x = hook.input(use, x, w)
     return hook.output(use, x, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w), w)
 
 

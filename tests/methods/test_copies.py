@@ -120,7 +120,7 @@ def test_several_adapters_apply_in_order():
     use = Use("bi", "io", "bo", both.axes)
     close = {"rtol": 1e-5, "atol": 1e-4}
     np.testing.assert_allclose(both.weight(w), (W + delta) * l, **close)
-    np.testing.assert_allclose(both.output(use, both.input(use, x), x @ w, w), x @ ((W + delta) * l), **close)
+    np.testing.assert_allclose(both.output(use, both.input(use, x, w), x @ w, w), x @ ((W + delta) * l), **close)
     np.testing.assert_allclose(both.bias(jnp.ones(4)), l, rtol=1e-6)
     turned = both.map(lambda hook: hook)
     assert turned.hooks == both.hooks

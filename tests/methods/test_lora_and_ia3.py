@@ -88,7 +88,7 @@ def use_of(axes: Axes, transposed=False):
 
 
 def through(hook, use, x, w):
-    x = hook.input(use, x)
+    x = hook.input(use, x, w)
     return hook.output(use, x, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w), w)
 
 

@@ -38,7 +38,7 @@ class Lora:
     s: float = 2.0
     met: list[Any] = dataclasses.field(default_factory=list)
 
-    def input(self, use: Use, x: Any) -> Any:
+    def input(self, use: Use, x: Any, w: Any) -> Any:
         for letters, array in ((use.x, x), (use.w, None)):
             assert array is None or len(letters) == array.ndim
             assert RANK not in letters
@@ -82,7 +82,7 @@ class IA3:
             [self.l.shape[own.index(c)] if c in own else 1 for c in letters]
         )
 
-    def input(self, use: Use, x: Any) -> Any:
+    def input(self, use: Use, x: Any, w: Any) -> Any:
         return x * self.spread(use, use.x) if self.feedforward else x
 
     def follows(self, primitive: str) -> bool:
