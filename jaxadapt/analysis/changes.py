@@ -1,6 +1,7 @@
 """Size of the change that an adapter makes to each weight, and the difference of two adapters; their heat maps.
 
-The change of LoRA is ΔW = s·B·A, which is never computed; each other method measures its own (`Method.measure_change`).
+The change of LoRA is ΔW = s·B·A, which is never computed. The norms of LoRA and IA3 need no JAX; each other method
+measures its own change (`Method.measure_change`).
 With B = Qb·Rb and Aᵀ = Qa·Ra, the singular values of ΔW are those of the small matrix s·Rb·Raᵀ. The effective rank is
 exp of the entropy of the normalized singular values (Roy and Vetterli 2007): 1 for a rank-one change, and r if r
 directions have equal weight.
@@ -30,6 +31,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Change, Config, effective_rank
+from jaxadapt.configs.full_rank import IA3Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import AdapterError, ConfigError, MismatchError, Progress, bullets, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
@@ -109,7 +111,7 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     [12.0]
     """
     config = tensors.config
-    what, measure = _measure_of(config)
+    what, measure = measure_of(config)
     if what is None:
         raise ConfigError(
             f"cannot compute norms for {config.peft_type}: the file alone does not determine the change of a weight,"
@@ -138,19 +140,28 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     return Norms(what, tuple(norms), tuple(left_out), tuple(dict.fromkeys(bad)))
 
 
-def _measure_of(config: Config) -> tuple[str | None, Callable[[str, Mapping[str, Any]], Change | None]]:
-    """Return a description of the norm, or None, and the function that measures one module."""
-    what = config.describe_change()
-    if isinstance(config, LoraConfig):
-        return what, functools.partial(_measure_lora, config)
-    if what is not None:
-        return what, config.measure_change
-    from jaxadapt.methods.base import METHODS  # imports JAX, which LoRA's norms do not need
+def measure_of(config: Config) -> tuple[str | None, Callable[[str, Mapping[str, Any]], Change | None]]:
+    """Return a description of the norm, None if a file does not determine it, and the function for one module.
 
-    method = METHODS.get(config.peft_type)
-    if method is None:
-        return None, config.measure_change
+    The function gets the module's name and its file tensors in float64. It returns None if these do not determine the
+    size of the change.
+    """
+    if isinstance(config, LoraConfig):
+        what = "‖s·B·A‖, before DoRA's normalization" if config.use_dora else "‖ΔW‖ = ‖s·B·A‖"
+        return what, functools.partial(_measure_lora, config)
+    if isinstance(config, IA3Config):
+        return "relative change, rms of l − 1", _measure_ia3
+    from jaxadapt.methods.base import METHODS  # imports JAX, which the norms of LoRA and IA3 do not need
+
+    if config.peft_type not in METHODS:
+        return None, lambda module, arrays: None
+    method = METHODS[config.peft_type]
     return method.describe_change(config), functools.partial(method.measure_change, config)
+
+
+def _measure_ia3(module: str, arrays: Mapping[str, Any]) -> Change | None:
+    l = arrays.get("ia3_l")
+    return None if l is None else Change(float(((l - 1) ** 2).mean()) ** 0.5)
 
 
 def _measure_lora(config: LoraConfig, module: str, arrays: Mapping[str, Any]) -> Change | None:

@@ -47,7 +47,7 @@ class Change:
     """The size of the change that an adapter makes to one weight.
 
     Attributes:
-        norm: the norm, as `describe_change` of the configuration or of the method describes it.
+        norm: the norm, as `describe_change` of the method describes it.
         effective_rank: exp of the entropy of the change's normalized singular values; None if it has none.
         rank: the rank r, if the method has one.
         scale: the scale s, if the method has one.
@@ -325,14 +325,6 @@ class Config:
             and value not in (None, [], {})
             and ((value and name in main) or value != plain.get(name, False))
         }
-
-    def describe_change(self) -> str | None:
-        """Return what the norms of `measure_change` measure; None if only the method can tell."""
-        return None
-
-    def measure_change(self, module: str, arrays: Mapping[str, Any]) -> Change | None:
-        """Return the size of the change of one module from its file tensors in float64; None if they do not tell."""
-        return None
 
     def differences(self, other: Config, theirs: str = "in the file") -> str:
         """Describe the keys that make the configurations unequal, with the values of `self` and of `other`."""

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from jaxadapt.configs.base import (
     BiasConfig,
-    Change,
     Config,
     ExcludesConfig,
     InitConfig,
@@ -177,13 +176,6 @@ class IA3Config(Config, peft_type="IA3"):
     fan_in_fan_out: bool | None = checked(FLAG_OR_NULL, False)
     modules_to_save: Collection[str] | None = None
     init_ia3_weights: bool = True
-
-    def describe_change(self) -> str:
-        return "relative change, rms of l − 1"
-
-    def measure_change(self, module: str, arrays: Mapping[str, Any]) -> Change | None:
-        l = arrays.get("ia3_l")
-        return None if l is None else Change(float(((l - 1) ** 2).mean()) ** 0.5)
 
     def with_targets(self, targets: Sequence[str]) -> Self:
         inputs = self.feedforward_modules

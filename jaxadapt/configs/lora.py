@@ -399,9 +399,6 @@ class LoraConfig(LoraFields, peft_type="LORA"):
             init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None, loftq_config={}
         )
 
-    def describe_change(self) -> str:
-        return "‖s·B·A‖, before DoRA's normalization" if self.use_dora else "‖ΔW‖ = ‖s·B·A‖"
-
 
 def _patterns(values: Mapping[str, _V], default: _V) -> dict[str, _V]:
     """Return patterns for the names whose value is not the default."""

@@ -633,10 +633,10 @@ def _settings(config: Config, tensors: Kinds, nbytes: int, page: Card, image: st
         results = [(name, _value(_plain_number(name, value))) for name, value in page.metrics.items()]
         lines += ["## Results", "", *_table(("metric", "value"), results)]
     if image:
-        from jaxadapt.methods.base import METHODS  # imports JAX, which a card without a picture does not need
+        from jaxadapt.analysis.changes import measure_of  # imports NumPy, which a card without a picture does not need
 
-        method, alt = METHODS.get(config.peft_type), "How much the adapter changes each weight, layer by module"
-        what = None if method is None else method.describe_change(config)
+        alt = "How much the adapter changes each weight, layer by module"
+        what, _ = measure_of(config)
         caption = f"Layer by module: how much each weight changes{f' ({what})' if what else ''}."
         lines += ["## How much it changes", "", f"![{alt}]({image})", "", caption, ""]
     return lines

@@ -23,6 +23,7 @@ from jaxadapt import AdapterError, AttachError, ConfigError, KeyMap, KeyMapError
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import tensor_entries
 from jaxadapt.adapters.sites import sites_of
+from jaxadapt.analysis.changes import measure_of
 from jaxadapt.cli import main
 from jaxadapt.configs import matching
 from jaxadapt.configs.table import FACTS
@@ -109,7 +110,7 @@ def test_everything_around_a_method(peft_type: str, tmp_path: Path):
     run = CliRunner().invoke(main, ["inspect", str(folder), "--json"])
     assert run.exit_code == 0, run.output
     run = CliRunner().invoke(main, ["inspect", str(folder), "--norms", "--json"])
-    if method.describe_change(adapter.config) is None:
+    if measure_of(adapter.config)[0] is None:
         assert run.exit_code == 1
         assert f"cannot compute norms for {peft_type}" in run.output
     else:
