@@ -90,6 +90,17 @@ _T = TypeVar("_T")
 # The version of PEFT whose schema this package writes: the default of `peft_version`.
 PEFT_VERSION = "0.21.2"
 
+
+def release_of(version: str | None) -> tuple[int, ...]:
+    """Return the numbers of a version, to compare with others; none if it is not stated or does not begin with one.
+
+    >>> release_of("0.18.0.dev0"), release_of(None)
+    ((0, 18, 0), ())
+    """
+    found = re.match(r"\d{1,9}(\.\d{1,9})*", version or "")
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
 # Lists whose order has no meaning (PEFT turns them into sets). They are kept as given and compared as sets.
 _UNORDERED = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 

@@ -37,7 +37,6 @@ not adapted. The mask of the adapted tokens is data of a call: `jaxadapt.models.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -46,7 +45,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.arrays import products
-from jaxadapt.configs.base import PEFT_VERSION, Config
+from jaxadapt.configs.base import PEFT_VERSION, Config, release_of
 from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.methods.base import (
@@ -508,10 +507,7 @@ class Lora(Method, peft_type="LORA"):
 
 def is_newer_lora_file(config: Config) -> bool:
     """Return True if a file of LoRA is of a newer PEFT than `PEFT_VERSION`."""
-    known, file_version = (
-        [int(n) for n in re.findall(r"\d+", version)[:3]] for version in (PEFT_VERSION, config.peft_version or "")
-    )
-    return config.peft_type == "LORA" and file_version > known
+    return config.peft_type == "LORA" and release_of(config.peft_version)[:3] > release_of(PEFT_VERSION)
 
 
 def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 
 import jax
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.arrays import products
+from jaxadapt.configs.base import release_of
 from jaxadapt.configs.full_rank import OFTConfig
 from jaxadapt.core.errors import AttachError, ConfigError, bullets, warn
 from jaxadapt.methods.matrix import (
@@ -81,8 +81,7 @@ class Oft(Rotation, peft_type="OFT"):
     )
 
     def check(self, config: OFTConfig) -> None:
-        version = [int(n) for n in re.findall(r"\d+", config.peft_version or "0")[:2]]
-        if config.use_cayley_neumann and version < [0, 18]:
+        if config.use_cayley_neumann and release_of(config.peft_version) < (0, 18):
             raise ConfigError(
                 "cannot apply OFT with use_cayley_neumann from a PEFT before 0.18, which used another series."
                 " Train the adapter again, or set use_cayley_neumann=False if it was trained with False"

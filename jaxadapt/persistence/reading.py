@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import Kinds, as_source, rename
-from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads
+from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig, class_of, loads, release_of
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, FormatError, Report, bullets, no_report, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import formats, run_folder
@@ -225,7 +225,7 @@ def _check_values(config: Config, values: Mapping[str, Any] | None) -> list[Find
         values: those that its file states; None for a copy of the configuration.
     """
     is_known = not isinstance(config, GenericConfig)
-    is_newer = _version(config.peft_version or "") > _NEWEST
+    is_newer = release_of(config.peft_version) > release_of(PEFT_VERSION)
     alpha = next((name for name in ("lora_alpha", "alpha") if name in config.to_dict()), "")
     is_stated = alpha in (values or {})
     zero = f"{alpha} is 0: PEFT multiplies the change by 0, so the adapter has no effect"
@@ -257,14 +257,6 @@ def _check_values(config: Config, values: Mapping[str, Any] | None) -> list[Find
         )),
     )  # fmt: skip
     return [finding for is_met, finding in rows if is_met]
-
-
-def _version(text: str) -> tuple[int, ...]:
-    match = re.match(r"\d{1,9}(\.\d{1,9})*", text)
-    return tuple(map(int, match[0].split("."))) if match else ()
-
-
-_NEWEST = _version(PEFT_VERSION)
 
 
 # ---------------------------------------------------------------- keys
