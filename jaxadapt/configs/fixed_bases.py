@@ -59,8 +59,9 @@ class C3AConfig(BiasConfig, LayersConfig, peft_type="C3A", bias="c3a_only"):
     Attributes:
         block_size: the size of a block, which divides the inputs and the outputs of each module.
         target_modules, modules_to_save, bias, layers_to_transform, layers_pattern: as in `LoraConfig`.
-        block_size_pattern: {pattern: block size} for modules with another block size, matched like `rank_pattern`. PEFT
-            does not group a pattern, so alternatives at its top level ("q|v") are refused.
+        block_size_pattern: {pattern: block size} for modules with another block size, matched like `rank_pattern`, but
+            an expression must match after a dot of the name, as in PEFT. PEFT does not group a pattern, so alternatives
+            at its top level ("q|v") are refused.
         init_weights: true starts with zeros; "gaussian", "kaiming_uniform", "xavier_uniform" or false (the same as
             "xavier_uniform") with a random change.
 
@@ -91,7 +92,8 @@ class FourierFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="FOURI
         fan_in_fan_out, target_modules, exclude_modules, modules_to_save, bias, layers_to_transform, layers_pattern: as
             in `LoraConfig`.
         n_frequency_pattern: {pattern: number} for modules with another number of frequencies, matched like
-            `rank_pattern`. PEFT does not group a pattern, so alternatives at its top level ("q|v") are refused.
+            `rank_pattern`, but an expression must match after a dot of the name, as in PEFT. PEFT does not group a
+            pattern, so alternatives at its top level ("q|v") are refused.
         init_weights: true starts with zeros, false with normal values, which change the model.
 
     Raises:

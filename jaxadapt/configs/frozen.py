@@ -226,6 +226,19 @@ def find_pattern_value(patterns: Mapping[str, _T] | None, name: str, default: _T
     return patterns.get(name, default) if order is None else patterns[index.keys[order]]
 
 
+def find_value_after_dot(patterns: Mapping[str, _T] | None, name: str, default: _T) -> _T:
+    """Return the value of the first pattern that matches the end of a module's name after a dot, or is the name.
+
+    PEFT's C3A and FOURIERFT match so. An expression that matches only the whole name does not apply.
+
+    >>> [find_value_after_dot({r"h\\.\\d+\\.q": 4}, name, 8) for name in ("model.h.0.q", "h.0.q")]
+    [4, 8]
+    """
+    _, dot, end = name.partition(".")
+    value = (patterns or {}).get(name, default)
+    return find_pattern_value(patterns, end, value) if dot else value
+
+
 def matching_patterns(patterns: Mapping[str, Any], name: str) -> list[str]:
     """Return all patterns that match the module `name`; the first one applies."""
     index = _index(patterns)

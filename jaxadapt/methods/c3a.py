@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxadapt.arrays.products import transform
 from jaxadapt.configs.fixed_bases import C3AConfig
-from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.frozen import find_value_after_dot
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -42,14 +42,14 @@ class C3a(MatrixMethod, peft_type="C3A"):
     roles = tensor_roles(vector="c3a_kernel")
     examples = (
         {"block_size": 2},
-        {"block_size": 1, "block_size_pattern": {".*q(_proj)?": 2}, "init_weights": True},
+        {"block_size": 1, "block_size_pattern": {"q": 2, "q_proj": 2}, "init_weights": True},
     )
 
     def tensors(self, config: C3AConfig, target: Target) -> tuple[MethodTensor, ...]:
         shape = target.found.get("c3a_kernel")
         if shape is None:
             patterns, default = config.block_size_pattern, config.block_size
-            size = shared_value("block_size", {m: find_pattern_value(patterns, m, default) for m in target.modules})
+            size = shared_value("block_size", {m: find_value_after_dot(patterns, m, default) for m in target.modules})
             if target.in_size % size or target.out_size % size:
                 raise target.refuse(
                     f"expected a block_size that divides the {target.in_size} inputs and the {target.out_size} outputs,"

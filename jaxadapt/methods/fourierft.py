@@ -11,7 +11,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxadapt.arrays.products import transform
-from jaxadapt.methods.matrix import Array, Params, at_least_float32, tensor_roles
+from jaxadapt.configs.fixed_bases import FourierFTConfig
+from jaxadapt.configs.frozen import find_value_after_dot
+from jaxadapt.methods.matrix import Array, Params, Target, at_least_float32, tensor_roles
 from jaxadapt.methods.shared_parts import Spectrum, SpectrumHparams, positions, used_values
 
 
@@ -22,8 +24,11 @@ class FourierFt(Spectrum, peft_type="FOURIERFT"):
     roles = tensor_roles(vector="fourierft_spectrum")
     examples = (
         {"n_frequency": 12, "scaling": 20.0},
-        {"n_frequency": 9, "random_loc_seed": 5, "init_weights": True, "n_frequency_pattern": {".*q(_proj)?": 14}},
+        {"n_frequency": 9, "random_loc_seed": 5, "init_weights": True, "n_frequency_pattern": {"q": 14, "q_proj": 14}},
     )
+
+    def count(self, config: FourierFTConfig, target: Target, module: str) -> int:
+        return find_value_after_dot(config.n_frequency_pattern, module, config.n_frequency)
 
     def delta(self, own: SpectrumHparams, params: Params, w: Array) -> Array:
         values = used_values(params["fourierft_spectrum"], own.count)

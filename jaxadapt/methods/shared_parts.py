@@ -179,9 +179,9 @@ class Spectrum(MatrixMethod):
     row_numbers = frozenset({"count", "scaling"})
     row_padded = frozenset({"r"})
 
+    @abc.abstractmethod
     def count(self, config: Any, target: Target, module: str) -> int:
         """Return the number of values of a module."""
-        return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
 
     def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]:
         count = functools.partial(self.count, config, target)

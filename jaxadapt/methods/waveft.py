@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.configs.fixed_bases import WaveFTConfig
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, Target, tensor_roles
 from jaxadapt.methods.shared_parts import Spectrum, SpectrumHparams, positions, used_values
@@ -48,7 +49,7 @@ class WaveFt(Spectrum, peft_type="WAVEFT"):
 
     def count(self, config: WaveFTConfig, target: Target, module: str) -> int:
         if not config.proportional_parameters:
-            return super().count(config, target, module)
+            return find_pattern_value(config.n_frequency_pattern, module, config.n_frequency)
         if "waveft_spectrum" not in target.found:
             raise target.refuse(
                 "cannot create a WAVEFT adapter with proportional_parameters: a module's number of frequencies"

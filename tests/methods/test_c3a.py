@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxadapt import C3AConfig, ConfigError
+from jaxadapt.configs.frozen import find_value_after_dot
 from jaxadapt.methods.applied import AppliedMethods
 from tests.methods.one_layer import OneLayer, hook_of, numbers, run
 
@@ -34,6 +35,24 @@ def test_alternatives_of_a_pattern_need_parentheses(pattern):
 @pytest.mark.parametrize("pattern", ["(q|v)_proj", "[q|v]", r"a\|b", "((q|v)|k)"])
 def test_grouped_alternatives_are_accepted(pattern):
     assert C3AConfig(block_size_pattern={pattern: 2}).block_size_pattern == {pattern: 2}
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize(
+    "pattern", [{"q": 4}, {r"h\.0\.q": 4}, {".*": 4}, {"h.0.q": 4}, {"q": 2, "h.0.q": 4}], ids=lambda pattern: "-".join(pattern)
+)
+@pytest.mark.parametrize("name", ["q", "h.0.q", "model.h.0.q"])
+def test_a_pattern_matches_as_in_peft(name: str, pattern: dict[str, int]):
+    """PEFT's expression begins with a dot, also for FOURIERFT; a pattern may be the whole name as well."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    net = torch.nn.Module()
+    net.add_module(name.partition(".")[0], module := torch.nn.Module() if "." in name else torch.nn.Linear(8, 8))
+    for part in name.split(".")[1:]:
+        module.add_module(part, inner := torch.nn.Linear(8, 8) if part == "q" else torch.nn.Module())
+        module = inner
+    theirs = peft.get_peft_model(net, peft.C3AConfig(target_modules=["q"], block_size=1, block_size_pattern=pattern))
+    (kernel,) = [x for key, x in theirs.named_parameters() if "c3a_kernel" in key]
+    assert find_value_after_dot(pattern, name, 1) == kernel.shape[-1]
 
 
 @pytest.mark.peft

@@ -150,6 +150,21 @@ def test_adapters_of_another_dropout_share_a_bank(peft_type: str, field: str):
     np.testing.assert_allclose(got, want(X), rtol=1e-5, atol=1e-5)
 
 
+def test_a_grouped_product_gives_each_row_its_adapter():
+    """It gets the rows, or tokens, in the order of their slots."""
+    config = config_of("LORA", 0, ["q", "up"])
+    bank = serving.create(Net(), config, slots=3)
+    for slot in (1, 2):
+        adapter = changed(jaxadapt.init(Net(), config, key=jax.random.key(slot)), slot)
+        bank = serving.put(bank, slot, adapter)
+    net = serving.attach(Net(), bank)
+    for ids in ([1, 0, 2, 1], [[2, 0, 1]] * 4):
+        with serving.route(net, bank.select(ids)):
+            want = net(X)
+        with serving.route(net, bank.select(ids, implementation=jax.lax.ragged_dot)):
+            np.testing.assert_allclose(net(X), want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_prompt_does_not_go_into_a_slot():
     """Its tensors belong to no weight, so no place of the bank would miss them."""
     bank = serving.create(Net(), jaxadapt.LoraConfig(r=2, target_modules=["q"]), slots=2)
