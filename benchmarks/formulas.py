@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.train import BATCH, LENGTH
 from jaxadapt.demo.llama import LlamaConfig, hf_shapes
-from jaxadapt.methods.shared_parts import split_size
+from jaxadapt.methods.matrix import split_size
 
 # (inputs, outputs, tokens, configuration) -> multiplications
 Formula = Callable[[int, int, int, Any], float]

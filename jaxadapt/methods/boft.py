@@ -23,6 +23,10 @@ import jax.numpy as jnp
 from jaxadapt.configs.full_rank import BOFTConfig
 from jaxadapt.core.errors import warn
 from jaxadapt.methods.matrix import (
+    Rotation,
+    cayley,
+    check_window,
+    turn,
     CALL_KEY,
     Array,
     Draw,
@@ -37,7 +41,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.shared_parts import Rotation, cayley, check_window, turn
 
 
 class Boft(Rotation, peft_type="BOFT"):

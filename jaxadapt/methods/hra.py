@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jaxadapt.configs.full_rank import HRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
+    Rotation,
+    check_window,
     Array,
     Draw,
     MethodTensor,
@@ -34,7 +36,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.shared_parts import Rotation, check_window
 
 
 class Hra(Rotation, peft_type="HRA"):

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import LoHaConfig
 from jaxadapt.methods.matrix import (
+    DroppedHparams,
+    Lycoris,
+    kept_rows,
     Array,
     Draw,
     Effects,
@@ -28,7 +31,6 @@ from jaxadapt.methods.matrix import (
     shared_value,
     tensor_roles,
 )
-from jaxadapt.methods.shared_parts import DroppedHparams, Lycoris, kept_rows
 
 
 class Loha(Lycoris, FactoredMethod, peft_type="LOHA"):

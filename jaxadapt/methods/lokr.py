@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import LoKrConfig
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, Target, axes_tensor, tensor_roles
-from jaxadapt.methods.shared_parts import DroppedHparams, Lycoris, kept_rows, split_size
+from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, Target, axes_tensor, tensor_roles, DroppedHparams, Lycoris, kept_rows, split_size
 
 
 @dataclasses.dataclass(frozen=True)

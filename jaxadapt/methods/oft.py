@@ -33,6 +33,10 @@ from jaxadapt.configs.base import release_of
 from jaxadapt.configs.full_rank import OFTConfig
 from jaxadapt.core.errors import AttachError, ConfigError, bullets, warn
 from jaxadapt.methods.matrix import (
+    Rotation,
+    cayley,
+    check_window,
+    turn,
     Array,
     Draw,
     Drop,
@@ -49,7 +53,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.shared_parts import Rotation, cayley, check_window, turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.methods.matrix import (
+    Projected,
     Array,
     Draw,
     MatrixHparams,
@@ -31,7 +32,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.shared_parts import Projected
 
 NOISE = "noise"
 

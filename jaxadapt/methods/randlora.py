@@ -19,6 +19,7 @@ import numpy as np
 from jaxadapt.configs.fixed_bases import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
+    check_projections,
     Array,
     Draw,
     MatrixMethod,
@@ -33,7 +34,6 @@ from jaxadapt.methods.matrix import (
     own_tensor,
     tensor_roles,
 )
-from jaxadapt.methods.shared_parts import check_projections
 
 
 class Randlora(MatrixMethod, peft_type="RANDLORA"):

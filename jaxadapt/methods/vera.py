@@ -8,8 +8,7 @@ own random numbers (`tuners/vera/model.py`), so a file without them (`save_proje
 from __future__ import annotations
 
 from jaxadapt.configs.fixed_bases import VeraConfig
-from jaxadapt.methods.matrix import MethodTensor, Target, axes_tensor, tensor_roles
-from jaxadapt.methods.shared_parts import Projected
+from jaxadapt.methods.matrix import MethodTensor, Target, axes_tensor, tensor_roles, Projected
 
 
 class Vera(Projected, peft_type="VERA"):

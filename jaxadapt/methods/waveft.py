@@ -24,8 +24,7 @@ import numpy as np
 from jaxadapt.configs.fixed_bases import WaveFTConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, Target, tensor_roles
-from jaxadapt.methods.shared_parts import Spectrum, SpectrumHparams, positions, used_values
+from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, Target, tensor_roles, Spectrum, SpectrumHparams, positions, used_values
 
 _ORDERS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
 

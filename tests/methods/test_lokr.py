@@ -15,7 +15,7 @@ from jaxadapt import ConfigError, KeyMap, LoKrConfig, Weight
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import make_file_plan
 from jaxadapt.methods import AppliedMethod
-from jaxadapt.methods.shared_parts import split_size
+from jaxadapt.methods.matrix import split_size
 
 LINEAR = Weight("w", "a.q.weight", "i o -> o i")
 CONV = Weight("w", "a.q.weight", "x i o -> o i x", kind="conv")

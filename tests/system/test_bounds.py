@@ -32,7 +32,7 @@ def folder_of(here: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]
 
 
 def test_projections_are_not_drawn_before_the_files_tensors_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxadapt.methods.shared_parts.TorchRandom", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("jaxadapt.methods.matrix.TorchRandom", lambda *_: pytest.fail("drawn"))
     config = {"peft_type": "VERA", "r": 10**8, "target_modules": ["q_proj"]}
     one = {"base_model.model.q_proj.vera_lambda_d": np.ones(2, "f4")}
     here = folder_of(tmp_path / "vera", config, one)

@@ -331,7 +331,7 @@ def _loha_fields(modules: Modules) -> dict[str, Any] | None:
 
 def _lokr_fields(modules: Modules) -> dict[str, Any] | None:
     """Return the fields of LoKr; None if no one factor gives the sizes of all modules."""
-    from jaxadapt.methods.shared_parts import split_size
+    from jaxadapt.methods.matrix import split_size
 
     wanted: list[tuple[int, int]] = []  # (size of the module, its first factor)
     both = any("lokr_w1_a" in shapes for shapes in modules.values())
