@@ -95,15 +95,13 @@ def corda(w: Array, covariance: Array, r: int, s: float, last: bool) -> Factors:
     Takes the largest triples, or with `last` the smallest (knowledge-preserved mode). Damps C until it is invertible.
     Raises `AttachError` if no damping makes it invertible.
     """
-    damp = 0.01
-    while True:
-        fixed, inverse, error = _inverted(covariance, damp)
-        if error < 0.05:  # False for NaN, for which doubling the damping does not help
+    for doublings in range(28):  # up to 10⁶
+        fixed, inverse, error = _inverted(covariance, 0.01 * 2**doublings)
+        if error < 0.05:
+            return _corda_factors(w, fixed, inverse, r, s, last)
+        if not jnp.isfinite(error):  # doubling the damping does not help
             break
-        if not jnp.isfinite(error) or damp > 1e6:
-            raise AttachError("cannot invert the covariance of the inputs; check that they are finite and not all zero")
-        damp *= 2
-    return _corda_factors(w, fixed, inverse, r, s, last)
+    raise AttachError("cannot invert the covariance of the inputs; check that they are finite and not all zero")
 
 
 @jax.jit

@@ -204,12 +204,13 @@ def allocate_ranks(
         importance, uncertainty = (
             {key: jnp.zeros_like(x) for key, x in each.items()} for each in (importance, uncertainty)
         )
-    changed = dict(tensors)
-    if masks and (step >= last or masks is not state.masks):
-        for key in importance:
-            if _kind(key) == "lora_E":
-                changed[key] = jnp.where(masks[key.removeprefix(_PREFIX)][:, None], tensors[key], 0)
-    return Allocation(importance, uncertainty, masks), changed
+    is_masked = masks and (step >= last or masks is not state.masks)
+    masked = {
+        key: jnp.where(masks[key.removeprefix(_PREFIX)][:, None], tensors[key], 0)
+        for key in importance
+        if is_masked and _kind(key) == "lora_E"
+    }
+    return Allocation(importance, uncertainty, masks), {**tensors, **masked}
 
 
 def prune(

@@ -23,8 +23,17 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AttachError, ConfigError, TargetError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.methods.base import Array, Draw, MethodTensor, Params, Shapes, Targets, own_tensor
-from jaxadapt.methods.prompt import BaseSizes, PromptMethod
+from jaxadapt.methods.prompt import (
+    Array,
+    BaseSizes,
+    Draw,
+    MethodTensor,
+    Params,
+    PromptMethod,
+    Shapes,
+    Targets,
+    own_tensor,
+)
 
 PROMPT, GATE = "adaption_prompt", "adaption_gate"
 KEYS, VALUES, OUTPUT = "k_proj", "v_proj", "o_proj"

@@ -23,10 +23,6 @@ import jax.numpy as jnp
 from jaxadapt.configs.full_rank import BOFTConfig
 from jaxadapt.core.errors import warn
 from jaxadapt.methods.matrix import (
-    Rotation,
-    cayley,
-    check_window,
-    turn,
     CALL_KEY,
     Array,
     Draw,
@@ -34,12 +30,16 @@ from jaxadapt.methods.matrix import (
     MethodTensor,
     OwnHparams,
     Params,
+    Rotation,
     Start,
     Target,
     at_least_float32,
     axes_tensor,
+    cayley,
+    check_window,
     own_tensor,
     tensor_roles,
+    turn,
 )
 
 

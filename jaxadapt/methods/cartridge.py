@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.methods.base import tensor_roles
-from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMethod
+from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMethod, tensor_roles
 
 _FROZEN, _TRAINED = "frozen_embedding", "trainable_embedding"
 

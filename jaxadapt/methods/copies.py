@@ -178,26 +178,27 @@ class RowCopy(_Copy):
         self.replaced_rows = frozenset(tokens)
 
     def tensors(self, config: Config, target: Target) -> tuple[MethodTensor, ...]:
-        if target.match.weight.kind not in ("embedding", "linear") or target.match.roles["batch"] or target.match.stack:
+        is_head = target.kind != "embedding"
+        if target.kind not in ("embedding", "linear") or target.match.roles["batch"] or target.match.stack:
             raise ConfigError(
                 f"{target.leaf}: {self._because} applies only to a token embedding or a head; remove this weight from"
                 " it"
             )
-        size = (target.out_size if self._is_head(target) else target.in_size) if target.is_known else None
+        size = (target.out_size if is_head else target.in_size) if target.is_known else None
         outside = [i for i in self._tokens if size is not None and i >= size]
         if outside:
             raise target.refuse(
                 f"{self._because}: tokens outside the vocabulary of {size}: {outside}. Resize the model's vocabulary,"
                 " or remove these tokens"
             )
-        dim = "in" if self._is_head(target) else "out"
+        dim = "in" if is_head else "out"
         suffix, own = f"{self._wrapper}.{ROWS}", (("n", len(self._tokens)),)
         return (
             MethodTensor(ROWS, suffix, ("n", dim), (("n",), (dim,)), own, from_base=not self._random, scale_power=1),
         )
 
     def hparams(self, config: Config, target: Target) -> TokensHparams:
-        return TokensHparams(self._tokens, self._is_head(target), self._because)
+        return TokensHparams(self._tokens, target.kind != "embedding", self._because)
 
     def effects(self, hparams: TokensHparams) -> Effects:
         return Effects("replaces", "weight")
@@ -211,10 +212,6 @@ class RowCopy(_Copy):
     def weight(self, hparams: TokensHparams, params: Params, axes: Axes, w: Array) -> Array:
         rows = self._by_token(hparams, axes, w).at[jnp.array(hparams.tokens)].set(params[ROWS].astype(w.dtype))
         return rows.transpose([self._order(hparams, axes).index(i) for i in range(axes.rank)])
-
-    @staticmethod
-    def _is_head(target: Target) -> bool:
-        return target.kind != "embedding"
 
     @staticmethod
     def _order(hparams: TokensHparams, axes: Axes) -> tuple[int, ...]:

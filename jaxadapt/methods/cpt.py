@@ -15,12 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp
 
 from jaxadapt.configs.prompts import CPTConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.methods.base import Array, Draw, Params, Shapes, tensor_roles
-from jaxadapt.methods.prompt import EMBEDDINGS, EmbeddingPrompt, StartData
+from jaxadapt.methods.prompt import (
+    EMBEDDINGS,
+    Array,
+    Draw,
+    EmbeddingPrompt,
+    Params,
+    Shapes,
+    StartData,
+    tensor_roles,
+)
 
 FIXED, DELTA = "embedding", "delta_embedding"
 IGNORED = -100
@@ -134,7 +141,7 @@ def loss(config: CPTConfig, logits: Array, labels: Array, types: Array | None = 
     counted = (kinds > 0) & (kinds % 4 == 0) & (labels != IGNORED)
     scores = logits[:, :-1].astype(jnp.float32)
     own_scores = jnp.take_along_axis(scores, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-    losses = logsumexp(scores, axis=-1) - own_scores
+    losses = jax.nn.logsumexp(scores, axis=-1) - own_scores
     if config.opt_weighted_loss_type == "decay":
         losses = losses * config.opt_loss_decay_factor ** _later_outputs(kinds)
     return jnp.where(counted, losses, 0).sum() / counted.sum()

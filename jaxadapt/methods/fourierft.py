@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jaxadapt.arrays.products import transform
 from jaxadapt.configs.fixed_bases import FourierFTConfig
 from jaxadapt.configs.frozen import find_value_after_dot
-from jaxadapt.methods.matrix import Array, Params, Target, at_least_float32, tensor_roles, Spectrum, SpectrumHparams, positions, used_values
+from jaxadapt.methods.matrix import (
+    Array,
+    Params,
+    Spectrum,
+    SpectrumHparams,
+    Target,
+    at_least_float32,
+    positions,
+    tensor_roles,
+    used_values,
+)
 
 
 class FourierFt(Spectrum, peft_type="FOURIERFT"):

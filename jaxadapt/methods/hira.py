@@ -64,13 +64,10 @@ class Hira(MatrixMethod, peft_type="HIRA"):
     def init(self, config: HiraConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.rank_pattern:
             raise ConfigError("cannot start HIRA with rank_pattern: PEFT ignores it; unset it")
-        if tensor.name.startswith("hira_embedding"):
-            is_zero = config.init_weights is not False and tensor.name == "hira_embedding_A"
-            return Draw("constant", 0.0) if is_zero else Draw("normal", 1.0)
-        if not config.init_weights:
-            return Draw("normal", 1.0)
-        if tensor.name == "hira_B":
+        if config.init_weights and tensor.name in ("hira_B", "hira_embedding_A"):
             return Draw("constant", 0.0)
+        if not config.init_weights or start.hparams.kind == "embedding":
+            return Draw("normal", 1.0)
         if config.init_weights == "gaussian" and start.hparams.kind == "linear":
             return Draw("normal", 1 / start.shape[0])
         return Draw.kaiming(math.prod(start.shape[1:]))

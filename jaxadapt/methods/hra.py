@@ -22,17 +22,17 @@ import jax.numpy as jnp
 from jaxadapt.configs.full_rank import HRAConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
-    Rotation,
-    check_window,
     Array,
     Draw,
     MethodTensor,
     OwnHparams,
     Params,
+    Rotation,
     Start,
     Target,
     at_least_float32,
     axes_tensor,
+    check_window,
     own_tensor,
     tensor_roles,
 )

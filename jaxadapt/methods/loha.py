@@ -16,18 +16,18 @@ import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import LoHaConfig
 from jaxadapt.methods.matrix import (
-    DroppedHparams,
-    Lycoris,
-    kept_rows,
     Array,
     Draw,
+    DroppedHparams,
     Effects,
     FactoredMethod,
+    Lycoris,
     MethodTensor,
     Params,
     Start,
     Target,
     axes_tensor,
+    kept_rows,
     shared_value,
     tensor_roles,
 )

@@ -9,23 +9,26 @@ Dropout is that of LoHa, but only `rank_dropout_scale` divides the rows that are
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import LoKrConfig
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, Target, axes_tensor, tensor_roles, DroppedHparams, Lycoris, kept_rows, split_size
-
-
-@dataclasses.dataclass(frozen=True)
-class _Form:
-    """The tensors of a module: True for a full w1 or w2, and for a tensor T2."""
-
-    full1: bool
-    full2: bool
-    has_t2: bool
+from jaxadapt.methods.matrix import (
+    Array,
+    Draw,
+    DroppedHparams,
+    Lycoris,
+    MethodTensor,
+    Params,
+    Start,
+    Target,
+    axes_tensor,
+    kept_rows,
+    split_size,
+    tensor_roles,
+)
 
 
 class Lokr(Lycoris, peft_type="LOKR"):
@@ -42,15 +45,14 @@ class Lokr(Lycoris, peft_type="LOKR"):
 
     def tensors(self, config: LoKrConfig, target: Target) -> tuple[MethodTensor, ...]:
         ranks = {config.rank_of(module) for module in target.modules}
-        forms = {_found_form(target) or _new_form(config, target, r) for r in ranks}
-        form = forms.pop()
-        if forms or (form.has_t2 and len(ranks) > 1):
+        axes, *others = (_found_axes(target) or _new_axes(config, target, r) for r in ranks)
+        if any(other != axes for other in others) or ("lokr_t2" in axes and len(ranks) > 1):
             raise target.refuse(
                 f"the ranks {sorted(ranks)} of its modules decompose their matrices differently; choose ranks that all"
                 " decompose the same ones, or use an unrolled model"
             )
-        axes = _axes(config, target, form, target.rank(config.rank_of))
-        tensors = [axes_tensor(name, " ".join(sizes), tuple(sizes.items())) for name, sizes in axes.items()]
+        sizes = _sizes(config, target, axes, target.rank(config.rank_of))
+        tensors = [axes_tensor(name, text, tuple(sizes[name].items())) for name, text in axes.items()]
         return target.with_ranks(tensors, config.rank_of)
 
     def init(self, config: LoKrConfig, tensor: MethodTensor, start: Start) -> Draw:
@@ -80,8 +82,17 @@ class Lokr(Lycoris, peft_type="LOKR"):
         return y + own.scale * h.reshape(y.shape) * kept_rows(own, params, y.shape[-1])
 
 
-def _found_form(target: Target) -> _Form | None:
-    """Return the form of existing tensors; None for a new adapter."""
+def _axes(target: Target, full1: bool, full2: bool, has_t2: bool) -> dict[str, str]:
+    """Return the axes of the tensors of a module with a full w1 or w2, or with a tensor T2."""
+    first = {"lokr_w1": "l m"} if full1 else {"lokr_w1_a": "l r", "lokr_w1_b": "r m"}
+    if full2:
+        return {**first, "lokr_w2": "k n x y"[: 2 * len(target.match.weight.right) - 1]}
+    window = {"lokr_t2": "r r2 x y", "lokr_w2_a": "r k", "lokr_w2_b": "r n"}
+    return first | (window if has_t2 else {"lokr_w2_a": "k r", "lokr_w2_b": "r nw"})
+
+
+def _found_axes(target: Target) -> dict[str, str]:
+    """Return the axes of existing tensors; none for a new adapter."""
     found = target.found.keys() & Lokr.roles.keys()
     both = [name for name in ("lokr_w1", "lokr_w2") if {name, f"{name}_a"} <= found]
     if both:
@@ -90,17 +101,17 @@ def _found_form(target: Target) -> _Form | None:
             " modules have different ranks, use an unrolled model"
         )
     full1, full2 = (not {f"{name}_a", f"{name}_b"} & found for name in ("lokr_w1", "lokr_w2"))
-    return _Form(full1, full2, "lokr_t2" in found) if found else None
+    return _axes(target, full1, full2, "lokr_t2" in found) if found else {}
 
 
-def _new_form(config: LoKrConfig, target: Target, r: int) -> _Form:
-    """Return PEFT's form of a new module."""
+def _new_axes(config: LoKrConfig, target: Target, r: int) -> dict[str, str]:
+    """Return PEFT's axes of a new module."""
     if len(target.window) > 2:
         raise target.refuse("PEFT implements LOKR for 1-D and 2-D convolutions only; exclude the module")
     sizes = _new_sizes(config, target)
     full2 = r >= max(sizes["k"], sizes["n"]) / 2
     has_t2 = config.use_effective_conv2d and math.prod(target.window) > 1 and not full2
-    return _Form(not (config.decompose_both and r < max(sizes["l"], sizes["m"]) / 2), full2, has_t2)
+    return _axes(target, not (config.decompose_both and r < max(sizes["l"], sizes["m"]) / 2), full2, has_t2)
 
 
 def _new_sizes(config: LoKrConfig, target: Target) -> dict[str, int]:
@@ -110,21 +121,14 @@ def _new_sizes(config: LoKrConfig, target: Target) -> dict[str, int]:
     return {"l": l, "k": k, "m": m, "n": n, "nw": n * math.prod(window), "x": window[0], "y": window[1]}
 
 
-def _axes(config: LoKrConfig, target: Target, form: _Form, r: int) -> dict[str, dict[str, int]]:
+def _sizes(config: LoKrConfig, target: Target, axes: dict[str, str], r: int) -> dict[str, dict[str, int]]:
     """Return `{tensor: {axis: size}}`, with the sizes of an existing adapter where there is one."""
-    names = {"lokr_w1": "l m"} if form.full1 else {"lokr_w1_a": "l r", "lokr_w1_b": "r m"}
-    if form.full2:
-        names |= {"lokr_w2": "k n x y"[: 2 * len(target.match.weight.right) - 1]}
-    elif form.has_t2:
-        names |= {"lokr_t2": "r r2 x y", "lokr_w2_a": "r k", "lokr_w2_b": "r n"}
-    else:
-        names |= {"lokr_w2_a": "k r", "lokr_w2_b": "r nw"}
 
     def size(tensor: str, position: int, axis: str) -> int:
         return r if axis in ("r", "r2") else target.own_size(tensor, position, lambda: _new_sizes(config, target)[axis])
 
-    axes = {t: {a: size(t, i, a) for i, a in enumerate(text.split())} for t, text in names.items()}
-    sizes = {axis: size for each in axes.values() for axis, size in each.items()}
+    by_tensor = {t: {a: size(t, i, a) for i, a in enumerate(text.split())} for t, text in axes.items()}
+    sizes = {axis: size for each in by_tensor.values() for axis, size in each.items()}
     if target.is_known and target.found:
         made = sizes["l"] * sizes["k"], sizes["m"] * math.prod(sizes.get(a, 1) for a in ("n", "nw", "x", "y"))
         wanted = target.out_size, target.in_size * math.prod(target.window)
@@ -133,4 +137,4 @@ def _axes(config: LoKrConfig, target: Target, form: _Form, r: int) -> dict[str, 
                 f"{target.leaf}: the Kronecker product of the adapter's matrices has shape {made}, but the weight has"
                 f" {wanted}; load the adapter into the model that it was trained on"
             )
-    return axes
+    return by_tensor

@@ -99,11 +99,15 @@ def _blocks(w: Array, d: Array) -> Array:
 
 def _check_sizes(config: MissConfig, target: Target) -> None:
     r, inputs, outputs = config.r, target.in_size, target.out_size
-    if r > inputs:
-        raise target.refuse(f"MISS needs blocks of at most {inputs} inputs, the size of the module; found r={r}")
-    if config.init_weights == "bat" and (inputs % r or outputs % r):
-        raise target.refuse(
-            f'MISS with init_weights="bat" needs an r that divides {inputs} inputs and {outputs} outputs; found {r}'
-        )
-    if config.init_weights == "mini" and outputs % config.mini_r:
-        raise target.refuse(f"MISS needs a mini_r that divides the {outputs} outputs; found {config.mini_r}")
+    problems = {
+        f"MISS needs blocks of at most {inputs} inputs, the size of the module; found r={r}": r > inputs,
+        f'MISS with init_weights="bat" needs an r that divides {inputs} inputs and {outputs} outputs; found {r}': (
+            config.init_weights == "bat" and (inputs % r or outputs % r)
+        ),
+        f"MISS needs a mini_r that divides the {outputs} outputs; found {config.mini_r}": (
+            config.init_weights == "mini" and outputs % config.mini_r
+        ),
+    }
+    for problem, is_found in problems.items():
+        if is_found:
+            raise target.refuse(problem)

@@ -21,6 +21,7 @@ after the lookup, E·R, with `oft_embedding_R`. The arithmetic follows PEFT's `t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -33,10 +34,6 @@ from jaxadapt.configs.base import release_of
 from jaxadapt.configs.full_rank import OFTConfig
 from jaxadapt.core.errors import AttachError, ConfigError, bullets, warn
 from jaxadapt.methods.matrix import (
-    Rotation,
-    cayley,
-    check_window,
-    turn,
     Array,
     Draw,
     Drop,
@@ -45,13 +42,17 @@ from jaxadapt.methods.matrix import (
     MethodTensor,
     Operation,
     Params,
+    Rotation,
     Start,
     Target,
     Use,
     at_least_float32,
+    cayley,
+    check_window,
     layout_of,
     own_tensor,
     tensor_roles,
+    turn,
 )
 
 
@@ -125,7 +126,7 @@ class Oft(Rotation, peft_type="OFT"):
         return Draw("constant", 0.0) if config.init_weights else Draw("normal", 0.1)
 
     def input(self, hparams: MatrixHparams, params: Params, use: Use | Operation, x: Array, w: Array) -> Array:
-        """Return rotated inputs: of an image the sum of its patches as PEFT places them; ids of a lookup as they are."""
+        """Return rotated inputs: of an image the sum of its patches as PEFT places them; ids of a lookup stay."""
         if hparams.own.kind == "embedding":
             return x
         if isinstance(use, Use):
@@ -223,13 +224,8 @@ def cayley_series(k: Array, terms: int) -> Array:
 
     It has the power K³ with three terms, as with four.
     """
-    r = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), k.shape)
-    if terms > 1:
-        r = r + 2 * k
-    if terms > 2:
-        power = k
-        for _ in range(2, max(3, terms - 1)):
-            power = power @ k
-            r = r + 2 * power
-        r = r + power @ k
-    return r
+    identity = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=k.dtype), k.shape)
+    if terms < 3:
+        return identity + 2 * k if terms > 1 else identity
+    *powers, last = itertools.accumulate([k] * max(3, terms - 1), jnp.matmul)
+    return sum((2 * power for power in powers), identity) + last

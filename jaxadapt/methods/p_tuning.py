@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.nn import relu, sigmoid
 
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, EmbeddingPrompt, Params, dense
@@ -31,25 +30,20 @@ class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
         whole = super().shapes(config, stored=True)
         if stored:
             return whole
-        if config.encoder_dropout and config.encoder_reparameterization_type == "LSTM":
+        is_lstm = config.encoder_reparameterization_type == "LSTM"
+        if config.encoder_dropout and is_lstm:
             raise ConfigError(
                 f"P_TUNING: encoder_dropout={config.encoder_dropout} is not implemented; set 0.0 (a file with dropout"
                 " loads, because it holds the network's output)"
             )
         (rows, d), h = whole[EMBEDDINGS], config.encoder_hidden_size or config.token_dim
         shapes: dict[str, tuple[int, ...]] = {"embedding": (rows, d)}
-        if config.encoder_reparameterization_type == "MLP":
-            widths = [d, h, h, d]
-        else:
-            widths = [2 * h, 2 * h, d]
-            for layer in range(config.encoder_num_layers):
-                for direction in _DIRECTIONS:
-                    prefix = f"lstm_{layer}_{direction}"
-                    shapes[f"{prefix}_input"] = (2 * h if layer else d, 4 * h)
-                    shapes[f"{prefix}_hidden"] = (h, 4 * h)
-                    shapes[f"{prefix}_input_bias"] = shapes[f"{prefix}_hidden_bias"] = (4 * h,)
-        for i, (before, after) in enumerate(itertools.pairwise(widths)):
-            shapes[f"kernel_{i}"], shapes[f"bias_{i}"] = (before, after), (after,)
+        for layer, direction in itertools.product(range(config.encoder_num_layers if is_lstm else 0), _DIRECTIONS):
+            prefix = f"lstm_{layer}_{direction}"
+            shapes |= {f"{prefix}_input": (2 * h if layer else d, 4 * h), f"{prefix}_hidden": (h, 4 * h)}
+            shapes |= {f"{prefix}_input_bias": (4 * h,), f"{prefix}_hidden_bias": (4 * h,)}
+        for i, (before, after) in enumerate(itertools.pairwise([2 * h, 2 * h, d] if is_lstm else [d, h, h, d])):
+            shapes |= {f"kernel_{i}": (before, after), f"bias_{i}": (after,)}
         return shapes
 
     def draw(self, config: Any, name: str) -> Draw:
@@ -64,9 +58,9 @@ class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
         if config.encoder_reparameterization_type == "LSTM":
             for layer in range(config.encoder_num_layers):
                 x = jnp.concatenate([_lstm(shared, f"lstm_{layer}_{d}", x, d) for d in _DIRECTIONS], axis=-1)
-            return dense(shared, 1, relu(dense(shared, 0, x)))
+            return dense(shared, 1, jax.nn.relu(dense(shared, 0, x)))
         for i in range(2):
-            x = relu(dense(shared, i, x))
+            x = jax.nn.relu(dense(shared, i, x))
         return dense(shared, 2, x)
 
 
@@ -79,8 +73,8 @@ def _lstm(shared: Params, prefix: str, xs: Array, direction: str) -> Array:
     def step(state: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], Array]:
         hidden, cell = state
         entry, forget, candidate, out = jnp.split(x + hidden @ kernel, 4)
-        cell = sigmoid(forget) * cell + sigmoid(entry) * jnp.tanh(candidate)
-        hidden = sigmoid(out) * jnp.tanh(cell)
+        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(entry) * jnp.tanh(candidate)
+        hidden = jax.nn.sigmoid(out) * jnp.tanh(cell)
         return (hidden, cell), hidden
 
     zeros = jnp.zeros(kernel.shape[0], inputs.dtype)

@@ -27,7 +27,14 @@ from jaxadapt.methods.base import (
     Targets,
     own_tensor,
     require_weights,
+    tensor_roles,
 )
+
+# The file of a method imports these names from here, wherever they are defined.
+__all__ = [
+    "EMBEDDINGS", "PREFILLED", "TASKS", "Array", "BaseSizes", "Draw", "EmbeddingPrompt", "MethodTensor", "Params",
+    "PromptMethod", "Shapes", "StartData", "Targets", "dense", "keys_and_values", "own_tensor", "tensor_roles",
+]  # fmt: skip
 
 # ---------------------------------------------------------------- names
 

@@ -20,12 +20,12 @@ import numpy as np
 from jaxadapt.configs.fixed_bases import PveraConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.methods.matrix import (
-    Projected,
     Array,
     Draw,
     MatrixHparams,
     MethodTensor,
     Params,
+    Projected,
     Start,
     Target,
     axes_tensor,

@@ -19,7 +19,6 @@ import numpy as np
 from jaxadapt.configs.fixed_bases import RandLoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
-    check_projections,
     Array,
     Draw,
     MatrixMethod,
@@ -31,6 +30,7 @@ from jaxadapt.methods.matrix import (
     Target,
     Targets,
     TorchRandom,
+    check_projections,
     own_tensor,
     tensor_roles,
 )

@@ -8,7 +8,7 @@ own random numbers (`tuners/vera/model.py`), so a file without them (`save_proje
 from __future__ import annotations
 
 from jaxadapt.configs.fixed_bases import VeraConfig
-from jaxadapt.methods.matrix import MethodTensor, Target, axes_tensor, tensor_roles, Projected
+from jaxadapt.methods.matrix import MethodTensor, Projected, Target, axes_tensor, tensor_roles
 
 
 class Vera(Projected, peft_type="VERA"):

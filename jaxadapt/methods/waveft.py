@@ -24,7 +24,19 @@ import numpy as np
 from jaxadapt.configs.fixed_bases import WaveFTConfig
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.matrix import Array, Draw, MethodTensor, Params, Start, Target, tensor_roles, Spectrum, SpectrumHparams, positions, used_values
+from jaxadapt.methods.matrix import (
+    Array,
+    Draw,
+    MethodTensor,
+    Params,
+    Spectrum,
+    SpectrumHparams,
+    Start,
+    Target,
+    positions,
+    tensor_roles,
+    used_values,
+)
 
 _ORDERS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
 

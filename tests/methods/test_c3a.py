@@ -39,7 +39,9 @@ def test_grouped_alternatives_are_accepted(pattern):
 
 @pytest.mark.peft
 @pytest.mark.parametrize(
-    "pattern", [{"q": 4}, {r"h\.0\.q": 4}, {".*": 4}, {"h.0.q": 4}, {"q": 2, "h.0.q": 4}], ids=lambda pattern: "-".join(pattern)
+    "pattern",
+    [{"q": 4}, {r"h\.0\.q": 4}, {".*": 4}, {"h.0.q": 4}, {"q": 2, "h.0.q": 4}],
+    ids=lambda pattern: "-".join(pattern),
 )
 @pytest.mark.parametrize("name", ["q", "h.0.q", "model.h.0.q"])
 def test_a_pattern_matches_as_in_peft(name: str, pattern: dict[str, int]):
