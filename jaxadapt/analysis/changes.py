@@ -1,7 +1,6 @@
 """Size of the change that an adapter makes to each weight, and the difference of two adapters; their heat maps.
 
-The change of LoRA is ΔW = s·B·A, which is never computed. The norms of LoRA and IA3 need no JAX; each other method
-measures its own change (`Method.measure_change`).
+The change of LoRA is ΔW = s·B·A, which is never computed; most other methods have their own `Method.measure_change`.
 With B = Qb·Rb and Aᵀ = Qa·Ra, the singular values of ΔW are those of the small matrix s·Rb·Raᵀ. The effective rank is
 exp of the entropy of the normalized singular values (Roy and Vetterli 2007): 1 for a rank-one change, and r if r
 directions have equal weight.
@@ -48,10 +47,7 @@ class Norm:
 
     Attributes:
         module: the path of the module or parameter.
-        norm: the norm that `Norms.what` describes, such as the Frobenius norm ‖ΔW‖.
-        effective_rank: the effective rank, averaged over experts; None if the change has none.
-        rank: the rank r; None for methods without it.
-        scale: the scale s; None for methods without it.
+        norm, effective_rank, rank, scale: as in `Change`; the effective rank is averaged over experts.
     """
 
     module: str
@@ -141,11 +137,7 @@ def measure_norms(tensors: PeftTensors) -> Norms:
 
 
 def measure_of(config: Config) -> tuple[str | None, Callable[[str, Mapping[str, Any]], Change | None]]:
-    """Return a description of the norm, None if a file does not determine it, and the function for one module.
-
-    The function gets the module's name and its file tensors in float64. It returns None if these do not determine the
-    size of the change.
-    """
+    """Return a description of the norm, None if a file does not tell it, and the function that measures one module."""
     if isinstance(config, LoraConfig):
         what = "‖s·B·A‖, before DoRA's normalization" if config.use_dora else "‖ΔW‖ = ‖s·B·A‖"
         return what, functools.partial(_measure_lora, config)
@@ -160,8 +152,7 @@ def measure_of(config: Config) -> tuple[str | None, Callable[[str, Mapping[str, 
 
 
 def _measure_ia3(module: str, arrays: Mapping[str, Any]) -> Change | None:
-    l = arrays.get("ia3_l")
-    return None if l is None else Change(float(((l - 1) ** 2).mean()) ** 0.5)
+    return Change(float(((arrays["ia3_l"] - 1) ** 2).mean()) ** 0.5) if "ia3_l" in arrays else None
 
 
 def _measure_lora(config: LoraConfig, module: str, arrays: Mapping[str, Any]) -> Change | None:

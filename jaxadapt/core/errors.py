@@ -35,7 +35,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 # ---------------------------------------------------------------- errors
@@ -104,6 +104,15 @@ def problems_text(problems: Sequence[str], shown: int = 10) -> str:
     """Join the problems of one kind into one text, with a count of those not shown."""
     text = "; ".join(problems[:shown])
     return text if len(problems) <= shown else f"{text}; and {len(problems) - shown} more"
+
+
+def met(problems: Mapping[str, object]) -> list[str]:
+    """Return the problems whose conditions are true, from `{problem: condition}`.
+
+    >>> met({"too small": 5 < 3, "too large": 5 > 3})
+    ['too large']
+    """
+    return [problem for problem, is_met in problems.items() if is_met]
 
 
 def raise_listed(

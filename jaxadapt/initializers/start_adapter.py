@@ -25,7 +25,7 @@ from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, met, raise_listed
 from jaxadapt.initializers import statistics
 from jaxadapt.initializers.kinds import Array, Factors, InitKind, ModuleValues, init_kind
 from jaxadapt.keymaps.keymap import KeyMap
@@ -106,7 +106,7 @@ class Initialization:
             ),
             f"rank {r} exceeds {max_rank}, the most for {out_size} x {in_size}": r > max_rank,
         }
-        return [obstacle for obstacle, is_met in obstacles.items() if is_met][:1]
+        return met(obstacles)[:1]
 
     @property
     def pairs(self) -> list[Site]:
@@ -372,8 +372,8 @@ def _check_arguments(config: Config, method: Method, key: Any, data: Any) -> Non
             is_given and wanted is not None and is_batches != ("batches" in needs)
         ),
     }
-    if any(problems.values()):
-        raise AttachError(f"{setting}: " + ", ".join(problem for problem, is_met in problems.items() if is_met))
+    if found := met(problems):
+        raise AttachError(f"{setting}: " + ", ".join(found))
 
 
 def _prompt_values(

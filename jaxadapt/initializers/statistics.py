@@ -291,7 +291,7 @@ def find_components(
         watch: makes an `Observer` of the given sites, as `make_observer` does.
         mask: selects the tokens of a batch that count; by default from its "attention_mask" and "labels", as in PEFT.
 
-    Raises `ConfigError` for layers with fewer inputs than components, `AttachError` if the components do not converge.
+    Raises `AttachError` if the components do not converge.
     """
     settings = Settings(**kinds.init_settings(config, "eva_config", Settings._fields))
     batches = list(batches)
@@ -303,13 +303,7 @@ def find_components(
     groups = _group_equal_inputs(adapter_sites, observe_moments({}, batches[0], tokens(batches[0])))
     most = {m: max(round(wanted[other] * settings.rho) for other in group) for group in groups.values() for m in group}
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
-    k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
-    raise_listed(
-        ConfigError,
-        "r * rho exceeds the inputs of these layers; lower r or rho:",
-        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
-    )
-    rows = {leaf: count + 4 for leaf, count in k.items()}  # of the states of `components`
+    rows = _state_rows(group_sites, most)
     observe = watch(group_sites, components, rows)
     states = {b.leaf: np.zeros((math.prod(b.stack_sizes), rows[b.leaf], b.fan_in), "float32") for b in group_sites}
     found, ranks = _iterate(
@@ -346,7 +340,7 @@ def _iterate(
         going_on = [m for m in groups if not converged[m][: ranks[m]].all()]
         if not going_on:
             return state_of, ranks
-        after = {leaf: np.asarray(state) for leaf, state in observe(states, batch, tokens(batch)).items()}
+        after = jax.tree.map(np.asarray, observe(states, batch, tokens(batch)))
         raise_listed(
             AttachError,
             "EVA does not support a layer that runs several times in one call of the model; exclude these with"
@@ -360,6 +354,17 @@ def _iterate(
                 converged[module] = _cosines(before, state, most[module]) >= tau
             before[:] = state
     raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
+
+
+def _state_rows(group_sites: Sequence[Site], most: Mapping[str, int]) -> dict[str, int]:
+    """Return {leaf: rows of its state, for k components}; raise `ConfigError` for layers with fewer inputs than k."""
+    k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
+    raise_listed(
+        ConfigError,
+        "r * rho exceeds the inputs of these layers; lower r or rho:",
+        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
+    )
+    return {leaf: count + 4 for leaf, count in k.items()}
 
 
 def _group_equal_inputs(adapter_sites: Sequence[Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:

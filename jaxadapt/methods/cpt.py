@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import logsumexp
 
 from jaxadapt.configs.prompts import CPTConfig
 from jaxadapt.core.errors import ConfigError, MismatchError
@@ -141,7 +142,7 @@ def loss(config: CPTConfig, logits: Array, labels: Array, types: Array | None = 
     counted = (kinds > 0) & (kinds % 4 == 0) & (labels != IGNORED)
     scores = logits[:, :-1].astype(jnp.float32)
     own_scores = jnp.take_along_axis(scores, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(scores, axis=-1) - own_scores
+    losses = logsumexp(scores, axis=-1) - own_scores
     if config.opt_weighted_loss_type == "decay":
         losses = losses * config.opt_loss_decay_factor ** _later_outputs(kinds)
     return jnp.where(counted, losses, 0).sum() / counted.sum()

@@ -47,7 +47,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays import products
 from jaxadapt.configs.base import PEFT_VERSION, Config, release_of
 from jaxadapt.configs.lora import LoraConfig, fields_set
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError, met
 from jaxadapt.methods.base import (
     PRIMITIVES,
     Array,
@@ -195,8 +195,8 @@ def check_site(config: LoraConfig, match: Match, r: int) -> None:
         "an empty list of tokens": not config.alora_invocation_tokens,
         "a layer that is not linear": kind != "linear",
     }
-    kasa = [text for text, is_set in without_kasa.items() if is_set and config.kasa_config is not None]
-    alora = [text for text, is_set in without_alora.items() if is_set and config.alora_invocation_tokens is not None]
+    kasa = [] if config.kasa_config is None else met(without_kasa)
+    alora = [] if config.alora_invocation_tokens is None else met(without_alora)
     problems = {
         f"the rank {r} must be a multiple of the convolution's {groups} groups": r % groups,
         "use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of several groups; set"
@@ -212,9 +212,8 @@ def check_site(config: LoraConfig, match: Match, r: int) -> None:
         "lora_bias=True is not supported on an embedding, which has no output bias; set lora_bias=False, or exclude the"
         " module": kind == "embedding" and config.lora_bias,
     }
-    for problem, is_found in problems.items():
-        if is_found:
-            raise ConfigError(f"{match.leaf}: {problem}")
+    for problem in met(problems):
+        raise ConfigError(f"{match.leaf}: {problem}")
 
 
 def check_parameter(config: LoraConfig, match: Match) -> None:

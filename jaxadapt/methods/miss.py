@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxadapt.configs.low_rank import MissConfig
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import ConfigError, met
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
@@ -108,6 +108,5 @@ def _check_sizes(config: MissConfig, target: Target) -> None:
             config.init_weights == "mini" and outputs % config.mini_r
         ),
     }
-    for problem, is_found in problems.items():
-        if is_found:
-            raise target.refuse(problem)
+    for problem in met(problems):
+        raise target.refuse(problem)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.nn import relu, sigmoid
 
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, EmbeddingPrompt, Params, dense
@@ -58,9 +59,9 @@ class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
         if config.encoder_reparameterization_type == "LSTM":
             for layer in range(config.encoder_num_layers):
                 x = jnp.concatenate([_lstm(shared, f"lstm_{layer}_{d}", x, d) for d in _DIRECTIONS], axis=-1)
-            return dense(shared, 1, jax.nn.relu(dense(shared, 0, x)))
+            return dense(shared, 1, relu(dense(shared, 0, x)))
         for i in range(2):
-            x = jax.nn.relu(dense(shared, i, x))
+            x = relu(dense(shared, i, x))
         return dense(shared, 2, x)
 
 
@@ -73,8 +74,8 @@ def _lstm(shared: Params, prefix: str, xs: Array, direction: str) -> Array:
     def step(state: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], Array]:
         hidden, cell = state
         entry, forget, candidate, out = jnp.split(x + hidden @ kernel, 4)
-        cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(entry) * jnp.tanh(candidate)
-        hidden = jax.nn.sigmoid(out) * jnp.tanh(cell)
+        cell = sigmoid(forget) * cell + sigmoid(entry) * jnp.tanh(candidate)
+        hidden = sigmoid(out) * jnp.tanh(cell)
         return (hidden, cell), hidden
 
     zeros = jnp.zeros(kernel.shape[0], inputs.dtype)
