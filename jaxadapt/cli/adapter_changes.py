@@ -12,8 +12,7 @@ from typing import Any
 import click
 
 import jaxadapt
-from jaxadapt.cli import output
-from jaxadapt.cli.reports import print_finding
+from jaxadapt.cli import output, reports
 from jaxadapt.persistence import FILES, FOLDERS
 
 # ---------------------------------------------------------------- repair
@@ -53,7 +52,7 @@ def repair_command(path: str, out: str | None, in_place: bool, as_json: bool) ->
     else:
         output.print_lines(*(f"repaired  {line}" for line in result.done))
         for found in result.remaining:
-            print_finding(found)
+            reports.print_finding(found)
         output.print_lines("nothing to repair; no file written" if result.path is None else f"written to {result.path}")
     if any(found.severity == "error" for found in result.remaining):
         sys.exit(1)

@@ -9,8 +9,7 @@ from pathlib import Path
 import click
 
 import jaxadapt
-from jaxadapt.cli import output
-from jaxadapt.cli.reports import reader_rows
+from jaxadapt.cli import output, reports
 from jaxadapt.core.errors import escape_text
 from jaxadapt.persistence import consumers
 from jaxadapt.storage import atomic, location
@@ -359,7 +358,7 @@ def push_command(
         output.print_json(result._asdict() | {"readers": readers})
     else:
         output.print_lines(f"page     {result.url}", f"address  {result.address}")
-        output.print_pairs(reader_rows(info.config, info.tensors))
+        output.print_pairs(reports.reader_rows(info.config, info.tensors))
 
 
 # ---------------------------------------------------------------- pull

@@ -36,16 +36,22 @@ from jaxadapt.core.errors import (
     warn,
 )
 from jaxadapt.export import conversion, gguf_files
-from jaxadapt.initializers.kinds import init_kind
-from jaxadapt.initializers.start_adapter import convert_start, start
+from jaxadapt.initializers import kinds, start_adapter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.merging import combination
-from jaxadapt.merging.pairs import as_start, plain_lora
+from jaxadapt.merging import combination, pairs
 from jaxadapt.models.carriers import DEFAULT
-from jaxadapt.persistence import consumers, fingerprint, folder, formats, load_adapter, save_adapter, tensor_checks
+from jaxadapt.persistence import (
+    consumers,
+    fingerprint,
+    folder,
+    formats,
+    load_adapter,
+    reading,
+    save_adapter,
+    tensor_checks,
+)
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
-from jaxadapt.persistence.reading import check_config, left_out_by_peft, open_stored
 from jaxadapt.storage import atomic, hf_model, location, orbax
 
 # ---------------------------------------------------------------- other ranks
@@ -115,7 +121,7 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora.changes_base(new.config):
             raise ConfigError(f"{new.source}: its initialization did not change the base; nothing to undo")
-        result = _kept(convert_start(new, as_start(old, new.config)), new)
+        result = _kept(start_adapter.convert_start(new, pairs.as_start(old, new.config)), new)
         folder.write(result, out, progress=report)
         return result
 
@@ -228,7 +234,7 @@ def extract_files(
         if orbax.is_checkpoint(checkpoint):
             tensors = _from_orbax(checkpoint, name, settings, keymap, lora_alpha)
         elif location.is_file(location.to_location(checkpoint)):
-            stored = open_stored(checkpoint, stack, report)
+            stored = reading.open_stored(checkpoint, stack, report)
             if any(found.code == "image-file" for found in stored.findings):
                 raise FileError(
                     f"{stored.source}: the file is one image adapter; `jaxadapt convert` writes PEFT's folders"
@@ -245,7 +251,7 @@ def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) ->
         raise FileError("; ".join(found.found for found in stored.findings))
     if config is None and stored.text is not None:
         config = loads(stored.text(), stored.source)
-    config = config or check_config(stored)[0]
+    config = config or reading.check_config(stored)[0]
     if config is None:
         raise ConfigError(
             f"{stored.source}: the file does not contain the adapter's configuration; pass --config, an"
@@ -261,7 +267,7 @@ def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) ->
         raise MismatchError(
             f"{stored.source}: no adapter is called {name!r}; choose one with --name: {', '.join(names.adapters)}"
         )
-    left_out = left_out_by_peft(names, config)
+    left_out = reading.left_out_by_peft(names, config)
     tensors = rename(stored.tensors, {new: key for new, key in names.keys_of(name).items() if key not in left_out})
     wrong = [found.found for found in tensor_checks.check_tensors(tensors.shapes, config) if found.code == "rank"]
     raise_listed(MismatchError, f"{stored.source}: the configuration is not that of these tensors:", wrong)
@@ -466,7 +472,7 @@ def _plain(
             f"{tensors.source}: in {dtype} the result loses accuracy, because it is the small difference of two large"
             " products. Leave dtype= (`--dtype`) out, and reduce the rank before rounding (`jaxadapt resize`)"
         )
-    return conversion.with_dtype(plain_lora(tensors, start, keep=keeps), dtype)
+    return conversion.with_dtype(pairs.plain_lora(tensors, start, keep=keeps), dtype)
 
 
 def _check_reader(plain: PeftTensors, program: consumers.Program, tied: bool | None) -> None:
@@ -530,7 +536,7 @@ def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftT
     """
     config = tensors.config
     assert isinstance(config, lora.LoraConfig)
-    kind = init_kind(config)
+    kind = kinds.init_kind(config)
     if kind.from_run or config.init_lora_weights == "loftq":
         raise ConfigError(
             f"{tensors.source}: init_lora_weights={config.init_lora_weights!r} cannot be repeated from the base: it"
@@ -539,7 +545,7 @@ def initial_adapter(tensors: PeftTensors, base: str | os.PathLike[str]) -> PeftT
         )
     keymap, params = _read_adapted_weights(tensors, base)
     with jax.default_matmul_precision("highest"):
-        first = start(params, config, keymap=keymap, dtype="float32").adapter
+        first = start_adapter.start(params, config, keymap=keymap, dtype="float32").adapter
     return dataclasses.replace(save_adapter.to_peft(first), config=config, source=f"the start of {tensors.source}")
 
 

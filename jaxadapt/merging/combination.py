@@ -36,8 +36,7 @@ from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, Mismatch
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.pairs import Pair, module_name
-from jaxadapt.methods.base import METHODS as KNOWN
-from jaxadapt.methods.base import at_least_float32
+from jaxadapt.methods.base import METHODS, at_least_float32
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
 
@@ -119,7 +118,7 @@ def _keep_largest(tensor: Array, k: int) -> Array:
 # ---------------------------------------------------------------- combination
 
 
-METHODS = (
+OPERATORS = (
     "svd", "linear", "cat", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
@@ -243,7 +242,7 @@ def summed_type(configs: Iterable[Config]) -> str | None:
     """Return the type of adapters that PEFT combines by the weighted sum of their tensors; None for other adapters."""
     types = {config.peft_type for config in configs}
     peft_type = types.pop() if len(types) == 1 else ""
-    return peft_type if peft_type in KNOWN and KNOWN[peft_type].sums else None
+    return peft_type if peft_type in METHODS and METHODS[peft_type].sums else None
 
 
 def _sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any], method: str) -> dict[str, Array]:
@@ -313,7 +312,7 @@ def _argument_problems(options: _Options, key: Any, masks: Sequence[Any] | None,
     )
     useless = f"key and masks are for DARE; they have no effect with method {method!r}"
     rules = (
-        (method not in METHODS, f"method: expected one of {', '.join(METHODS)}, found {method!r}"),
+        (method not in OPERATORS, f"method: expected one of {', '.join(OPERATORS)}, found {method!r}"),
         (svd_rank is not None and not is_svd, f"svd_rank={svd_rank!r}: has no effect with method {method!r}"),
         (is_svd and not is_rank, f"svd_rank: expected a positive integer, found {svd_rank!r}"),
         (

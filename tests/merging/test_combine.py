@@ -30,7 +30,7 @@ UNEQUAL = {
 WEIGHTS = [0.7, -0.4, 1.2]
 # float32 sums of a few dozen terms in another order
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
-SEPARATE = [m for m in combination.METHODS if m not in ("cat", "svd") and not m.endswith("_svd")]
+SEPARATE = [m for m in combination.OPERATORS if m not in ("cat", "svd") and not m.endswith("_svd")]
 
 
 def options(method, density=0.5):
@@ -74,7 +74,7 @@ def dare_masks(model, drawn, svd, scan):
 @pytest.mark.peft
 @pytest.mark.parametrize(
     ("method", "signs"),
-    [(m, "total") for m in combination.METHODS] + [(m, "frequency") for m in combination.METHODS if "ties" in m],
+    [(m, "total") for m in combination.OPERATORS] + [(m, "frequency") for m in combination.OPERATORS if "ties" in m],
 )
 def test_equal_to_peft(method, signs):
     from tests.support import peft_pairs

@@ -97,8 +97,8 @@ def drawn_masks(model: Any, kind: str, drawn: Any) -> list[Any]:
     return [jaxadapt.from_peft(tensors, base_of(kind)[1], keymap=base_of(kind)[2]).params for tensors in held]
 
 
-SVD = [m for m in combination.METHODS if m.endswith("svd") and "dare" not in m]  # (DARE's masks of ΔW: test_combine)
-FACTORS = [m for m in combination.METHODS if not m.endswith("svd")]
+SVD = [m for m in combination.OPERATORS if m.endswith("svd") and "dare" not in m]  # (DARE's masks of ΔW: test_combine)
+FACTORS = [m for m in combination.OPERATORS if not m.endswith("svd")]
 
 
 WHERE = [(k, m) for k in NETS for m in FACTORS + SVD if k not in ("conv1d", "conv3d") or m in ("cat", "dare_ties")]
