@@ -280,10 +280,10 @@ def _print_difference(found: Difference, modules: bool) -> None:
         output.print_lines("equal: the same settings, modules and values")
         return
     if found.settings:
-        rows = [
-            (name, *(json.dumps(value, ensure_ascii=False) for value in pair)) for name, pair in found.settings.items()
-        ]
-        output.print_table(("setting", "first", "second"), rows)
+        output.print_table(
+            ("setting", "first", "second"),
+            [(name, *(json.dumps(x, ensure_ascii=False) for x in pair)) for name, pair in found.settings.items()],
+        )
         click.echo()
     _print_totals(found)
     grid = found.grid()
@@ -571,7 +571,7 @@ def methods_command(model: str | None, as_json: bool) -> None:
         ]
         output.print_json({"methods": values, "passing": passing})
         return
-    columns = ["method", "what it does", "merges", "rows", "accuracy", "time"]
+    columns = ("method", "what it does", "merges", "rows", "accuracy", "time", *([] if sizes is None else ["size"]))
     rows = [
         [
             info.peft_type,
@@ -584,7 +584,6 @@ def methods_command(model: str | None, as_json: bool) -> None:
         ]
         for info in found
     ]
-    columns += [] if sizes is None else ["size"]
     output.print_table(columns, rows, numbers=("accuracy", "time", "size"))
     click.echo("\nTrained tensors:")
     output.print_pairs([(info.peft_type, info.facts.trains) for info in found if info.facts.trains])

@@ -396,8 +396,8 @@ def merge_folder(
     )
     with reporter(progress) as report, hf_model.open_model(source) as base_tensors:
         hf_model.refuse_packed(base_tensors)
-        tensors = _read_adapter(adapter, base_tensors, allow_nan, report)
-        plan = plan_merge(base_tensors, base_folder / hf_model.CONFIG, tensors)
+        config = base_folder / hf_model.CONFIG
+        plan = plan_merge(base_tensors, config, _read_adapter(adapter, base_tensors, allow_nan, report))
         file_dtype = None if dtype is None else float_dtype(dtype)
         specs = {
             key: (dtype_name(file_dtype if file_dtype is not None and is_float(spec.dtype) else spec.dtype), spec.shape)
@@ -548,9 +548,8 @@ def merge_gguf(
     tensors = gguf_files.GgufTensors(file, gguf_files.gguf_base(file))
     kind = _matrix_kind(file, dtype)
     with reporter(progress) as report:
-        is_exact = {tensor.kind for tensor in file.tensors.values()} <= _FLOATS
-        adapter_tensors = _read_adapter(adapter, tensors if is_exact else None, allow_nan, report)
-        plan = plan_merge(tensors, source, adapter_tensors, tensors.base.tied)
+        exact = tensors if {tensor.kind for tensor in file.tensors.values()} <= _FLOATS else None
+        plan = plan_merge(tensors, source, _read_adapter(adapter, exact, allow_nan, report), tensors.base.tied)
         added = {"output.weight": "lm_head.weight"} if plan.is_untied else {}
         keys = {name: key for key, name in tensors.names.items()} | added
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
