@@ -630,8 +630,11 @@ def _settings(config: Config, tensors: Kinds, nbytes: int, page: Card, image: st
     rows.append(("size", f"{size}, {dtypes}, {size_text(nbytes)}"))
     lines = ["## What it is", "", *_table(("setting", "value"), rows)]
     if page.metrics:
-        results = [(name, _value(_plain_number(name, value))) for name, value in page.metrics.items()]
-        lines += ["## Results", "", *_table(("metric", "value"), results)]
+        lines += [
+            "## Results",
+            "",
+            *_table(("metric", "value"), [(n, _value(_plain_number(n, value))) for n, value in page.metrics.items()]),
+        ]
     if image:
         from jaxadapt.analysis.changes import measure_of  # imports NumPy, which a card without a picture does not need
 

@@ -353,9 +353,10 @@ def _push(
             f"{source}: cannot upload an Orbax checkpoint or mlx-lm's folder, which other readers of the Hub do not"
             " know. Convert it to PEFT's folder with jaxadapt.write(jaxadapt.read(source), folder)"
         )
-    files: dict[str, Path | bytes] = {}
-    for path in (source / location.CONFIG, source / weights):
-        files[path.name] = path if isinstance(path, Path) else path.read_bytes()
+    files: dict[str, Path | bytes] = {
+        path.name: path if isinstance(path, Path) else path.read_bytes()
+        for path in (source / location.CONFIG, source / weights)
+    }
     image = _picture(source, info, page.picture)
     if image is not None:
         files[PICTURE] = image

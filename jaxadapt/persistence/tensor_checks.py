@@ -247,11 +247,11 @@ def _check_default_targets(adapted: Sequence[str], config: Config, family: str) 
 
 def _ignored(adapted: Iterable[str], modules: Modules, config: Config) -> list[str]:
     """Return the modules that no target selects. With weight tying, PEFT also adapts the head of an embedding."""
-    is_tied = config.get("ensure_weight_tying")
     return [
         name
         for name in adapted
-        if not _is_targeted(config, name) and not (is_tied and _is_head(modules[name], modules))
+        if not _is_targeted(config, name)
+        and not (config.get("ensure_weight_tying") and _is_head(modules[name], modules))
     ]
 
 

@@ -136,9 +136,10 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
         return Place(path, at, None)
     except FileNotFoundError as error:
         why = error.strerror if isinstance(at, location.Address) else "no such folder"
-        is_repository = location.could_be_repository(str(path))
-        on_hub = f"; for the Hub's repository give {location.HUB}{path}" if is_repository else ""
-        raise FileError(f"{at}: {why}; expected {_FOLDER}{on_hub}") from None
+        hint = f"; for the Hub's repository give {location.HUB}{path}"
+        raise FileError(
+            f"{at}: {why}; expected {_FOLDER}{hint if location.could_be_repository(str(path)) else ''}"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(at), error) from error
 

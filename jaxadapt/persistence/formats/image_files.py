@@ -172,7 +172,6 @@ def kohya_keys(modules: Iterable[str]) -> dict[str, str]:
     >>> kohya_keys(["unet.mid_block.attentions.0.proj_in"])
     {'unet.mid_block.attentions.0.proj_in': 'lora_unet_mid_block_attentions_0_proj_in'}
     """
-    modules = list(modules)
     split = {module: module.partition(".")[::2] for module in modules}
     is_sdxl = pytorch.is_sdxl(name for model, name in split.values() if model == "unet") or any(
         model == "text_encoder_2" for model, _ in split.values()
@@ -182,9 +181,8 @@ def kohya_keys(modules: Iterable[str]) -> dict[str, str]:
         if is_sdxl and model == "unet":
             name = pytorch.sdxl_names().get(name, name)
         prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_sdxl else "lora_te"}.get(model, "lora_te2")
-        is_model = model in pytorch.MODULES
         flat = module if module.startswith("lycoris_") else f"lora_{module.replace('.', '_')}"
-        names[module] = f"{prefix}_{name.replace('.', '_')}" if is_model else flat
+        names[module] = f"{prefix}_{name.replace('.', '_')}" if model in pytorch.MODULES else flat
     return names
 
 
@@ -391,10 +389,10 @@ def find_settings(config: Config, module: str) -> tuple[int, float]:
     """Return the rank and alpha of a module."""
     from jaxadapt.configs.frozen import find_pattern_value
 
-    alpha = config.get("lora_alpha") if config.peft_type == "LORA" else config.get("alpha")
+    alpha_field = "lora_alpha" if config.peft_type == "LORA" else "alpha"
     return (
         find_pattern_value(config.get("rank_pattern"), module, config.get("r")),
-        find_pattern_value(config.get("alpha_pattern"), module, alpha),
+        find_pattern_value(config.get("alpha_pattern"), module, config.get(alpha_field)),
     )
 
 
@@ -403,8 +401,11 @@ def find_settings(config: Config, module: str) -> tuple[int, float]:
 
 def recognises(place: Place) -> bool:
     """Return True for a file with the names of an image adapter. Reads only the header."""
-    is_file = place.names is None and place.at.suffix == ".safetensors"
-    return is_file and find_layout(safetensors.read_header(place.at).tensors) is not None
+    return (
+        place.names is None
+        and place.at.suffix == ".safetensors"
+        and find_layout(safetensors.read_header(place.at).tensors) is not None
+    )
 
 
 @contextlib.contextmanager
@@ -596,17 +597,14 @@ def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
             " that they only pass through; write one file (.safetensors) instead"
         )
     by_model: dict[str, dict[str, str]] = {}
-    flat: list[str] = []
     for key in tensors.tensors:
-        model, dot, rest = key.removeprefix(PEFT_PREFIX).partition(".")
-        if "." not in split_key(key)[0] or not dot:
-            flat.append(key)
+        model, _, rest = key.removeprefix(PEFT_PREFIX).partition(".")
         by_model.setdefault(model, {})[PEFT_PREFIX + rest] = key
     raise_listed(
         MismatchError,
         f"{tensors.source}: cannot write PEFT's folders, because these modules are of a model whose names"
         " jaxadapt does not know (it knows Stable Diffusion 1, 2 and XL). Write one file instead:",
-        flat,
+        [key for key in tensors.tensors if "." not in split_key(key)[0]],
     )
     return {
         model: PeftTensors(_config_of(tensors.config, model), rename(as_source(tensors.tensors), names), tensors.source)

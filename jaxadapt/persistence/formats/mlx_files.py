@@ -283,9 +283,8 @@ def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted
         "fine_tune_type": "dora" if config.use_dora else "lora",
         "num_layers": 0,  # no layers by position: `keys` has full names
         "lora_parameters": {"rank": config.r, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys.values())},
+        **({"model": config.base_model_name_or_path} if config.base_model_name_or_path else {}),
     }
-    if config.base_model_name_or_path:
-        document["model"] = config.base_model_name_or_path
     count = byte_counter(report, "export", sum(map(file.nbytes, file)))
     atomic.make_folder(folder)
     with atomic.replacing_all([folder / location.MLX_WEIGHTS, folder / location.CONFIG]) as (weights, text):
@@ -313,8 +312,11 @@ def _refuse_modules(
             "mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns": dora and "lora_embedding" in keys.a,
         }
         problems += [f"{module}: {text}" for text, is_met in obstacles.items() if is_met][:1]
-    text = f"{tensors.source}: mlx-lm has no form for these modules; {lora.merge_advice(tensors.config)}:"
-    raise_listed(MismatchError, text, problems)
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: mlx-lm has no form for these modules; {lora.merge_advice(tensors.config)}:",
+        problems,
+    )
 
 
 def describe(source: str, opened: Opened | AdapterError) -> Finding:
