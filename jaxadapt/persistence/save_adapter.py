@@ -18,11 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
 
 from jaxadapt.adapters import experts, selection, sites
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan, name_donated_arrays, repeats_heads
@@ -156,7 +154,7 @@ def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Reg
 
 
 @functools.lru_cache(maxsize=1024)
-def addressable_indices(sharding: Sharding, shape: tuple[int, ...]) -> dict[Region, int]:
+def addressable_indices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Region, int]:
     """Return {box: index for `jax.Array.addressable_data`} of the regions that this process has, each once.
 
     Computed once for each sharding and shape: `addressable_shards` of thousands of arrays would delay training.
@@ -371,7 +369,7 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
     nonzero: list[str] = []
     for entry in (e for site in adapter_sites for e in site.entries if e.form.is_partial):
         leaf, used = leaves[entry.path], entry.form.expand_by_tensor([1] * entry.form.count) > 0
-        xp: Any = np if is_local(leaf) else jnp
+        xp: Any = np if is_local(leaf) else jax.numpy
         if bool(xp.any(xp.where(used, 0, leaf) != 0)):
             nonzero.append(f"{entry.path} {tuple(leaf.shape)}")
     if nonzero:
@@ -546,16 +544,14 @@ def save(
         )
     place = path if isinstance(path, MultihostFolder) else MultihostFolder(path)
     dtype = None if dtype is None else float_dtype(dtype)
-    changes: dict[str, Any] = {"inference_mode": True}
-    if base_model is not None:
-        changes["base_model_name_or_path"] = base_model
+    named = {} if base_model is None else {"base_model_name_or_path": base_model}
     target = adapter_folder(place.path, name)
     if format == "orbax":
         held = lora_carrier(model)
         if held.foreign is not None and held.foreign.given.lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
         adapter = take_adapter(held, name, keymap, in_memory=False)
-        adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
+        adapter = dataclasses.replace(adapter, config=adapter.config.replace(inference_mode=True, **named))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
                 adapter = cast_tree(adapter, dtype, "this adapter")
@@ -568,7 +564,7 @@ def save(
     tensors = encode_tree(
         model, name, keymap, in_memory=False, save_embedding_layers=save_embedding_layers, timeout=place.timeout
     )
-    tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
+    tensors = dataclasses.replace(tensors, config=tensors.config.replace(inference_mode=True, **named))
     spread = is_spread(tensors)
     if spread and format == "bin":
         raise FileError(f"{target}: format 'bin': several processes cannot write it; convert the folder afterwards")

@@ -6,7 +6,6 @@ values           ──one tensor after the other──────► NaN, untr
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -434,7 +433,7 @@ def _check_sizes(grams: Mapping[str, Mapping[str, _Gram]], settings: Mapping[str
         if len(both) == 2 and both["A"][0].shape == both["B"][0].shape:
             (a, columns), (b, rows) = both["A"], both["B"]
             square = max(float((a * b).sum()), 0.0)
-            sizes[module] = abs(settings[module][1]) * math.sqrt(square / max(rows * columns, 1))
+            sizes[module] = abs(settings[module][1]) * (square / max(rows * columns, 1)) ** 0.5
     middle = statistics.median(sizes.values()) if sizes else 0.0
     huge = [m for m, size in sizes.items() if size > _HUGE_RMS or (len(sizes) > 3 and size > _HUGE_RATIO * middle > 0)]
     worst = max(huge, key=lambda module: sizes[module], default="")

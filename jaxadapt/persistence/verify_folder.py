@@ -438,8 +438,8 @@ def _check_content(
     found += tensor_checks.check_dtypes(dtypes, config)
     found += tensor_checks.check_values(keys, modules, get, config)
     text = f", {count(adapted, 'adapted module')}" if adapted else ""
-    found.append(_describe_method(config, after=f", {count(shapes, 'tensor')}{text}"))
-    return [*found, *_describe_scales(modules, config)]
+    method = _describe_method(config, after=f", {count(shapes, 'tensor')}{text}")
+    return [*found, method, *_describe_scales(modules, config)]
 
 
 # ---------------------------------------------------------------- facts

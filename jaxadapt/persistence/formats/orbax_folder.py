@@ -15,7 +15,6 @@ from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import sites
@@ -231,7 +230,7 @@ def read_adapter(
             p: x.dtype if p.endswith(".copy") else load_adapter.memory_dtype(x.dtype, options.dtype)
             for p, x in own.items()
         }
-        flat = {p: jnp.asarray(x.astype(dtypes[p])) for p, x in own.items()}
+        flat = {p: jax.numpy.asarray(x.astype(dtypes[p])) for p, x in own.items()}
     bad = [([p], flat[p].dtype, 0) for p in regions.names_not_finite(flat)]
     regions.warn_not_finite(regions.explain_not_finite(bad, own.__getitem__, path), path)
     adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)

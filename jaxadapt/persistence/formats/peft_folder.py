@@ -362,9 +362,8 @@ def _replace(
     adapter_config = with_integral_alpha(tensors.config)
     text, old_text = adapter_config.to_json(), _replaced_text(folder, as_bin)
     replaces = _NOTHING if old_text is None or old_text == text else hashlib.sha256(old_text.encode()).hexdigest()
-    document: dict[str, Any] = {"config": json.loads(text), "replaces": replaces, "schema": 1}
-    if tensors.fingerprint is not None:
-        document[fingerprint.FIELD] = dict(tensors.fingerprint)
+    base = {} if tensors.fingerprint is None else {fingerprint.FIELD: dict(tensors.fingerprint)}
+    document = {"config": json.loads(text), "replaces": replaces, "schema": 1, **base}
     metadata = {"format": "pt", META: json.dumps(document)}
     # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
     # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
