@@ -480,7 +480,8 @@ def _blank_digest(weights: location.Location, replaces: str) -> None:
         end = safetensors.read_header(weights).data_start
         if isinstance(weights, location.Address):
             data = weights.read_bytes()
-            atomic.write_bytes(weights, data[:end].replace(replaces.encode(), _NOTHING.encode(), 1) + data[end:])
+            if replaces.encode() in data[:end]:
+                atomic.write_bytes(weights, data[:end].replace(replaces.encode(), _NOTHING.encode(), 1) + data[end:])
             return
         with weights.open("r+b") as file:
             start = file.read(end).find(replaces.encode())
