@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import warnings
@@ -174,6 +175,18 @@ def test_another_spelling(tmp_path):
     old, new = jaxadapt.read(folder).tensors, jaxadapt.read(tmp_path / "vl").tensors
     assert {key.replace("model.language_model.", "model.") for key in new} == set(old)
     assert all("language_model" in key for key in new)
+
+
+def test_another_spelling_renames_the_modules_of_the_configuration(tmp_path):
+    held = jaxadapt.read(peft_folder("gemma-gemma3", tmp_path / "peft"))
+    module = next(iter(held.tensors)).removeprefix("base_model.model.").rpartition(".lora_")[0]
+    config = held.config.replace(alpha_pattern={module: 20}, exclude_modules=["model.vision_tower.q_proj"])
+    jaxadapt.write(dataclasses.replace(held, config=config), tmp_path / "named")
+    convert(tmp_path / "named", tmp_path / "vl", TreeOptions(from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl"))
+    new = jaxadapt.read(tmp_path / "vl")
+    name = module.replace("model.", "model.language_model.", 1)
+    assert (dict(new.config.alpha_pattern), new.config.scale_of(name)) == ({name: 20}, 20 / config.r)
+    assert not [found for found in jaxadapt.verify(tmp_path / "vl") if found.severity == "error"]
 
 
 @pytest.mark.parametrize(
