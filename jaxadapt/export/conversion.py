@@ -651,7 +651,7 @@ def _target_dialect(keymap: KeyMap, name: str | None) -> Dialect:
         raise ConfigError(
             f"the LoRA layout of a {keymap.name!r} tree is ambiguous: pass --dialect, one of {', '.join(DIALECTS)}"
         )
-    if dialect.slots is not None:
+    if dialect.has_slots:
         raise ConfigError(
             f"cannot write a {dialect.name} tree, because it contains several adapters; load the adapter into the model"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.keymaps import families
 from jaxadapt.methods.base import METHODS
 from jaxadapt.models import graph
-from jaxadapt.models.foreign import DIALECTS
+from jaxadapt.models.foreign import may_be_scale
 
 # ---------------------------------------------------------------- boxes and nested mappings
 
@@ -340,7 +341,10 @@ def may_have_path(tree: Any, wanted: Callable[[str], object]) -> bool:
 
 
 def open_tree(tree: Any) -> tuple[Leaves, Put]:
-    """Return `{dotted path: array}` of a tree, without boxes, and a function that returns the tree with new leaves."""
+    """Return `{dotted path: array}` of a tree, without boxes, and a function that returns the tree with new leaves.
+
+    A number is among them where it may be the scale of LoRA leaves.
+    """
     if isinstance(tree, graph.TREES):
         return _open_nnx(tree)
     if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
@@ -352,13 +356,13 @@ def open_tree(tree: Any) -> tuple[Leaves, Put]:
 def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
     if isinstance(tree, graph.Model):
         is_param, entries = graph.instance_test(nnx.Param), graph.walk_model(tree).entries
-        variables = [(path, x) for path, x, _ in entries if is_param(x) or _is_slot_variable(path)]
+        variables = [(path, x) for path, x, _ in entries if is_param(x) or may_be_scale(paths.join(*map(str, path)))]
     else:
         variables = list(nnx.to_flat_state(tree))
     is_variable, is_ours = graph.instance_test(nnx.Variable), graph.instance_test(graph.AdapterParam)
     flat = {paths.join(*map(str, path)): var for path, var in variables}
     values = {p: var.get_value() if is_variable(var) else var for p, var in flat.items() if not is_ours(var)}
-    leaves = {p: leaf for p, leaf in values.items() if is_array(leaf) or is_quantized(leaf)}
+    leaves = {p: leaf for p, leaf in values.items() if _is_leaf(p, leaf)}
 
     def put(new: Mapping[str, Any]) -> Any:
         raise_listed(
@@ -373,9 +377,9 @@ def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
     return leaves, put
 
 
-def _is_slot_variable(path: Sequence[Any]) -> bool:
-    """Return True for variables that are not parameters but belong to a dialect: the ranks and scales of slots."""
-    return bool(path) and any(str(path[-1]) in (d.slots or ()) for d in DIALECTS.values())
+def _is_leaf(path: str, x: Any) -> bool:
+    """Return True for an array, and for a number that may be the scale of LoRA leaves."""
+    return is_array(x) or is_quantized(x) or (isinstance(x, numbers.Real) and may_be_scale(path))
 
 
 def is_box(node: Any) -> bool:
@@ -412,14 +416,6 @@ def _is_lorax(node: Any) -> bool:
     return type(node).__name__ == "LoraWeight" and type(node).__module__.partition(".")[0] == "lorax"
 
 
-def lorax_alphas(tree: Any) -> dict[str, float]:
-    """Return `{base leaf: alpha}` of the lorax weights, which store their alpha."""
-    if isinstance(tree, nnx.Module | nnx.State):
-        return {}
-    params = tree["params"] if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping) else tree
-    return {path: float(node.alpha) for path, node in _find_lorax(params).items()}
-
-
 def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
     if isinstance(tree, Mapping) and CONFIG_NODE in tree:
         return {}, lambda new: tree  # an adapter of jaxadapt
@@ -439,7 +435,8 @@ def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
         if _node_path(keys[:-1]) in lorax:
             names[number] = ".".join([_node_path(keys[:-1]), "LoraWeight", keystr(keys[-1:], simple=True)])
     named = list(zip(names, (node for _, node in flat), strict=True))
-    leaves = {name: x for name, node in named if is_array(x := unbox(node)) or is_quantized(x)}
+    leaves = {name: x for name, node in named if _is_leaf(name, x := unbox(node))}
+    leaves |= {f"{path}.LoraWeight.alpha": float(node.alpha) for path, node in lorax.items()}  # static, so no leaf
 
     def put(new: Mapping[str, Any]) -> Any:
         nodes = [rebox(node, new[name]) if name in new else node for name, node in named]

@@ -15,6 +15,7 @@ import functools
 import importlib
 import re
 from collections.abc import Collection
+from typing import NamedTuple
 
 from jaxadapt.arrays.layout import RANK
 from jaxadapt.core.errors import KeyMapError, bullets, raise_listed
@@ -71,6 +72,9 @@ class Pair:
             same, batch axes included), "first" and "last" (the last two axes, of any role). Parentheses around a word
             flatten its axes into one. Axes of stacked layers keep their position in the base weight.
         unscaled: True if the library does not multiply by alpha/r here, although it does elsewhere.
+        alpha_leaf, scale_leaf: path pattern of the array or number that stores alpha, or alpha/r; "" if there is none.
+        rank_leaf: path pattern of the ranks in use, if the arrays hold several adapters on a leading axis, one in each
+            slot. The array of `scale_leaf` then has the scale of each slot.
 
     Raises `KeyMapError` for an unknown hole of a pattern or an unknown word of a layout.
 
@@ -83,9 +87,12 @@ class Pair:
     leaf: str
     layouts: tuple[tuple[str, str], ...] = (("in r", "r out"),)
     unscaled: bool = False
+    alpha_leaf: str = ""
+    scale_leaf: str = ""
+    rank_leaf: str = ""
 
     def __post_init__(self) -> None:
-        _check_holes(self.a, self.b, self.leaf)
+        _check_holes(self.a, self.b, self.leaf, *self.stored)
         known = {*_WORDS, *(f"({word})" for word in _WORDS)}
         raise_listed(
             KeyMapError,
@@ -93,10 +100,26 @@ class Pair:
             [word for both in self.layouts for text in both for word in text.split() if word not in known],
         )
 
+    @property
+    def stored(self) -> list[str]:
+        """The path patterns of what the library stores beside the two arrays."""
+        return [pattern for pattern in (self.alpha_leaf, self.scale_leaf, self.rank_leaf) if pattern]
+
+
+class Claim(NamedTuple):
+    """The leaf paths of one site that a dialect claims, and the pair that matches them; "" if nothing is stored."""
+
+    pair: Pair
+    a: str
+    b: str
+    alpha: str
+    scale: str
+    rank: str
+
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """The convention of a library for its LoRA leaves: a table of `Pair`s, and how it stores the scale.
+    """The convention of a library for its LoRA leaves: a table of `Pair`s, and what is the same for all of them.
 
     Args:
         name: its name in messages.
@@ -104,11 +127,9 @@ class Dialect:
         like: a regular expression for a part of each path of a LoRA leaf, upper or lower case. A dialect must claim
             every path of a tree that matches that of any dialect.
         unscaled: True if the library computes W·x + B·A·x, so that lora_alpha equals the rank.
-        scale: the library's name of alpha, for the error that asks for it.
+        scale: the library's name of alpha, for the error that asks for it where no leaf stores it.
         shares: True if one of the arrays may lack braced axes (fused parts, experts), which then share it.
         moved: base leaves with another path in its trees, `(pattern, the family's path)`.
-        slots: names of two arrays beside `a`, if the arrays hold several adapters on a leading axis: the rank that
-            each slot uses, and its scale.
         heads: "shared": B is shared by all heads (r, last axis), A has one matrix per head. "own": both have one per
             head. See `forms.py`. "" otherwise.
         named: True if its paths name the modules of one library's models, so that it is chosen before dialects whose
@@ -117,8 +138,9 @@ class Dialect:
 
     Raises `KeyMapError` for an unknown hole or value of `heads`.
 
-    >>> Dialect("d", (Pair("{leaf}_a", "{leaf}_b", "{leaf}"),)).claim({"q.w_a", "q.w_b", "q.w"})
-    {'q.w': [('q.w_a', 'q.w_b', 0)]}
+    >>> found = Dialect("d", (Pair("{leaf}_a", "{leaf}_b", "{leaf}"),)).claim({"q.w_a", "q.w_b", "q.w"})
+    >>> [(leaf, claim.a, claim.b) for leaf, (claim,) in found.items()]
+    [('q.w', 'q.w_a', 'q.w_b')]
     """
 
     name: str
@@ -128,7 +150,6 @@ class Dialect:
     scale: str = "alpha"
     shares: bool = False
     moved: tuple[tuple[str, str], ...] = ()
-    slots: tuple[str, str] | None = None
     heads: str = ""
     named: bool = False
     trains: tuple[str, ...] = ()
@@ -139,30 +160,34 @@ class Dialect:
         if self.heads not in ("", "shared", "own"):
             raise KeyMapError(f"the heads of the dialect {self.name!r}: expected shared or own, found {self.heads!r}")
 
-    def claim(self, paths: Collection[str]) -> dict[str, list[tuple[str, str, int]]]:
-        """Return `{base leaf: [(path of a, path of b, number of the pair)]}` of the arrays of this dialect."""
-        out: dict[str, list[tuple[str, str, int]]] = {}
+    @property
+    def has_slots(self) -> bool:
+        """True if the arrays hold several adapters."""
+        return any(pair.rank_leaf for pair in self.pairs)
+
+    def claim(self, paths: Collection[str]) -> dict[str, list[Claim]]:
+        """Return `{base leaf: its claims}` of the arrays of this dialect."""
+        out: dict[str, list[Claim]] = {}
         for path in paths:
-            for number, pair in enumerate(self.pairs):
-                partner, leaf = _rename(path, pair.a, pair.b, pair.leaf) or (None, "")
-                if partner is not None and partner in paths:
-                    out.setdefault(leaf, []).append((path, partner, number))
+            for pair in self.pairs:
+                found = _rename(path, pair.a, pair.leaf, pair.b, pair.alpha_leaf, pair.scale_leaf, pair.rank_leaf)
+                if found is not None and found[1] in paths:
+                    out.setdefault(found[0], []).append(Claim(pair, path, *found[1:]))
                     break
         return out
 
     def owned(self, paths: Collection[str]) -> set[str]:
-        """Return the paths of all arrays of this dialect; none if it has slots and no path is that of a slot's rank.
+        """Return the paths of all leaves of this dialect; none if it has slots and no path is of a rank or scale.
 
         (An adapter of jaxadapt without its configuration has the other paths of SkyRL-tx.)
         """
-        if self.slots and not any(path.endswith(self.slots) for path in paths):
-            return set()
-        pairs = [pair for pairs in self.claim(paths).values() for pair in pairs]
-        return {path for a, b, _ in pairs for path in (a, b, *(p for p in self.slot_paths(a) if p in paths))}
-
-    def slot_paths(self, a: str) -> tuple[str, ...]:
-        """Return the paths of the ranks and scales of the slots of an A; () without slots."""
-        return tuple(a.rpartition(".")[0] + "." + name for name in self.slots or ())
+        claims = [claim for claims in self.claim(paths).values() for claim in claims]
+        beside = {path for claim in claims for path in (claim.alpha, claim.scale, claim.rank) if path in paths}
+        return (
+            {path for claim in claims for path in (claim.a, claim.b)} | beside
+            if beside or not self.has_slots
+            else set()
+        )
 
     def base(self, path: str) -> str:
         """Return the family's path of a base leaf.
@@ -283,6 +308,17 @@ def like_pattern() -> re.Pattern[str]:
     return re.compile("|".join({dialect.like: None for dialect in DIALECTS.values()}), re.IGNORECASE)
 
 
+def may_be_scale(path: str) -> bool:
+    """Return True if the number at a path may belong to LoRA leaves: a dialect stores one there, or its name says so.
+
+    >>> may_be_scale("q.lora_scaling"), may_be_scale("q.kernel.lora_alpha"), may_be_scale("norm.scale")
+    (True, True, False)
+    """
+    patterns = {pattern for dialect in DIALECTS.values() for pair in dialect.pairs for pattern in pair.stored}
+    is_named = re.search("alpha|scal", path.rpartition(".")[2], re.IGNORECASE) and like_pattern().search(path)
+    return bool(is_named) or any(_regex(pattern).fullmatch(path) for pattern in patterns)
+
+
 def recognize_dialect(paths: Collection[str]) -> Dialect | None:
     """Return the dialect that claims every path that looks like a LoRA leaf; None if no dialect claims any.
 
@@ -311,5 +347,6 @@ def recognize_dialect(paths: Collection[str]) -> Dialect | None:
         " dialect matches these:\n"
         + bullets(sorted(like - claimed[best]))
         + f"\nKnown dialects are {', '.join(DIALECTS)}. Remove these leaves from the tree if they are not part of the"
-        " adapter"
+        " adapter. If they hold its scale, remove them too, and pass the scale times the rank:"
+        " jaxadapt.models.LoraTree(tree, lora_alpha=…)"
     )

@@ -12,7 +12,7 @@ diagonal over the heads. Heads of the input share the hidden vector, so that B i
 for the rounding of that sum. Axes of stacked layers and of fused parts (k and v) stay in front.
 
 Arrays with slots hold several adapters: one slot is read or replaced. Two arrays beside each A hold the used rank (rows
-beyond it are zero) and the scale of each slot.
+beyond it are zero) and the scale of each slot. Other libraries store one alpha or one scale beside each A.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -153,7 +153,7 @@ def head_axes(weight: Weight, shares_b: bool) -> tuple[str, ...]:
 def find_heads(dialect: Dialect, keymap: KeyMap, leaves: Leaves) -> list[HeadPair]:
     """Return the LoRA leaves of a tree that have head axes."""
     out, shares_b = list[HeadPair](), dialect.heads == "shared"
-    for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
+    for leaf, ((_, a, b, *_), *_) in dialect.claim(leaves).items():
         match = keymap.match(leaf)
         if match is None or len(leaves[a].shape) != len(match.weight.left) or not head_axes(match.weight, shares_b):
             continue
@@ -271,13 +271,54 @@ def _share_rows(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, b
     return new_a, shared, len(columns) == len(a) * len(kept)
 
 
-# ---------------------------------------------------------------- slots
+# ---------------------------------------------------------------- scales and slots
 
 
-def slot_arrays(
-    dialect: Dialect, leaves: Leaves, slot: int, room: bool = False
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the arrays of one slot, `{path: array}`, and `{base leaf: alpha}`.
+def read_alphas(
+    dialect: Dialect, leaves: Leaves, numbers: Mapping[str, Any], known: Collection[str] = ()
+) -> tuple[dict[str, float], list[str]]:
+    """Return `{base leaf: alpha}` of the sites that store a scale, and why those of other sites cannot be read.
+
+    Args:
+        leaves: the leaves of the tree.
+        numbers: the arrays and numbers to read, by path.
+        known: the base leaves whose alpha is known already.
+    """
+    alphas: dict[str, float] = {}
+    problems: list[str] = []
+    for leaf, (claim, *_) in dialect.claim(leaves).items():
+        path = claim.alpha or claim.scale
+        found, unread = _read_numbers(numbers, [path] if path and leaf not in known else ())
+        problems += unread
+        if found and not unread:
+            rank = leaves[claim.a].shape[-1]
+            alphas[leaf] = float(found[path]) if claim.alpha else _shortest_alpha(found[path], rank)
+    return alphas, problems
+
+
+def _read_numbers(
+    leaves: Mapping[str, Any], paths: Iterable[str], slot: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the one number of each array, or of a slot of it, and why other numbers cannot be read."""
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    for path in paths:
+        if path not in leaves:
+            problems.append(f"{path}: missing")
+        elif isinstance(leaves[path], Tracer | jax.ShapeDtypeStruct):
+            problems.append(f"{path}: expected a concrete array (outside jit), found a tracer or spec")
+        elif slot is not None and not (isinstance(slot, numbers.Integral) and 0 <= slot < leaves[path].shape[-1]):
+            problems.append(f"{path}: expected a slot from 0 to {leaves[path].shape[-1] - 1}, found {slot}")
+        else:
+            values = set(np.asarray(leaves[path])[... if slot is None else (..., slot)].flat)
+            found[path] = next(iter(values), None)
+            if len(values) != 1:
+                problems.append(f"{path}: expected one number for all stacked layers, found {sorted(values)}")
+    return found, problems
+
+
+def slot_arrays(dialect: Dialect, leaves: Leaves, slot: int, room: bool = False) -> dict[str, Any]:
+    """Return the arrays and scales of one slot, `{path: array}`.
 
     Args:
         leaves: the leaves of the tree, including the ranks and scales.
@@ -286,47 +327,23 @@ def slot_arrays(
     Raises `MismatchError` if the slot does not exist or is empty.
     """
     out: dict[str, Any] = {}
-    alphas: dict[str, float] = {}
     problems: list[str] = []
-    for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
-        slot_paths = dialect.slot_paths(a)
-        if obstacles := _obstacles(leaf, slot_paths, leaves, slot):
-            problems += obstacles
+    for claim, *_ in dialect.claim(leaves).values():
+        found, unread = _read_numbers(leaves, (claim.rank, claim.scale), slot)
+        problems += unread
+        if unread:
             continue
-        ranks, scales = (np.asarray(leaves[path]) for path in slot_paths)
-        index = (*[slice(None)] * (ranks.ndim - 1), slot)
-        rank = int(leaves[a].shape[-1] if room else ranks[..., slot].flat[0])
-        full_a, full_b = leaves[a][index], leaves[b][index]
+        index = (*[slice(None)] * (leaves[claim.rank].ndim - 1), slot)
+        full_a, full_b = leaves[claim.a][index], leaves[claim.b][index]
+        rank = full_a.shape[-1] if room else int(found[claim.rank])
         if rank and _nonzero(full_a[..., rank:]) and _nonzero(full_b[..., rank:, :]):
-            problems.append(f"{a}, {b}: expected zeros beyond the rank {rank} of {slot_paths[0]}")
+            problems.append(f"{claim.a}, {claim.b}: expected zeros beyond the rank {rank} of {claim.rank}")
         if rank:
-            out[a], out[b] = full_a[..., :rank], full_b[..., :rank, :]
-            alphas[leaf] = _shortest_alpha(scales[..., slot].flat[0], rank)
+            out |= {claim.a: full_a[..., :rank], claim.b: full_b[..., :rank, :], claim.scale: found[claim.scale]}
     raise_listed(MismatchError, f"cannot use slot {slot} of this {dialect.name} tree:", problems)
     if not out:
         raise MismatchError(f"cannot use slot {slot} of this {dialect.name} tree: it is empty, all its ranks are 0")
-    return out, alphas
-
-
-def _obstacles(leaf: str, slot_paths: Sequence[str], leaves: Leaves, slot: int) -> list[str]:
-    """Return why the rank and the scale of a slot cannot be read; [] if they can."""
-    unread = [
-        f"{path}: expected a concrete array (outside jit), found a tracer or spec"
-        if path in leaves
-        else f"{path}: missing"
-        for path in slot_paths
-        if path not in leaves or isinstance(leaves[path], Tracer | jax.ShapeDtypeStruct)
-    ]
-    if unread:
-        return unread
-    ranks, scales = (np.asarray(leaves[path]) for path in slot_paths)
-    if not isinstance(slot, numbers.Integral) or not 0 <= slot < ranks.shape[-1]:
-        return [f"{slot_paths[0]}: expected a slot from 0 to {ranks.shape[-1] - 1}, found {slot}"]
-    used, scale = set(ranks[..., slot].flat), set(scales[..., slot].flat)
-    if len(used) > 1 or len(scale) > 1:
-        found = f"found the ranks {sorted(used)} and scales {sorted(scale)}"
-        return [f"{leaf}: its stacked layers must have one rank and scale, {found}"]
-    return []
+    return out
 
 
 def with_slot(
@@ -339,8 +356,7 @@ def with_slot(
         used: `{path of A: (used rank, scale)}`.
     """
     out: dict[str, Any] = {}
-    for (a, b, _), *_ in dialect.claim(leaves).values():
-        ranks, scales = dialect.slot_paths(a)
+    for (_, a, b, _, scales, ranks), *_ in dialect.claim(leaves).values():
         index = (*[slice(None)] * (leaves[ranks].ndim - 1), slot)
         rank, scale = used.get(a, (0, 0.0))
         values = {a: new[a], b: new[b], ranks: rank, scales: scale}

@@ -8,15 +8,19 @@ from jaxadapt.models.foreign import Dialect, Pair
 
 DIALECT = Dialect(
     "SkyRL-tx",
-    (
-        Pair("{module}.embed_tokens.lora_A", "{module}.embed_tokens.lora_B", "{module}.embed_tokens.embedding"),
+    tuple(
         Pair(
-            "{module}.experts.{name}.lora_A",
-            "{module}.experts.{name}.lora_B",
-            "{module}.experts.{name}.weight",
-            (("batch in r", "batch r out"),),
-        ),
-        Pair("{module}.lora_A", "{module}.lora_B", "{module}.kernel"),
+            f"{module}.lora_A",
+            f"{module}.lora_B",
+            f"{module}.{weight}",
+            (layout,),
+            scale_leaf=f"{module}.lora_scaling",
+            rank_leaf=f"{module}.lora_ranks",
+        )
+        for module, weight, layout in (
+            ("{module}.embed_tokens", "embedding", ("in r", "r out")),
+            ("{module}.experts.{name}", "weight", ("batch in r", "batch r out")),
+            ("{module}", "kernel", ("in r", "r out")),
+        )
     ),
-    slots=("lora_ranks", "lora_scaling"),
 )

@@ -11,20 +11,20 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jaxadapt.arrays.layout import RANK, Array, FileLayout, axis_parts
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lora import LoraConfig, fields_set
-from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
+from jaxadapt.core.errors import ConfigError, KeyMapError, bullets, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, with_layout
 from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight
 from jaxadapt.methods.base import Target, get_method
-from jaxadapt.models.foreign import Dialect, Dims, Pair, layouts
+from jaxadapt.models.foreign import Claim, Dialect, Dims, Pair, layouts
 from jaxadapt.models.foreign.forms import head_axes
 
 # ---------------------------------------------------------------- sites
@@ -60,20 +60,15 @@ class PackedLayout(FileLayout):
 class FactorArray(plan.PlanEntry):
     """One array of a site, A or B, with its keys and their PyTorch modules.
 
-    Each subarray (over `form.split`) stands for `shared` tensors of the file, whose keys are consecutive.
+    Each subarray (over `form.split`) stands for `shared` tensors of the file.
     """
 
     form: PackedLayout
     modules: tuple[str, ...] = ()
-    shared: int = 1
 
-    def keys_of(self, i: int) -> tuple[str, ...]:
-        """Return the keys that share subarray `i`."""
-        return self.keys[i * self.shared : (i + 1) * self.shared]
-
-    def tensor_number(self, key_number: int) -> int:
-        """Return the number of the subarray of a key, given by its position in `keys`."""
-        return key_number // self.shared
+    @property
+    def shared(self) -> int:
+        return len(self.keys) // self.form.count
 
     @property
     def rank(self) -> int:
@@ -84,29 +79,34 @@ class FactorArray(plan.PlanEntry):
 class ForeignSite:
     """One site of a foreign tree: its base leaf and its two arrays.
 
-    `base_shape` is the shape of the base leaf; None if it does not follow from the arrays.
+    Attributes:
+        base_shape: the shape of the base leaf; None if it does not follow from the arrays.
+        alpha: the alpha by which the library scales; None if neither the tree nor the dialect defines it.
+        growth: the rank over that of the arrays in the tree, if the As of heads are concatenated.
     """
 
     match: Match
     a: FactorArray
     b: FactorArray
     base_shape: Shape | None
+    alpha: float | None = None
+    growth: float = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ForeignSites:
     """All LoRA sites of a foreign tree, with its dialect, keymap and base weights.
 
-    `stored` is the alpha of each base leaf, if the tree stores it. `real` is the keymap with one name for all experts
-    of a layer, if `keymap` has one for each expert (`experts.per_expert_keymap`).
+    `real` is the keymap with one name for all experts of a layer, if `keymap` has one for each expert
+    (`experts.per_expert_keymap`). `unread` says why the scale of some sites cannot be read.
     """
 
     dialect: Dialect
     keymap: KeyMap
     sites: tuple[ForeignSite, ...]
     base: Mapping[str, Shape]
-    stored: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
     real: KeyMap | None = None
+    unread: Sequence[str] = ()
 
     @property
     def own_keymap(self) -> KeyMap:
@@ -128,13 +128,23 @@ class ForeignSites:
         """`{module: rank}` of every PyTorch module that the tree adapts."""
         return {m: site.a.rank for site in self.sites for m in site.a.modules}
 
-    @functools.cached_property
-    def alphas(self) -> dict[str, float]:
-        """`{module: alpha}` if the dialect or the tree defines it, else empty."""
-        if self.dialect.unscaled:
-            return dict(self.ranks)
-        stored = self.stored
-        return {m: stored[site.match.leaf] for site in self.sites for m in site.a.modules if site.match.leaf in stored}
+    @property
+    def lacks_alpha(self) -> bool:
+        """True if the caller must pass the alpha of some sites."""
+        return any(site.alpha is None for site in self.sites)
+
+    @property
+    def defines_alpha(self) -> bool:
+        """True if the tree or the dialect defines the alpha of every site, so that the caller need not pass it."""
+        return not self.lacks_alpha and not any(pair.unscaled for pair in self.dialect.pairs)
+
+    def alphas(self, given: Callable[[str], float]) -> dict[str, float]:
+        """Return `{module: alpha}`, with `given(module)` where neither the tree nor the dialect defines it."""
+        return {
+            m: given(m) * site.growth if site.alpha is None else site.alpha
+            for site in self.sites
+            for m in site.a.modules
+        }
 
     @functools.cached_property
     def modules(self) -> frozenset[str]:
@@ -153,8 +163,9 @@ def survey_sites(
     keymap: KeyMap,
     arrays: Mapping[str, Shape],
     base: Mapping[str, Shape],
-    stored: Mapping[str, float] | None = None,
-    sizes: Mapping[str, int] | None = None,
+    stored: Mapping[str, float] = MappingProxyType({}),
+    sizes: Mapping[str, int] = MappingProxyType({}),
+    growth: Mapping[str, float] = MappingProxyType({}),
 ) -> ForeignSites:
     """Bind the LoRA arrays of a tree, `{path: shape}`, to a family's keymap.
 
@@ -162,6 +173,7 @@ def survey_sites(
         base: `{the family's path of a base leaf: shape}`; empty if the tree has only LoRA leaves.
         stored: `{base leaf: alpha}`, if the tree stores it.
         sizes: `{letter of the keymap's patterns: size}` of axes, if `base` is empty.
+        growth: `{base leaf: `ForeignSite.growth`}` where it is not 1.
 
     Raises one `KeyMapError` with every leaf that no entry of the keymap matches, or whose shape matches no layout of
     the dialect.
@@ -170,22 +182,27 @@ def survey_sites(
     problems: list[str] = []
     for leaf, candidates in dialect.claim(arrays).items():
         match = keymap.match(leaf)
-        names = sorted({path for a, b, _ in candidates for path in (a, b)})
         if match is None:
+            names = sorted({path for claim in candidates for path in (claim.a, claim.b)})
             problems.append(f"{', '.join(names)}: the keymap {keymap.name!r} has no entry for {leaf!r}")
             continue
         try:
-            known = _known_sizes(match, base.get(leaf), sizes or {})
-            out.append(_bind_site(dialect, keymap, match, candidates, arrays, base.get(leaf), known))
+            known = _known_sizes(match, base.get(leaf), sizes)
+            site = _bind_site(dialect, keymap, match, candidates, arrays, base.get(leaf), known)
         except KeyMapError as error:
             problems.append(str(error))
+            continue
+        grown = growth.get(leaf, 1)
+        is_unscaled = dialect.unscaled or candidates[0].pair.unscaled
+        alpha = site.a.rank if is_unscaled else stored[leaf] * grown if leaf in stored else None
+        out.append(dataclasses.replace(site, alpha=alpha, growth=grown))
     raise_listed(
         KeyMapError,
         f"these {dialect.name} LoRA leaves have no exact equivalent in a PEFT file:",
         problems,
         "\nPass the model's family as keymap=, or a KeyMap with an entry for each base weight",
     )
-    return ForeignSites(dialect, keymap, tuple(out), dict(base), stored or {})
+    return ForeignSites(dialect, keymap, tuple(out), dict(base))
 
 
 def _known_sizes(match: Match, base: Shape | None, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -206,17 +223,17 @@ def _bind_site(
     dialect: Dialect,
     keymap: KeyMap,
     match: Match,
-    candidates: Sequence[tuple[str, str, int]],
+    candidates: Sequence[Claim],
     arrays: Mapping[str, Shape],
     base: Shape | None,
     sizes: Mapping[str, int],
 ) -> ForeignSite:
     left, tried = match.weight.left, list[str]()
     fits: list[ForeignSite] = []
-    for path_a, path_b, number in candidates:
-        for dims_a, dims_b in layouts(dialect.pairs[number], match.weight, dialect.shares):
+    for claim in candidates:
+        for dims_a, dims_b in layouts(claim.pair, match.weight, dialect.shares):
             tried.append(f"A ({_layout_text(dims_a)}), B ({_layout_text(dims_b)})")
-            given = (path_a, dims_a), (path_b, dims_b)
+            given = (claim.a, dims_a), (claim.b, dims_b)
             known = _solve_sizes([(dims, arrays[path]) for path, dims in given], sizes)
             if known is not None:
                 tensors = get_method(_DEFAULT).tensors(_DEFAULT, Target(match))  # their rank is a symbolic axis
@@ -227,7 +244,7 @@ def _bind_site(
                 shape = tuple(known[axis] for axis in left) if known.keys() >= {*left} else None
                 fits.append(ForeignSite(match, a, b, shape))
     if not fits:
-        path_a, path_b, _ = candidates[0]
+        path_a, path_b = candidates[0].a, candidates[0].b
         beside = "" if base is None else f" beside {match.leaf} {base}"
         raise KeyMapError(
             f"{path_a} {arrays[path_a]} and {path_b} {arrays[path_b]}{beside} with axes ({' '.join(left)}): expected"
@@ -285,7 +302,7 @@ def _bind_array(
             )
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
     missing = [n for n in match.braced if n not in left]
-    texts = index_entries(match.weight, [left[i] for i in split] + missing, sizes)
+    texts = index_entries(match.weight, missing + [left[i] for i in split], sizes)
     try:
         factor = plan.scale_factor(keymap, match, tensor, sizes)
     except KeyError as error:
@@ -299,7 +316,6 @@ def _bind_array(
         form,
         tuple(plan.tensor_key(keymap.prefix, match, tensor, text) for _, text in texts),
         tuple(match.module(text) for _, text in texts),
-        math.prod(sizes[n] for n in missing),
     )
 
 
@@ -442,16 +458,19 @@ def respell_modules(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> d
 _DEFAULT = LoraConfig()
 
 
-def missing_alpha(dialect: Dialect) -> ConfigError:
-    """Return the error for a missing scale."""
-    return ConfigError(
-        f"the alpha of this tree is unknown: {dialect.name} scales by alpha/r and stores no alpha. Pass"
-        f" {dialect.scale}, for example jaxadapt.models.LoraTree(tree, lora_alpha=16) instead of the tree (jaxadapt"
-        " convert: --lora-alpha 16)"
-    )
+def _require_alpha(sites: ForeignSites, is_given: bool, note: str = "") -> None:
+    """Raise `ConfigError` if the alpha of some sites is unknown and the caller has not given it."""
+    dialect = sites.dialect
+    why = f", and its scale cannot be read:\n{bullets(sites.unread)}\n" if sites.unread else " and stores no alpha. "
+    if sites.lacks_alpha and not is_given:
+        raise ConfigError(
+            f"the alpha of this tree is unknown: {dialect.name} scales by alpha/r{why}Pass {dialect.scale}, for example"
+            " jaxadapt.models.LoraTree(tree, lora_alpha=16) instead of the tree (jaxadapt convert: --lora-alpha 16)"
+            + note
+        )
 
 
-def resolve_alpha(config: Config | None, lora_alpha: float | None) -> float | None:
+def _resolve_alpha(config: Config | None, lora_alpha: float | None) -> float | None:
     """Return the alpha passed in `lora_alpha` or in a configuration; raise `ConfigError` if the two differ."""
     from_config = (config or _DEFAULT).get("lora_alpha")
     from_config = None if from_config == _DEFAULT.lora_alpha else from_config
@@ -476,9 +495,8 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
         raise ConfigError(
             f"expected a LoraConfig, because {sites.dialect.name} trains LoRA, found {type(config).__name__}"
         )
-    dialect, stored, given = sites.dialect, sites.alphas, resolve_alpha(config, lora_alpha)
-    if not stored and config is None and lora_alpha is None:
-        raise missing_alpha(dialect)
+    dialect, given = sites.dialect, _resolve_alpha(config, lora_alpha)
+    _require_alpha(sites, config is not None or lora_alpha is not None)
     config = config or _DEFAULT
     problems = _unsupported(config, dialect)
     if config.use_rslora:
@@ -486,17 +504,15 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
     if not config.rank_pattern and config.r == _DEFAULT.r:
         rank, pattern = _factor_patterns(sites.ranks)
         config = config.replace(r=rank, rank_pattern=pattern)
-    problems += _contradictions("rank", sites.ranks, config.rank_pattern, config.r)
-    default = _DEFAULT.lora_alpha if given is None else given
-    if not stored:
-        config = config.replace(lora_alpha=default)
-    else:
-        if given is not None or config.alpha_pattern:
-            differences = _contradictions("lora_alpha", stored, config.alpha_pattern, default)
+    problems += _contradictions("rank", sites.ranks, config.rank_of)
+    config = config.replace(lora_alpha=_DEFAULT.lora_alpha if given is None else given)
+    alphas = sites.alphas(config.alpha_of)
+    if differences := _contradictions("lora_alpha", alphas, config.alpha_of):
+        if sites.defines_alpha and (given is not None or config.alpha_pattern):
             problems += [f"{each} ({dialect.name} {_why_known(dialect)}; leave it out)" for each in differences]
-        alpha, pattern = _factor_patterns(stored)
+        alpha, pattern = _factor_patterns(alphas)
         config = config.replace(lora_alpha=alpha, alpha_pattern=pattern)
-        problems += _contradictions("lora_alpha", stored, config.alpha_pattern, alpha)
+        problems += _contradictions("lora_alpha", alphas, config.alpha_of)
     config, target_problems = _complete_targets(sites, config)
     raise_listed(
         ConfigError,
@@ -532,12 +548,12 @@ def _factor_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return most_common, dict(sorted(patterns.items()))
 
 
-def _contradictions(field: str, values: Mapping[str, Any], patterns: Mapping[str, Any], default: Any) -> list[str]:
-    """Return the modules whose value in the tree is not the one of the configuration, by the field's patterns."""
+def _contradictions(field: str, values: Mapping[str, float], wanted: Callable[[str], float]) -> list[str]:
+    """Return the modules whose value in the tree is not the one that the configuration has for them."""
     return [
-        f"{module}: {field} {found:g} in the tree, {want:g} in the configuration"
+        f"{module}: {field} {found:g} in the tree, {wanted(module):g} in the configuration"
         for module, found in values.items()
-        if (want := find_pattern_value(patterns, module, default)) != found
+        if wanted(module) != found
     ]
 
 
@@ -575,27 +591,24 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
         f"cannot store this adapter in {dialect.name} leaves, which hold only A and B; the adapter has:",
         _unsupported(config, dialect),
     )
-    _require_alphas(sites, config, lora_alpha)
-    ratios = {
-        module: config.scale_of(module) / (sites.alphas.get(module, lora_alpha or 0.0) / rank)
-        for module, rank in sites.ranks.items()
+    alphas = {
+        module: alpha
+        for module, alpha in sites.alphas(lambda _: lora_alpha or 0.0).items()
         if matching.is_target(config, module)
     }
-    return {module: 1.0 if abs(ratio - 1) < 2**-23 else ratio for module, ratio in ratios.items()}  # equal in float32
-
-
-def _require_alphas(sites: ForeignSites, config: LoraConfig, lora_alpha: float | None) -> None:
-    """Raise `ConfigError` unless the alpha of each site is known, by one of the tree and the caller, and not 0."""
-    dialect, stored = sites.dialect, sites.alphas
-    contradicting = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
+    contradicting = sorted(
+        {alpha for alpha in alphas.values() if sites.defines_alpha and lora_alpha not in (None, alpha)}
+    )
     if contradicting:
         raise ConfigError(
             f"lora_alpha={lora_alpha} contradicts the tree: {dialect.name} {_why_known(dialect)}, {contradicting};"
             " leave it out"
         )
-    if not stored and lora_alpha is None:
-        raise ConfigError(f"{missing_alpha(dialect)}\n(The file has lora_alpha={config.lora_alpha:g}, r={config.r}.)")
-    if not all(stored.values()) or lora_alpha == 0:
+    note = f"\n(The file has lora_alpha={config.lora_alpha:g}, r={config.r}.)"
+    _require_alpha(sites, lora_alpha is not None, note)
+    if not all(alphas.values()):
         raise ConfigError(
             f"cannot store an adapter in {dialect.name} leaves with lora_alpha=0, which multiplies them by 0"
         )
+    ratios = {module: config.scale_of(module) / (alpha / sites.ranks[module]) for module, alpha in alphas.items()}
+    return {module: 1.0 if abs(ratio - 1) < 2**-23 else ratio for module, ratio in ratios.items()}  # equal in float32

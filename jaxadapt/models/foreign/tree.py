@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -35,9 +36,9 @@ from jaxadapt.core.paths import Spec, bullets, compare, group_findings, unflatte
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import graph, planning
-from jaxadapt.models.foreign import DIALECTS, Dialect, forms, like_pattern, recognize_dialect, survey
+from jaxadapt.models.foreign import DIALECTS, Claim, Dialect, forms, like_pattern, recognize_dialect, survey
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
-from jaxadapt.models.trees import Leaves, Put, is_moment, lorax_alphas, may_have_path, open_tree
+from jaxadapt.models.trees import Leaves, Put, is_moment, may_have_path, open_tree
 
 # ---------------------------------------------------------------- fill
 
@@ -79,8 +80,8 @@ def place_tensors(
     for site in sites.sites:
         for half in sorted((site.a, site.b), key=lambda half: -half.shared):
             contents = Placed()
-            for first in range(0, len(half.keys), half.shared):
-                sharers = [i for i in range(first, first + half.shared) if half.modules[i] in ratios]
+            for first in range(half.form.count):
+                sharers = [i for i in range(first, len(half.keys), half.form.count) if half.modules[i] in ratios]
                 groups = _group_equal([tensors[half.keys[i]] for i in sharers], same)
                 if len(set(groups)) > 1:
                     names = [half.modules[i] for i in sharers]
@@ -278,8 +279,12 @@ class LoraTree:
 class ForeignTree:
     """A tree with LoRA leaves of a known dialect: the leaves, a function that replaces them, and the base's shapes.
 
-    `stored` is the alpha of each base leaf, if the tree stores it; `sizes` are axis sizes passed by the caller, and
-    `walked` is the walk over an NNX model.
+    Attributes:
+        stored: the alpha of each base leaf, if the tree has it as a number and not as an array.
+        sizes: the axis sizes that the caller passed.
+        walked: the walk over an NNX model.
+        unread: why the scales of other base leaves cannot be read.
+        growth: the rank of each base leaf over that in the tree, where heads are concatenated.
     """
 
     given: LoraTree
@@ -290,10 +295,12 @@ class ForeignTree:
     stored: dict[str, float]
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     walked: graph.ModelWalk | None = None
+    unread: Sequence[str] = ()
+    growth: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     @functools.cached_property
-    def claimed(self) -> dict[str, list[tuple[str, str, int]]]:
-        """`{base leaf: [(path of A, path of B, number of the pair)]}`."""
+    def claimed(self) -> dict[str, list[Claim]]:
+        """`{base leaf: its claims}`."""
         return self.dialect.claim(self.leaves)
 
 
@@ -316,28 +323,30 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     if dialect is None:
         return None
     lora = dialect.owned(leaves)
-    base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in lora}
-    own = {path: leaf for path, leaf in leaves.items() if path in lora}
-    return ForeignTree(given, dialect, own, put, base, lorax_alphas(given.tree), walked=walked)
+    arrays = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, numbers.Real)}
+    base = {dialect.base(path): tuple(leaf.shape) for path, leaf in arrays.items() if path not in lora}
+    own = {path: leaf for path, leaf in arrays.items() if path in lora}
+    stored, _ = forms.read_alphas(dialect, own, {p: x for p, x in leaves.items() if p not in arrays})
+    return ForeignTree(given, dialect, own, put, base, stored, walked=walked)
 
 
 def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
-    """Return the tree with only the arrays of its slot; unchanged if the dialect has no slots."""
+    """Return the tree with only the arrays of its slot, if there are slots, and with the alphas that it stores."""
     dialect, slot = foreign_tree.dialect, foreign_tree.given.slot
-    if dialect.slots and slot is None:
+    if dialect.has_slots and slot is None:
         raise AttachError(
             f"cannot select an adapter: each array of this {dialect.name} tree holds several. Pass"
             " jaxadapt.models.LoraTree(tree, slot=0) instead of tree"
         )
-    if slot is None:
-        return foreign_tree
-    if not dialect.slots:
+    if slot is not None and not dialect.has_slots:
         raise AttachError(
             f"slot={slot}: expected a tree whose arrays hold several adapters, found {dialect.name} leaves, which hold"
             " one adapter"
         )
-    leaves, stored = forms.slot_arrays(dialect, foreign_tree.leaves, slot, room)
-    return dataclasses.replace(foreign_tree, leaves=leaves, stored=stored)
+    leaves, stored = foreign_tree.leaves, foreign_tree.stored
+    leaves = leaves if slot is None else forms.slot_arrays(dialect, leaves, slot, room)
+    alphas, unread = forms.read_alphas(dialect, leaves, leaves, stored)
+    return dataclasses.replace(foreign_tree, leaves=leaves, stored={**alphas, **stored}, unread=unread)
 
 
 def describe_unknown(tree: Any) -> str:
@@ -363,8 +372,8 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
     tree = foreign_tree
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.leaves.items()}
-    known = survey.survey_sites(tree.dialect, bound_keymap, shapes, tree.base, tree.stored, tree.sizes)
-    return known if bound_keymap is real else dataclasses.replace(known, real=real)
+    known = survey.survey_sites(tree.dialect, bound_keymap, shapes, tree.base, tree.stored, tree.sizes, tree.growth)
+    return dataclasses.replace(known, real=None if bound_keymap is real else real, unread=tree.unread)
 
 
 def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> KeyMap:
@@ -383,19 +392,11 @@ def _find_heads(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> list[
     )
 
 
-def _scales_some(foreign_tree: ForeignTree) -> bool:
-    """Return True if the library scales some of the tree's sites and not others, so that each needs its own alpha."""
-    pairs = foreign_tree.dialect.pairs
-    return any(pairs[number].unscaled for ((_, _, number), *_) in foreign_tree.claimed.values())
-
-
-def _with_leaves(foreign_tree: ForeignTree, new: Leaves, alpha: float) -> ForeignTree:
-    """Return the tree with leaves of other ranks, and for each site the alpha that keeps its scale."""
-    stored: dict[str, float] = {}
-    for leaf, ((a, _, number), *_) in foreign_tree.claimed.items():
-        old_rank, rank = foreign_tree.leaves[a].shape[-1], new[a].shape[-1]
-        stored[leaf] = float(rank) if foreign_tree.dialect.pairs[number].unscaled else alpha * rank / old_rank
-    return dataclasses.replace(foreign_tree, leaves=new, stored=stored)
+def _with_leaves(foreign_tree: ForeignTree, new: Leaves) -> ForeignTree:
+    """Return the tree with leaves of other ranks."""
+    paths = {leaf: claim.a for leaf, (claim, *_) in foreign_tree.claimed.items()}
+    growth = {leaf: new[a].shape[-1] / foreign_tree.leaves[a].shape[-1] for leaf, a in paths.items()}
+    return dataclasses.replace(foreign_tree, leaves=new, growth=growth)
 
 
 # ---------------------------------------------------------------- export
@@ -408,21 +409,14 @@ def read_tree(
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
-    given = foreign_tree.given
-    config, lora_alpha, on_shared = given.config, given.lora_alpha, given.on_shared
+    given, on_shared = foreign_tree.given, foreign_tree.given.on_shared
     foreign_tree = _select_slot(foreign_tree)
-    pairs = _find_heads(foreign_tree, keymap)
-    if pairs or _scales_some(foreign_tree):
-        if lora_alpha is None and config is None:
-            raise survey.missing_alpha(foreign_tree.dialect)
-        alpha = survey.resolve_alpha(config, lora_alpha)
-        alpha = LoraConfig().lora_alpha if alpha is None else alpha
+    if pairs := _find_heads(foreign_tree, keymap):
         wide = forms.widen_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, on_shared == "concat")
-        foreign_tree, lora_alpha = _with_leaves(foreign_tree, wide, alpha), None
-        config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
+        foreign_tree = _with_leaves(foreign_tree, wide)
     sites = survey_tree(foreign_tree, keymap)
+    config = survey.infer_config(sites, given.config, given.lora_alpha)
     warn_unproved(sites.keymap)
-    config = survey.infer_config(sites, config, lora_alpha)
     host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
     encoded = sites.plan.encode(foreign_tree.leaves, host)
     peft = PeftTensors(config, encoded, f"this {foreign_tree.dialect.name} tree")
@@ -465,19 +459,17 @@ def fill_tree(
     """
     require_original_base(tensors.config, tensors.source)
     given, dialect, leaves = foreign_tree.given, foreign_tree.dialect, foreign_tree.leaves
-    room, alpha = _select_slot(foreign_tree, room=True), given.lora_alpha
-    pairs = _find_heads(room, keymap)
-    if (pairs or _scales_some(room)) and alpha is not None:
-        wide = forms.reserve_rank(pairs, room.leaves, as_source(tensors.tensors).specs)
-        room, alpha = _with_leaves(room, wide, alpha), None
+    room = _select_slot(foreign_tree, room=True)
+    if pairs := _find_heads(room, keymap):
+        room = _with_leaves(room, forms.reserve_rank(pairs, room.leaves, as_source(tensors.tensors).specs))
     sites = survey_tree(room, keymap, tensors.tensors)
     if sites.real is not None:
         fused = experts.fuse_experts(tensors, sites.real, given.on_shared)
         split = experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real)
         tensors = PeftTensors(*split, tensors.source)
     if given.slot is not None and isinstance(tensors.config, LoraConfig):  # `scale_ratios` refuses other methods
-        sites = dataclasses.replace(sites, stored=_slot_alphas(foreign_tree, sites, tensors.config))
-    ratios = survey.scale_ratios(sites, tensors.config, alpha)
+        sites = _with_scales(foreign_tree, sites, tensors.config)
+    ratios = survey.scale_ratios(sites, tensors.config, given.lora_alpha)
     shapes = as_source(tensors.tensors).shapes
     check_tensors(sites, ratios, shapes, tensors.source)
     values = {key: tensors.tensors[key] for half in sites.arrays for key in half.keys if key in shapes}
@@ -570,21 +562,20 @@ def needed_rank(
     return max(needed.values())
 
 
-def _slot_alphas(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> dict[str, float]:
-    """Return the `{base leaf: alpha}` of a file, rounded to the dtype of the tree's scales."""
-    out: dict[str, float] = {}
+def _with_scales(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> ForeignSites:
+    """Return the sites with the scales that a slot takes: the file's, rounded to the dtype of the tree's, or 0."""
+    out: list[survey.ForeignSite] = []
     for site in sites.sites:
-        adapted = [m for m in site.a.modules if matching.is_target(config, m)]
-        if adapted:
-            dtype = tree.leaves[tree.dialect.slot_paths(site.a.path)[1]].dtype
-            out[site.match.leaf] = float(np.asarray(config.scale_of(adapted[0]), dtype)) * site.a.rank
-    return out
+        adapted = (config.scale_of(m) for m in site.a.modules if matching.is_target(config, m))
+        dtype = tree.leaves[tree.claimed[site.match.leaf][0].scale].dtype
+        out.append(dataclasses.replace(site, alpha=float(np.asarray(next(adapted, 0.0), dtype)) * site.a.rank))
+    return dataclasses.replace(sites, sites=tuple(out))
 
 
 def _used_ranks(sites: ForeignSites, placed: Mapping[str, tuple[FactorArray, Placed]]) -> dict[str, tuple[int, float]]:
     """Return `{path of A: (used rank, scale)}` of the arrays that a file fills."""
     return {
-        site.a.path: (max(rows.stop for _, rows, _ in contents.values()), sites.stored[site.match.leaf] / site.a.rank)
+        site.a.path: (max(rows.stop for _, rows, _ in contents.values()), (site.alpha or 0.0) / site.a.rank)
         for site in sites.sites
         if (contents := placed[site.a.path][1])
     }

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxadapt
 from jaxadapt import KeyMap, Weight
@@ -60,7 +61,7 @@ def equal(found: Any, expected: Any) -> None:
 
 def test_every_dialect_has_cases():
     """(Those with slots have their own, in `test_others.py`, and openpi's heads in `test_openpi.py`.)"""
-    others = {name for name, dialect in DIALECTS.items() if dialect.slots or dialect.heads == "own"}
+    others = {name for name, dialect in DIALECTS.items() if dialect.has_slots or dialect.heads == "own"}
     assert {case.dialect for case in CASES} == DIALECTS.keys() - others
 
 
@@ -446,6 +447,80 @@ def test_arrays_that_can_be_read_in_two_ways_are_refused():
 def test_a_dialect_that_contradicts_itself_is_refused(make: Any, says: str):
     with pytest.raises(jaxadapt.KeyMapError, match=says):
         make()
+
+
+# ---- a scale among the leaves ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def acme(monkeypatch) -> Any:
+    """A library that stores alpha/r beside its factors, under a name that `like` leaves out: one row of the table."""
+    names = ("{module}.down", "{module}.up", "{module}.kernel")
+    monkeypatch.setitem(DIALECTS, "acme", Dialect("acme", (Pair(*names, scale_leaf="{module}.gain"),), r"\.(down|up)$"))
+
+    def tree(gain: Any, seed: int = 0) -> dict[str, Any]:
+        rng = np.random.RandomState(seed)
+        shapes = {"kernel": (D, F), "down": (D, R), "up": (R, F)}
+        leaves = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+        return {"q": leaves if gain is None else {**leaves, "gain": gain}}
+
+    return tree
+
+
+@pytest.mark.parametrize("gain", [2.0, np.float32(2), np.full(3, 2, "float32"), jnp.asarray(2.0)], ids=repr)
+def test_a_scale_leaf_is_read(acme: Any, gain: Any, tmp_path):
+    """An array of a number, one for each layer, or a number: alpha is the scale times the rank."""
+    tree = acme(gain)
+    jaxadapt.save(tree, tmp_path, keymap=TABLE)
+    assert jaxadapt.read(tmp_path).config.lora_alpha == 2 * R
+    back = jaxadapt.load(tmp_path, acme(0.5, seed=1), keymap=TABLE)["q"]
+    assert back["gain"] == 0.5
+    np.testing.assert_array_equal(back["up"], 4 * tree["q"]["up"])  # the file's scale is four times the tree's
+    np.testing.assert_array_equal(back["down"], tree["q"]["down"])
+    with pytest.raises(jaxadapt.ConfigError, match="acme stores its alpha; leave it out"):
+        jaxadapt.to_peft(LoraTree(tree, lora_alpha=3), keymap=TABLE)
+
+
+def test_a_scale_leaf_of_a_model_is_read(acme: Any):
+    """In an NNX model it is a variable that is no parameter, an array or a number."""
+
+    class Net(nnx.Module):
+        def __init__(self, gain: Any):
+            self.q = nnx.Dict({name: nnx.Param(jnp.asarray(x)) for name, x in acme(None)["q"].items()})
+            self.q["gain"] = nnx.Variable(gain)
+
+    for gain in (2.0, jnp.asarray(2.0)):
+        assert jaxadapt.to_peft(Net(gain), keymap=TABLE).config.lora_alpha == 2 * R
+
+
+@pytest.mark.parametrize(
+    ("gain", "says"),
+    [
+        (None, "q.gain: missing"),
+        (jax.ShapeDtypeStruct((), "float32"), "q.gain: expected a concrete array"),
+        (np.array([1.0, 2.0]), r"q.gain: expected one number for all stacked layers, found \[.*1.0.*2.0"),
+    ],
+    ids=repr,
+)
+def test_a_scale_leaf_that_cannot_be_read_is_reported(acme: Any, gain: Any, says: str, tmp_path):
+    """What failed, why, and the way out, which works."""
+    says = (
+        f"(?s)alpha of this tree is unknown.*its scale cannot be read:\n  {says}.*Pass .*LoraTree.tree, lora_alpha=16"
+    )
+    jaxadapt.save(acme(2.0), tmp_path, keymap=TABLE)
+    with pytest.raises(jaxadapt.ConfigError, match=says):
+        jaxadapt.load(tmp_path, acme(gain), keymap=TABLE)
+    back = jaxadapt.load(tmp_path, LoraTree(acme(gain, seed=1), lora_alpha=R), keymap=TABLE)
+    np.testing.assert_array_equal(back["q"]["up"], 2 * acme(gain)["q"]["up"])
+
+
+@pytest.mark.parametrize("scale", [2.0, np.float32(2)])
+def test_a_scale_that_no_dialect_knows_is_no_leaf_to_ignore(scale: Any):
+    """It may be an array or a number; the advice is to pass it."""
+    tree = dense(**{"up.lora_scaling": scale})
+    says = r"(?s)up\.lora_scaling.*If they hold its scale.*LoraTree\(tree, lora_alpha=…\)"
+    with pytest.raises(jaxadapt.KeyMapError, match=says):
+        jaxadapt.to_peft(LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
 
 
 def test_equal_rows_of_one_head_stay_apart():

@@ -23,7 +23,7 @@ from tests.keymaps.families import specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, RECORDED, SPECIMENS, recorded
 from tests.support.configs import value_of
 
-NAMES = (*(d.name for d in DIALECTS.values() if not d.slots), "qwix/flat")
+NAMES = (*(d.name for d in DIALECTS.values() if not d.has_slots), "qwix/flat")
 ONE = {s.table: s.name for s in SPECIMENS if (RECORDED / f"{s.name}.json").exists() and s.lora["target_modules"]}
 """A specimen for each table (stacked ones too) whose shapes are recorded; the others have the same lines, or twins."""
 REFUSED = r"no path for it|no exact equivalent|no layout|no entry matches|does not map|sizes are not known|ambiguous"
