@@ -423,6 +423,18 @@ def test_the_leaves_of_an_adapter_alone():
         families.family_of_leaves([leaf], with_other(other_llama("other")))
 
 
+def test_the_nearest_family_of_a_large_model_is_named_without_matching_each_leaf_with_each_family(monkeypatch):
+    calls, match = [], KeyMap.match
+    monkeypatch.setattr(KeyMap, "match", lambda self, leaf: calls.append(leaf) or match(self, leaf))
+    shapes = llama_shapes(layers=120)
+    text = families.describe_nearest_family(shapes)
+    assert f"'llama', with entries for {len(shapes)} of {len(shapes)} weights. It fits: pass keymap='llama'" in text
+    assert len(calls) < 10 * len(shapes)  # of 45 families, each in four forms
+    text = families.describe_nearest_family({**shapes, "model.layers.77.self_attn.q_proj.kernel": (2, 3, 4)})
+    assert re.search(r"'llama'.*does not fit because of\n  leaf 'model.layers.77.self_attn.q_proj.kernel'", text)
+    assert "No keymap of a known family is similar" in families.describe_nearest_family({"a.b": (3,)})
+
+
 def test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis():
     cube = llama_shapes(layers=8, d=8, inner=8, scan=0)
     cube |= {k: (8, 8, 8) for k in cube if "proj" in k}

@@ -222,23 +222,38 @@ def resolve_keymap(
         raise errors.KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
     if keymap not in (None, "auto"):
         return get_family(keymap, families)
-    # All layers have the same kinds of leaves, so one leaf of each kind is enough. A number at the end is part of a
-    # weight's name (wi_0, wi_1). In a model whose blocks are several layers, at most six, these layers differ.
+    return _recognize(tuple(families.values()), tuple(_one_of_each_kind(shapes).items()))
+
+
+def _one_of_each_kind(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the leaves of a model without those of further layers, which are alike."""
+    # A number at the end is part of a weight's name (wi_0, wi_1). In a model whose blocks are several layers, at most
+    # six, these layers differ.
     kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in _BLOCK else "6", p), shape): p for p, shape in shapes.items()}
-    leaves = tuple((leaf, shape) for (_, shape), leaf in kinds.items())
-    return _recognize_known(tuple(families), leaves) if families is FAMILIES else _recognize(families.values(), leaves)
+    return {leaf: shape for (_, shape), leaf in kinds.items()}
 
 
-def _recognize(keymaps: Iterable[KeyMap], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
+def _bounded_forms(keymaps: Iterable[KeyMap], leaves: Mapping[str, tuple[int, ...]]) -> list[tuple[int, list[KeyMap]]]:
+    """Return the unrolled and the stacked forms of keymaps, with upper bounds of `coverage`; the largest bound first.
+
+    In most keymaps few entries match any of the leaves, so that the bound excludes them cheaply.
+    """
+    bounds = ((max_coverage(f, leaves, stacked), f, stacked) for f in keymaps for stacked in (False, True))
+    return [
+        # A family that is stacked itself has no further forms.
+        (bound, [t for t in map(f.scanned, _SCAN_AXES) if t.weights != f.weights] if stacked else [f])
+        for bound, f, stacked in sorted(bounds, key=lambda each: -each[0])
+        if bound
+    ]
+
+
+@functools.lru_cache(maxsize=128)  # the same model is recognized for each adapter
+def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
     samples, counts, best = dict(leaves), dict[KeyMap, int](), 1
-    # In most keymaps few entries match any of these leaves, so their upper bound excludes them cheaply.
-    candidates = [(max_coverage(f, samples, stacked), f, stacked) for f in keymaps for stacked in (False, True)]
-    for bound, family, stacked in sorted(candidates, key=lambda p: -p[0]):
+    for bound, forms in _bounded_forms(keymaps, samples):
         if bound < best:
             break
-        forms = map(family.scanned, _SCAN_AXES) if stacked else [family]
-        other = (t for t in forms if not stacked or t.weights != family.weights)  # not of a family that is stacked
-        counts |= {t: coverage(t, samples) for t in other}
+        counts |= {t: coverage(t, samples) for t in forms}
         best = max([best, *counts.values()])
     fitting = [t for t, count in counts.items() if count == best]
     if not fitting:
@@ -260,12 +275,6 @@ def _recognize(keymaps: Iterable[KeyMap], leaves: tuple[tuple[str, tuple[int, ..
     return chosen[0]
 
 
-@functools.lru_cache(maxsize=128)  # the same model is recognized for each adapter
-def _recognize_known(names: tuple[str, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
-    """Return the keymap that `_recognize` chooses among these families; hashing their names takes less time."""
-    return _recognize(map(FAMILIES.__getitem__, names), leaves)
-
-
 def family_of_leaves(leaves: Iterable[str], families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
     """Return the family that matches all of these leaves, by their names only, or the generic keymap if none does.
 
@@ -284,21 +293,21 @@ def family_of_leaves(leaves: Iterable[str], families: Mapping[str, KeyMap] = FAM
 
 
 def describe_nearest_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return a text for an error message: the family most similar to a model, and the leaves that do not fit it.
-
-    The text is empty if no family is similar.
-    """
-    stacked = [keymap.scanned(axis) for keymap in FAMILIES.values() for axis in _SCAN_AXES]
-    entries = {t: [w for w in _matched_entries(t, shapes) if w is not None] for t in (*FAMILIES.values(), *stacked)}
-    known = {t: len(matched) for t, matched in entries.items() if any(w.is_layer_matrix for w in matched)}
-    most = max(known.values(), default=0)
-    candidates = [(keymap, list(misfits(keymap, shapes))) for keymap, count in known.items() if count == most]
-    if not candidates:
-        return ""
-    keymap, reasons = min(candidates, key=lambda item: len(item[1]))
-    return (
-        f"\nThe most similar keymap is {keymap.name!r}, with entries for {most} of {len(shapes)} weights. It does not"
-        f" fit because of\n" + errors.bullets(reasons)
+    """Return a text for an error message: the family most similar to a model, and the leaves that do not fit it."""
+    samples, counts = _one_of_each_kind(shapes), dict[KeyMap, int]()
+    for bound, forms in _bounded_forms(FAMILIES.values(), samples):
+        if bound < max(counts.values(), default=1):
+            break
+        entries = {t: [w for w in _matched_entries(t, samples) if w is not None] for t in forms}
+        counts |= {t: len(matched) for t, matched in entries.items() if any(w.is_layer_matrix for w in matched)}
+    similar = [t for t, count in counts.items() if count == max(counts.values())]
+    if not similar:
+        return "\nNo keymap of a known family is similar to this model"
+    nearest = min(similar, key=lambda t: len([*misfits(t, samples)]))
+    number = len([leaf for leaf in shapes if nearest.match(leaf) is not None])
+    reasons = errors.bullets(misfits(nearest, shapes))
+    return f"\nThe most similar keymap is {nearest.name!r}, with entries for {number} of {len(shapes)} weights. " + (
+        f"It does not fit because of\n{reasons}" if reasons else f"It fits: pass keymap={nearest.name!r}"
     )
 
 
