@@ -16,7 +16,6 @@ one in Kimi K2.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from jaxadapt.keymaps.families import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, KeyMap, Modules, Weight, decoder_keymap
 
@@ -88,12 +87,6 @@ QWEN3 = make_keymap("qwen3", (*PLAIN, *NORMS), needs=tuple(w.leaf for w in NORMS
 # ---------------------------------------------------------------- gemma
 
 
-_NORMS = (
-    ("pre_self_attention_norm", "input_layernorm"),
-    ("post_self_attention_norm", "post_attention_layernorm"),
-    ("pre_ffw_norm", "pre_feedforward_layernorm"),
-    ("post_ffw_norm", "post_feedforward_layernorm"),
-)
 _TOP = (
     Weight("token_embedder.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding", scale=("d", 0.5)),
     Weight("decoder.decoder_norm.scale", "model.norm.weight", "d -> d", shift=1.0),
@@ -101,58 +94,58 @@ _TOP = (
 )
 
 
-def _layer(
-    kind: str = "",
-    layers: tuple[int, int] = (1, 0),
-    scale: tuple[str, float] | None = None,
-    prefix: str = _OURS,
-    torch_prefix: str = _HF,
+def _at(
+    entries: Iterable[Weight], prefix: str = _OURS, layers: tuple[int, int] = (1, 0), torch: str = _HF
 ) -> tuple[Weight, ...]:
-    attention, torch = f"{prefix}self_attention{kind}.", f"{torch_prefix}self_attn."
+    """Return the entries of a layer with other prefixes of its names, or for some of PyTorch's layers."""
+    return tuple(
+        Weight(
+            w.leaf.replace(_OURS, prefix),
+            w.key.replace(_HF, torch),
+            w.pattern,
+            **{**w.options, "layers": (*layers, *w.scan)},
+        )
+        for w in entries
+    )
+
+
+def _layer(kind: str = "", scale: tuple[str, float] | None = None) -> tuple[Weight, ...]:
+    attention, torch = f"{_OURS}self_attention{kind}.", f"{_HF}self_attn."
     return (
-        Weight(f"{attention}query.kernel", f"{torch}q_proj.weight", "d n h -> (n h) d", scale=scale, layers=layers),
+        Weight(f"{attention}query.kernel", f"{torch}q_proj.weight", "d n h -> (n h) d", scale=scale),
         *(
-            Weight(f"{attention}{name}.kernel", f"{torch}{name[0]}_proj.weight", "d k h -> (k h) d", layers=layers)
+            Weight(f"{attention}{name}.kernel", f"{torch}{name[0]}_proj.weight", "d k h -> (k h) d")
             for name in ("key", "value")
         ),
-        Weight(f"{attention}out.kernel", f"{torch}o_proj.weight", "n h d -> d (n h)", layers=layers),
+        Weight(f"{attention}out.kernel", f"{torch}o_proj.weight", "n h d -> d (n h)"),
+        *(Weight(f"{_OURS}mlp{kind}.{a}.kernel", f"{_HF}mlp.{b}_proj.weight", "i o -> o i") for a, b in _MLP_NAMES),
         *(
-            Weight(f"{prefix}mlp{kind}.{a}.kernel", f"{torch_prefix}mlp.{b}_proj.weight", "i o -> o i", layers=layers)
-            for a, b in _MLP_NAMES
+            Weight(f"{_OURS}{a}{kind}.scale", f"{_HF}{b}.weight", "d -> d", shift=1.0)
+            for a, b in (
+                ("pre_self_attention_norm", "input_layernorm"),
+                ("post_self_attention_norm", "post_attention_layernorm"),
+                ("pre_ffw_norm", "pre_feedforward_layernorm"),
+                ("post_ffw_norm", "post_feedforward_layernorm"),
+            )
         ),
-        *(
-            Weight(f"{prefix}{a}{kind}.scale", f"{torch_prefix}{b}.weight", "d -> d", shift=1.0, layers=layers)
-            for a, b in _NORMS
-        ),
     )
 
 
-def _gemma3_layer(layers: tuple[int, int] = (1, 0), prefix: str = _OURS, torch_prefix: str = _HF) -> tuple[Weight, ...]:
-    """Return the entries of a Gemma 3 layer, which also has norms of queries and keys."""
-    norms = (
-        (f"{prefix}self_attention.{name}_norm.scale", f"{torch_prefix}self_attn.{name[0]}_norm.weight")
-        for name in ("query", "key")
-    )
-    return (
-        *_layer("", layers, None, prefix, torch_prefix),
-        *(Weight(ours, key, "h -> h", shift=1.0, layers=layers) for ours, key in norms),
-    )
-
-
-_GEMMA2_LAYERS = (*_layer("_local", (2, 0), ("h", -0.5)), *_layer("_global", (2, 1), ("h", -0.5)))
+_GEMMA2_LAYERS = (
+    *_at(_layer("_local", ("h", -0.5)), layers=(2, 0)),
+    *_at(_layer("_global", ("h", -0.5)), layers=(2, 1)),
+)
 GEMMA2 = make_keymap("gemma2", _GEMMA2_LAYERS, needs=tuple(w.leaf for w in _GEMMA2_LAYERS if w.shift), shared=_TOP)
-_GEMMA3_LAYER = _gemma3_layer()
+_GEMMA3_LAYER = (*_layer(), *(Weight(w.leaf, w.key, w.pattern, shift=1.0) for w in NORMS))
 GEMMA3 = make_keymap("gemma3", _GEMMA3_LAYER, needs=tuple(w.leaf for w in _GEMMA3_LAYER if w.shift), shared=_TOP)
 
 
 def _blocks(size: str, layers: int) -> KeyMap:
     """Return the keymap of a stacked Gemma 3: one layer for each position in a block of six, and the remainder."""
     count, remainder = divmod(layers, 6)
-    blocks = [_gemma3_layer((6, place), f"{_OURS}layers_{place}.") for place in range(6)]
+    blocks = [_at(_GEMMA3_LAYER, f"{_OURS}layers_{place}.", (6, place)) for place in range(6)]
     rest = [
-        _gemma3_layer(
-            prefix=f"decoder.layers_remainder.layers_{place}.", torch_prefix=f"model.layers.{6 * count + place}."
-        )
+        _at(_GEMMA3_LAYER, f"decoder.layers_remainder.layers_{place}.", torch=f"model.layers.{6 * count + place}.")
         for place in range(remainder)
     ]
     entries = [w for layer in (*blocks, *rest) for w in layer]
@@ -170,9 +163,7 @@ GEMMA3_4B, GEMMA3_12B, GEMMA3_27B = _blocks("4b", 34), _blocks("12b", 48), _bloc
 # ---------------------------------------------------------------- mixtures of experts
 
 
-def _experts(
-    block: str, torch: str, wide: str, down: str, halves: tuple[str, str], prefix: str = _OURS
-) -> tuple[Weight, ...]:
+def _experts(block: str, torch: str, wide: str, down: str, halves: tuple[str, str]) -> tuple[Weight, ...]:
     """Return the entries of a layer's experts.
 
     Args:
@@ -181,12 +172,11 @@ def _experts(
         wide: PyTorch's axes of the array of gate and up; those of GPT-OSS are (in, out).
         down: PyTorch's axes of the array of the down projection.
         halves: the parts of gate and up in PyTorch's array.
-        prefix: the prefix of the layer's names.
     """
     turned = wide == "e d f"
     experts = f"{_HF}{torch}.experts."
     return tuple(
-        Weight(f"{prefix}{block}.{ours}", f"{experts}{key}", pattern, kind="experts", fan_in_fan_out=turned)
+        Weight(f"{_OURS}{block}.{ours}", f"{experts}{key}", pattern, kind="experts", fan_in_fan_out=turned)
         for ours, key, pattern in (
             ("wi_0", f"gate_up_proj[f {halves[0]}]", f"e d f -> {wide}"),
             ("wi_1", f"gate_up_proj[f {halves[1]}]", f"e d f -> {wide}"),
@@ -195,18 +185,14 @@ def _experts(
     )
 
 
-def _router(block: str, torch: str, prefix: str = _OURS) -> Weight:
-    return Weight(f"{prefix}{block}.gate.kernel", f"{_HF}{torch}.weight", "d e -> e d", kind="parameter")
+def _router(block: str, torch: str) -> Weight:
+    return Weight(f"{_OURS}{block}.gate.kernel", f"{_HF}{torch}.weight", "d e -> e d", kind="parameter")
 
 
-_SIDE_BY_SIDE, _IN_TURNS = ("0/2", "1/2"), ("0::2", "1::2")
-_MLP = tuple(w.leaf for w in SHARED if ".mlp." in w.leaf)
-_COMMON = tuple(w for w in SHARED if w.leaf not in _MLP)
-
-
+_COMMON = tuple(w for w in SHARED if ".mlp." not in w.leaf)
 _LAYER_NORMS = tuple(w for w in SHARED if "layer_norm" in w.leaf)
 _OUTSIDE = tuple(w for w in SHARED if _OURS not in w.leaf)
-_USUAL = ("e f d", "e d f", _SIDE_BY_SIDE)
+_USUAL = ("e f d", "e d f", ("0/2", "1/2"))
 
 
 def _usual(block: str) -> tuple[Weight, ...]:
@@ -221,59 +207,61 @@ MIXTRAL = make_keymap(
     shared=_COMMON,
     expert_modules=EACH_MIXTRAL,
 )
-_NEEDS = tuple(w.leaf for w in (*NORMS, *_QWEN3))
-QWEN3_MOE = make_keymap("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), _NEEDS, shared=_COMMON, expert_modules=EACH_QWEN3)
+QWEN3_MOE = make_keymap(
+    "qwen3_moe",
+    (*PLAIN, *NORMS, *_QWEN3),
+    tuple(w.leaf for w in (*NORMS, *_QWEN3)),
+    shared=_COMMON,
+    expert_modules=EACH_QWEN3,
+)
 
 _PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))
 
 
-def _with_layers(layers: tuple[int, int], w: Weight) -> Weight:
-    options: dict[str, Any] = {**w.options, "layers": layers + w.scan}
-    return Weight(w.leaf, w.key, w.pattern, **options)
-
-
-def _gpt_oss(prefix: str, layers: tuple[int, int] = (1, 0)) -> tuple[Weight, ...]:
-    attention = f"{prefix}GptOssAttention."
-    entries = (
-        *(
-            Weight(f"{attention}{a}.kernel", f"{_HF}self_attn.{p}_proj.weight", f"d {n} h -> ({n} h) d")
-            for a, p, n in _PROJ
-        ),
-        *(Weight(f"{attention}{a}.bias", f"{_HF}self_attn.{p}_proj.bias", f"{n} h -> ({n} h)") for a, p, n in _PROJ),
-        Weight(f"{attention}out.kernel", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
-        Weight(f"{attention}out.bias", f"{_HF}self_attn.o_proj.bias", "d -> d"),
-        Weight(f"{attention}sinks", f"{_HF}self_attn.sinks", "n -> n"),
-        _router("GptOssMlp", "mlp.router", prefix),
-        Weight(f"{prefix}GptOssMlp.gate.bias", f"{_HF}mlp.router.bias", "e -> e"),
-        *_experts("GptOssMlp", "mlp", "e d f", "e f d", _IN_TURNS, prefix),
-        *(
-            Weight(f"{prefix}GptOssMlp.{a}_bias", f"{_HF}mlp.experts.{b}", "e f -> e f", kind="other")
-            for a, b in (
-                ("wi_0", "gate_up_proj_bias[f 0::2]"),
-                ("wi_1", "gate_up_proj_bias[f 1::2]"),
-                ("wo", "down_proj_bias"),
-            )
-        ),
-        *(Weight(w.leaf.replace(_OURS, prefix), w.key, w.pattern) for w in _LAYER_NORMS),
-    )
-    return tuple(_with_layers(layers, w) for w in entries)
+_GPT_OSS_ATTENTION = f"{_OURS}GptOssAttention."
+_GPT_OSS_LAYER = (
+    *(
+        Weight(f"{_GPT_OSS_ATTENTION}{a}.kernel", f"{_HF}self_attn.{p}_proj.weight", f"d {n} h -> ({n} h) d")
+        for a, p, n in _PROJ
+    ),
+    *(
+        Weight(f"{_GPT_OSS_ATTENTION}{a}.bias", f"{_HF}self_attn.{p}_proj.bias", f"{n} h -> ({n} h)")
+        for a, p, n in _PROJ
+    ),
+    Weight(f"{_GPT_OSS_ATTENTION}out.kernel", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
+    Weight(f"{_GPT_OSS_ATTENTION}out.bias", f"{_HF}self_attn.o_proj.bias", "d -> d"),
+    Weight(f"{_GPT_OSS_ATTENTION}sinks", f"{_HF}self_attn.sinks", "n -> n"),
+    _router("GptOssMlp", "mlp.router"),
+    Weight(f"{_OURS}GptOssMlp.gate.bias", f"{_HF}mlp.router.bias", "e -> e"),
+    *_experts("GptOssMlp", "mlp", "e d f", "e f d", ("0::2", "1::2")),
+    *(
+        Weight(f"{_OURS}GptOssMlp.{a}_bias", f"{_HF}mlp.experts.{b}", "e f -> e f", kind="other")
+        for a, b in (
+            ("wi_0", "gate_up_proj_bias[f 0::2]"),
+            ("wi_1", "gate_up_proj_bias[f 1::2]"),
+            ("wo", "down_proj_bias"),
+        )
+    ),
+    *_LAYER_NORMS,
+)
 
 
 def _top(name: str, entries: tuple[Weight, ...]) -> KeyMap:
     return make_keymap(name, entries, needs=tuple(w.leaf for w in entries), shared=_OUTSIDE)
 
 
-GPT_OSS = _top("gpt_oss", _gpt_oss(_OURS))
-_BLOCK = f"{_OURS}layers_"
-GPT_OSS_BLOCKS = _top("gpt_oss-blocks", (*_gpt_oss(f"{_BLOCK}0.", (2, 0)), *_gpt_oss(f"{_BLOCK}1.", (2, 1))))
+GPT_OSS = _top("gpt_oss", _GPT_OSS_LAYER)
+GPT_OSS_BLOCKS = _top(
+    "gpt_oss-blocks", tuple(w for place in (0, 1) for w in _at(_GPT_OSS_LAYER, f"{_OURS}layers_{place}.", (2, place)))
+)
 
 # DeepSeek V3: dense layers first; the layers with experts are numbered separately.
 
 
-def _deepseek_layer(prefix: str, mlp: str, torch_mlp: str) -> tuple[Weight, ...]:
-    attention, torch = f"{prefix}self_attention.", f"{_HF}self_attn."
+def _deepseek_layer(mlp: str, torch_mlp: str) -> tuple[Weight, ...]:
+    attention, torch = f"{_OURS}self_attention.", f"{_HF}self_attn."
     return (
-        *(Weight(w.leaf.replace(_OURS, prefix), w.key, w.pattern) for w in _LAYER_NORMS),
+        *_LAYER_NORMS,
         *(
             Weight(f"{attention}{a}.kernel", f"{torch}{b}.weight", pattern)
             for a, b, pattern in (
@@ -285,22 +273,21 @@ def _deepseek_layer(prefix: str, mlp: str, torch_mlp: str) -> tuple[Weight, ...]
             )
         ),
         *(Weight(f"{attention}{a}_norm.scale", f"{torch}{a}_a_layernorm.weight", "d -> d") for a in ("q", "kv")),
-        *(Weight(f"{mlp}.{a}.kernel", f"{_HF}{torch_mlp}.{b}_proj.weight", "i o -> o i") for a, b in _MLP_NAMES),
+        *(Weight(f"{_OURS}{mlp}.{a}.kernel", f"{_HF}{torch_mlp}.{b}_proj.weight", "i o -> o i") for a, b in _MLP_NAMES),
     )
 
 
 def _deepseek(name: str, dense: int) -> KeyMap:
     """Return the keymap of a model with this number of dense layers before those with experts."""
-    prefix, block = "decoder.moe_layers_{l}.", "decoder.moe_layers_{l}.DeepSeekMoeBlock_0."
+    block = "DeepSeekMoeBlock_0.MoeBlock_0"
     bias = f"{_HF}mlp.gate.e_score_correction_bias"  # not a parameter, so it is always stacked on axis 0
     sparse_layer = (
-        *_deepseek_layer(prefix, f"{block}shared_experts", "mlp.shared_experts"),
-        _router("MoeBlock_0", "mlp.gate", block),
-        *_experts("MoeBlock_0", "mlp", *_USUAL, prefix=block),
-        Weight(f"{block}MoeBlock_0.gate.bias", bias, "e -> e", layers=(1, 0, 0)),
+        *_deepseek_layer("DeepSeekMoeBlock_0.shared_experts", "mlp.shared_experts"),
+        *_usual(block),
+        Weight(f"{_OURS}{block}.gate.bias", bias, "e -> e", layers=(1, 0, 0)),
     )
-    first = _deepseek_layer("decoder.dense_layers_{l}.", "decoder.dense_layers_{l}.mlp", "mlp")
-    later = tuple(_with_layers((1, dense), w) for w in sparse_layer)
+    first = _at(_deepseek_layer("mlp", "mlp"), "decoder.dense_layers_{l}.")
+    later = _at(sparse_layer, "decoder.moe_layers_{l}.", (1, dense))
     return make_keymap(
         name,
         (*first, *later),
