@@ -97,8 +97,9 @@ class Recipe:
         """Parse the text that `to_text` returns; raise `AttachError` for any other text."""
         try:
             data = json.loads(text)
-            config = Config.from_dict(data["config"], "the serialized state")
-            return cls(config, from_data(data["keymap"]), int(data["sites"]))
+            return cls(
+                Config.from_dict(data["config"], "the serialized state"), from_data(data["keymap"]), int(data["sites"])
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise AttachError(f"cannot read the serialized adapter configuration: {error}") from error
 
@@ -289,13 +290,9 @@ class Site:
     def leaf(self) -> str:
         return self.match.leaf
 
-    @property
+    @functools.cached_property
     def axes(self) -> Axes:
         """The roles of the weight's axes."""
-        return self._axes
-
-    @functools.cached_property
-    def _axes(self) -> Axes:
         axes = self.match.axes
         return dataclasses.replace(axes, torch=torch_layout(self)) if self.method.torch_layout else axes
 

@@ -167,8 +167,7 @@ def _with_ranks(
 ) -> LoraConfig:
     """Return the configuration with some ranks and alphas, by module or parameter, and those that `modules` have."""
     all_ranks = {module: config.rank_of(module) for module in modules} | dict(ranks)
-    all_alphas = {module: config.alpha_of(module) for module in modules} | dict(alphas)
-    return config.with_ranks(all_ranks, all_alphas)
+    return config.with_ranks(all_ranks, {module: config.alpha_of(module) for module in modules} | dict(alphas))
 
 
 # ---------------------------------------------------------------- expert parameters
@@ -540,8 +539,11 @@ def _with_target_modules(
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in experts.values()))
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)
-    others = _ends_of_others(keymap, other_modules)
-    if can_list and config.layers_to_transform is None and not others.intersection(ends):
+    if (
+        can_list
+        and config.layers_to_transform is None
+        and not _ends_of_others(keymap, other_modules).intersection(ends)
+    ):
         return config.replace(target_modules=[*targets, *ends], target_parameters=remaining)
     # Modules that are not adapted end in the same names: only a pattern can exclude them.
     layers = sorted({_layer_pattern(template, module) for module, template in experts.items()})

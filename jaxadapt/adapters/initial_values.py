@@ -183,13 +183,12 @@ def init_values(
         for each in wanted
         if each.site and each.tensor.from_base and not has_value(base.get(each.site.leaf), abstract)
     }
-    if without_values:
-        raise_listed(
-            AttachError,
-            "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
-            " parameters with values:",
-            without_values,
-        )
+    raise_listed(
+        AttachError,
+        "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
+        " parameters with values:",
+        without_values,
+    )
     context = _make_context(sites, whole)
 
     def dtype_of(each: _Wanted) -> Any:
@@ -216,7 +215,7 @@ def init_values(
         if path not in values:
             assert site is not None, f"{path}: a shared tensor cannot start from one weight"
             w = jnp.asarray(quantized.to_dense(base[site.leaf]))
-            derived = derive_tensor(config, site, each.tensor, values, w, key, context)
+            derived = _derive_tensor(config, site, each, values, w, key, context)
             # Always copy, so that donating the adapter never donates the base's array.
             keeps_own = each.tensor.is_copy or each.tensor.dtype is not None
             copy = jnp.array(derived, dtype=dtype_of(each) if keeps_own else dtype, copy=True)
@@ -254,7 +253,9 @@ def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any
             first = each.method.init(config, each.tensor, _start(each, key, 0, context))
             if not isinstance(first, random_draws.Draw):
                 starts = (_start(each, key, i, context) for i in range(1, each.entry.form.count))
-                values[path] = _all_entries(config, each, first, starts)
+                others = (each.method.init(config, each.tensor, start) for start in starts)
+                has_entries = site is not None and each.method.torch_layout
+                values[path] = _stack_entries(each.entry.form, [first, *others]) if has_entries else first
                 continue
             draws[path] = first, each.entry.shape
             if site is not None and (by_tensor := _scales_by_tensor(config, each)) is not None:
@@ -313,13 +314,6 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
     )
 
 
-def _all_entries(config: Config, each: _Wanted, first: Any, starts: Iterable[Start]) -> Any:
-    """Return the leaf whose first entry has the values `first`; `starts` are the circumstances of the others."""
-    if each.site is None or not each.method.torch_layout:
-        return first
-    return _stack_entries(each.entry.form, [first, *(each.method.init(config, each.tensor, s) for s in starts)])
-
-
 def _stack_entries(form: FileLayout, values: Iterable[Any]) -> Any:
     """Return the leaf whose entries have these values; a tensor of a smaller rank is filled with zeros."""
 
@@ -332,41 +326,35 @@ def _stack_entries(form: FileLayout, values: Iterable[Any]) -> Any:
 # ---------------------------------------------------------------- from the base
 
 
-def derive_tensor(
-    config: Config,
-    site: Site,
-    tensor: MethodTensor,
-    values: Mapping[str, Any],
-    w: Any,
-    key: Any = None,
-    context: _Context = MappingProxyType({}),
+def _derive_tensor(
+    config: Config, site: Site, each: _Wanted, values: Mapping[str, Any], w: Any, key: Any, context: _Context
 ) -> Any:
-    """Return the initial values of a tensor that starts from the base weight `w`.
+    """Return the initial values of a tensor of a site that starts from the base weight `w`.
 
     Args:
         values: `{path: array}` of the tensors that precede it, and of the shared ones.
         context: the other sites and the shared tensors of the adapter.
     """
-    (entry,) = [e for t, e in site.bound if t.name == tensor.name]
+    tensor, form = each.tensor, each.entry.form
     params = {t.name: values[e.path] for t, e in site.bound if e.path in values}
-    shared = {name: paths.join(SHARED_NODE, name) for name in context.get("shared", ())}
+    shared = {name: paths.join(SHARED_NODE, name) for name in context["shared"]}
     common = {name: values[path] for name, path in shared.items() if path in values}
-    each = _Wanted(tensor, entry, site, site.method)
     if not site.method.torch_layout:
 
         def change(applied: Any, w: Any) -> Any:
             axes = dataclasses.replace(applied.axes, parts=None)
-            start = _start(each, key, 0, context, w=applied.part(w), axes=axes, params=applied.params)
-            return site.method.init(config, tensor, start)
+            return site.method.init(
+                config, tensor, _start(each, key, 0, context, w=applied.part(w), axes=axes, params=applied.params)
+            )
 
-        return entry.form.clear_gaps(map_stack(site, change, {**params, **common}, w))
-    weights = _weight_rows(site, entry.form, w)
+        return form.clear_gaps(map_stack(site, change, {**params, **common}, w))
+    weights = _weight_rows(site, form, w)
     rows = {t.name: e.form.to_rows(params[t.name]) for t, e in site.bound if t.name in params}
     starts = (
         _start(each, key, i, context, w=weights[i], params={**{name: x[i] for name, x in rows.items()}, **common})
-        for i in range(entry.form.count)
+        for i in range(form.count)
     )
-    return _stack_entries(entry.form, (site.method.init(config, tensor, start) for start in starts))
+    return _stack_entries(form, (site.method.init(config, tensor, start) for start in starts))
 
 
 def _weight_rows(site: Site, form: FileLayout, w: Any) -> Any:

@@ -317,8 +317,9 @@ def _check_token_indices(
         matched.add(module)
         if matching.is_saved(config, module):
             problems.append(f"{module}: modules_to_save already trains all its rows")
-        counts = sorted(Counter(indices).items())
-        problems += [f"{module}: token {i} is given twice" for i, count in counts if count > 1]
+        problems += [
+            f"{module}: token {i} is given twice" for i, count in sorted(Counter(indices).items()) if count > 1
+        ]
         problems += [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
     if isinstance(given, Mapping):
         problems += [

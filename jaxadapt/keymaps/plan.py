@@ -425,8 +425,11 @@ class Plan:
             f"missing from {source} (the model expects them)",
             "unexpected (no leaf of the model uses them)",
         )
-        unusable = f"{len(other_problems)} unusable:\n{paths.bullets(other_problems)}"
-        return [*problems, unusable] if other_problems else problems
+        return (
+            [*problems, f"{len(other_problems)} unusable:\n{paths.bullets(other_problems)}"]
+            if other_problems
+            else problems
+        )
 
     def encode(self, leaves: Mapping[str, Array], host: bool = False) -> Encoded:
         """Return a lazy `{key: array}` from `{path: leaf}`; each look-up computes its array.

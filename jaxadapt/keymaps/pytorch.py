@@ -173,8 +173,9 @@ def state_dict_keymap(
             kind = "embedding"
         elif len(shape) > 2:
             kind, groups = ("conv", _groups(sizes(module, own, shape)[1], shape[1])) if own else ("other", 1)
-        turns = turned.get(module, False)
-        entries.append(Weight(leaf, key, f"{axes} -> {axes}", kind=kind, fan_in_fan_out=turns, groups=groups))
+        entries.append(
+            Weight(leaf, key, f"{axes} -> {axes}", kind=kind, fan_in_fan_out=turned.get(module, False), groups=groups)
+        )
     return KeyMap(KEYMAP_NAME, tuple(entries), tied=tied)
 
 

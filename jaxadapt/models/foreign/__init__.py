@@ -36,8 +36,9 @@ Dims = tuple[tuple[str, ...], ...]
 
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
-    pieces = re.split(f"({_HOLE.pattern})", pattern)
-    return re.compile("".join(_HOLES.get(piece) or re.escape(piece) for piece in pieces))
+    return re.compile(
+        "".join(_HOLES.get(piece) or re.escape(piece) for piece in re.split(f"({_HOLE.pattern})", pattern))
+    )
 
 
 def _rename(path: str, pattern: str, *others: str) -> tuple[str, ...] | None:
@@ -202,8 +203,9 @@ class Dialect:
 
     def flattened(self) -> Dialect:
         """Return the dialect with its layouts reversed, so that those that flatten come first."""
-        reverse = (dataclasses.replace(pair, layouts=pair.layouts[::-1]) for pair in self.pairs)
-        return dataclasses.replace(self, pairs=tuple(reverse))
+        return dataclasses.replace(
+            self, pairs=tuple(dataclasses.replace(pair, layouts=pair.layouts[::-1]) for pair in self.pairs)
+        )
 
     def paths(self, leaf: str) -> tuple[str, str, Pair] | None:
         """Return the paths of a base leaf's arrays and their pair, by the most specific pair; None without a match."""

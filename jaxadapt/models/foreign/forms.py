@@ -291,8 +291,9 @@ def read_alphas(
         found, unread = _read_numbers(numbers, [path] if path and leaf not in known else ())
         problems += unread
         if found and not unread:
-            rank = leaves[claim.a].shape[-1]
-            alphas[leaf] = float(found[path]) if claim.alpha else _shortest_alpha(found[path], rank)
+            alphas[leaf] = (
+                float(found[path]) if claim.alpha else _shortest_alpha(found[path], leaves[claim.a].shape[-1])
+            )
     return alphas, problems
 
 

@@ -420,8 +420,9 @@ def blank_arrays(
             )
         return flat_sizes[frozenset(dim)] if unknown else math.prod(known[n] for n in dim)
 
-    both = zip((path_a, path_b), choices[0], strict=True)
-    return {path: tuple(size_of(path, dim) for dim in dims) for path, dims in both}
+    return {
+        path: tuple(size_of(path, dim) for dim in dims) for path, dims in zip((path_a, path_b), choices[0], strict=True)
+    }
 
 
 def _possible_layouts(dialect: Dialect, pair: Pair, weight: Weight) -> list[tuple[Dims, Dims]]:
@@ -543,8 +544,9 @@ def _factor_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     for value in counts:
         if value != most_common:
             modules = sorted(m for m, v in values.items() if v == value)
-            others = [m for m, v in values.items() if v != value]
-            patterns |= dict.fromkeys(matching.shortest_suffixes(modules, others), value)
+            patterns |= dict.fromkeys(
+                matching.shortest_suffixes(modules, [m for m, v in values.items() if v != value]), value
+            )
     return most_common, dict(sorted(patterns.items()))
 
 
@@ -604,8 +606,7 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
             f"lora_alpha={lora_alpha} contradicts the tree: {dialect.name} {_why_known(dialect)}, {contradicting};"
             " leave it out"
         )
-    note = f"\n(The file has lora_alpha={config.lora_alpha:g}, r={config.r}.)"
-    _require_alpha(sites, lora_alpha is not None, note)
+    _require_alpha(sites, lora_alpha is not None, f"\n(The file has lora_alpha={config.lora_alpha:g}, r={config.r}.)")
     if not all(alphas.values()):
         raise ConfigError(
             f"cannot store an adapter in {dialect.name} leaves with lora_alpha=0, which multiplies them by 0"

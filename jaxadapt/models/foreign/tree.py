@@ -104,22 +104,6 @@ def place_tensors(
     return found
 
 
-def _refuse_misfits(sites: ForeignSites, found: Placement, concat: bool) -> None:
-    """Raise one `MismatchError` with every array that cannot hold the file's tensors exactly.
-
-    `concat` allows arrays whose tensors differ.
-    """
-    raise_listed(
-        MismatchError,
-        f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file, which differ:",
-        [] if concat else dict.fromkeys(found.differ),
-        "\nTrain the modules with one A, or build the target with a larger rank and pass"
-        ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',
-    )
-    need = found.need
-    forms.require_rank({half.path: (half.rank, need[half.path]) for half in sites.arrays})
-
-
 def _group_equal(tensors: Sequence[Array], same: Any) -> list[int]:
     """Return for each tensor the number of the first that is equal."""
     groups: list[int] = []
@@ -418,8 +402,7 @@ def read_tree(
     config = survey.infer_config(sites, given.config, given.lora_alpha)
     warn_unproved(sites.keymap)
     host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
-    encoded = sites.plan.encode(foreign_tree.leaves, host)
-    peft = PeftTensors(config, encoded, f"this {foreign_tree.dialect.name} tree")
+    peft = PeftTensors(config, sites.plan.encode(foreign_tree.leaves, host), f"this {foreign_tree.dialect.name} tree")
     if sites.real is None:
         return peft, sites
     parts = parts or sites.real.per_expert
@@ -465,8 +448,9 @@ def fill_tree(
     sites = survey_tree(room, keymap, tensors.tensors)
     if sites.real is not None:
         fused = experts.fuse_experts(tensors, sites.real, given.on_shared)
-        split = experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real)
-        tensors = PeftTensors(*split, tensors.source)
+        tensors = PeftTensors(
+            *experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real), tensors.source
+        )
     if given.slot is not None and isinstance(tensors.config, LoraConfig):  # `scale_ratios` refuses other methods
         sites = _with_scales(foreign_tree, sites, tensors.config)
     ratios = survey.scale_ratios(sites, tensors.config, given.lora_alpha)
@@ -491,17 +475,6 @@ def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
     return fill_tree(foreign_tree, PeftTensors(adapter.config, tensors, "this adapter"), keymap)
 
 
-def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
-    """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
-    traced = any(isinstance(x, Tracer) for x in arrays)
-    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
-        raise MismatchError(
-            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
-            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
-        )
-    return traced
-
-
 def _build_arrays(
     room: ForeignTree,
     sites: ForeignSites,
@@ -515,10 +488,22 @@ def _build_arrays(
     `values` are the file's tensors by key, and `ratios` the factors of each module's B.
     """
     on_shared = room.given.on_shared
-    traced = _is_traced(sites, [*values.values(), *room.leaves.values()], on_shared)
+    traced = any(isinstance(x, Tracer) for x in (*values.values(), *room.leaves.values()))
+    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
+        raise MismatchError(
+            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
+            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
+        )
     found = place_tensors(sites, values, ratios, operator.is_ if traced else bitwise_same)
-    _refuse_misfits(sites, found, on_shared == "concat")
-    placed = found.placed
+    raise_listed(
+        MismatchError,
+        f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file, which differ:",
+        [] if on_shared == "concat" else dict.fromkeys(found.differ),
+        "\nTrain the modules with one A, or build the target with a larger rank and pass"
+        ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',
+    )
+    placed, need = found.placed, found.need
+    forms.require_rank({half.path: (half.rank, need[half.path]) for half in sites.arrays})
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
     kept = {site.a.path for site in sites.sites if site.b.shared == 1 and room.given.slot is None}
@@ -534,14 +519,13 @@ def _build_arrays(
             path: build_array(half, contents, room.leaves[path], path in kept, dtypes[path], traced)
             for path, (half, contents) in placed.items()
         }
-    bad = [(path, placed[path][0].keys) for path in regions.names_not_finite(new)]
     not_finite = [
         (
-            [key for key in keys if key in values],
+            [key for key in placed[path][0].keys if key in values],
             dtypes[path],
             0 if path in kept else regions.count_not_finite(new[path]),
         )
-        for path, keys in bad
+        for path in regions.names_not_finite(new)
     ]
     regions.warn_not_finite(regions.explain_not_finite(not_finite, lambda key: np.asarray(values[key]), source), source)
     return placed, new
