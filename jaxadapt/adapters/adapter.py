@@ -290,9 +290,13 @@ class Site:
     def leaf(self) -> str:
         return self.match.leaf
 
-    @functools.cached_property
+    @property
     def axes(self) -> Axes:
         """The roles of the weight's axes."""
+        return self._axes
+
+    @functools.cached_property
+    def _axes(self) -> Axes:
         axes = self.match.axes
         return dataclasses.replace(axes, torch=torch_layout(self)) if self.method.torch_layout else axes
 

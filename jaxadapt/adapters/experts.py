@@ -402,14 +402,11 @@ def _stack_factors(
     """Return `{(side, suffix of the part): array}`, and the factor by which the rank has grown."""
     count = len(parameter.modules)
     xp = factors[0, 0]["A"].__array_namespace__()
-    a: list[Array] = []
-    b: list[Array] = []
-    for part in range(count):
-        experts = [factors[part, number] for number in range(len(factors) // count)]
-        a.append(xp.concatenate([expert["A"] for expert in experts]))
-        # (expert, out, rank) -> (out, rank, expert)
-        stacked = xp.stack([expert["B"] for expert in experts], axis=-1)
-        b.append(stacked.reshape(stacked.shape[0], -1))
+    numbers, out_size = range(len(factors) // count), factors[0, 0]["B"].shape[0]
+    a = [xp.concatenate([factors[part, e]["A"] for e in numbers]) for part in range(count)]
+    # (expert, out, rank) -> (out, rank, expert)
+    stacked = [xp.stack([factors[part, e]["B"] for e in numbers], axis=-1) for part in range(count)]
+    b = [array.reshape(out_size, -1) for array in stacked]
     keys_a, keys_b = parameter.keys("A"), parameter.keys("B")
     if parameter.split or count == 1:
         sides = {"A": zip(keys_a, a, strict=True), "B": zip(keys_b, b, strict=True)}
@@ -449,19 +446,13 @@ def _with_target_parameters(
             for entry in targets or ()
             if any(module == entry or module.endswith(f".{entry}") for module in modules)
         ]
-    parameters = [*(config.target_parameters or ()), *_shorten_names(list(ranks), config, others)]
+    # The last two parts of the parameters' names; the full names if not every layer is adapted.
+    ends = tuple(dict.fromkeys(".".join(name.split(".")[-2:]) for name in ranks))
+    is_partial = config.layers_to_transform is not None or isinstance(targets, str) or config.exclude_modules
+    is_ambiguous = is_partial if others is None else any(name.endswith(ends) for name in others)
+    parameters = [*(config.target_parameters or ()), *(ranks if is_ambiguous else ends)]
     config = config.replace(target_modules=remaining, target_parameters=parameters, lora_dropout=0.0)
     return _with_ranks(config, modules, ranks, alphas)
-
-
-def _shorten_names(names: Sequence[str], config: LoraConfig, others: Collection[str] | None) -> list[str]:
-    """Return the last two parts of the parameters' names; the full names if not every layer is adapted."""
-    ends = tuple(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
-    is_partial = (
-        config.layers_to_transform is not None or isinstance(config.target_modules, str) or config.exclude_modules
-    )
-    is_ambiguous = is_partial if others is None else any(name.endswith(ends) for name in others)
-    return list(names) if is_ambiguous else list(ends)
 
 
 # ---------------------------------------------------------------- split
@@ -539,11 +530,8 @@ def _with_target_modules(
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in experts.values()))
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)
-    if (
-        can_list
-        and config.layers_to_transform is None
-        and not _ends_of_others(keymap, other_modules).intersection(ends)
-    ):
+    others = _ends_of_others(keymap, other_modules)
+    if can_list and config.layers_to_transform is None and not others.intersection(ends):
         return config.replace(target_modules=[*targets, *ends], target_parameters=remaining)
     # Modules that are not adapted end in the same names: only a pattern can exclude them.
     layers = sorted({_layer_pattern(template, module) for module, template in experts.items()})

@@ -183,12 +183,13 @@ def init_values(
         for each in wanted
         if each.site and each.tensor.from_base and not has_value(base.get(each.site.leaf), abstract)
     }
-    raise_listed(
-        AttachError,
-        "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
-        " parameters with values:",
-        without_values,
-    )
+    if without_values:
+        raise_listed(
+            AttachError,
+            "these adapters start from the values of the base weights, but the base has only shapes here; pass base"
+            " parameters with values:",
+            without_values,
+        )
     context = _make_context(sites, whole)
 
     def dtype_of(each: _Wanted) -> Any:
@@ -252,8 +253,8 @@ def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any
             path, site = each.entry.path, each.site
             first = each.method.init(config, each.tensor, _start(each, key, 0, context))
             if not isinstance(first, random_draws.Draw):
-                starts = (_start(each, key, i, context) for i in range(1, each.entry.form.count))
-                others = (each.method.init(config, each.tensor, start) for start in starts)
+                numbers = range(1, each.entry.form.count)
+                others = (each.method.init(config, each.tensor, _start(each, key, i, context)) for i in numbers)
                 has_entries = site is not None and each.method.torch_layout
                 values[path] = _stack_entries(each.entry.form, [first, *others]) if has_entries else first
                 continue

@@ -87,7 +87,6 @@ _WRAPPERS: Mapping[str, str] = {
 }
 _SAVED = ".modules_to_save."
 _ORIGINAL = ".token_adapter.trainable_tokens_original."
-_PLAIN = ("weight", "bias")
 _NOT_MODULES = ("lora_magnitude_vector",)  # a module in memory, and in PEFT's files a tensor without ".weight"
 
 # ---------------------------------------------------------------- names of tensors
@@ -160,7 +159,7 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
     ('default', 'q.lora_A.weight')
     """
     stem, _, end = key.rpartition(".")
-    if end in _PLAIN:  # of a module: lora_A.default.weight
+    if end in ("weight", "bias"):  # of a module: lora_A.default.weight
         stem, _, name = stem.rpartition(".")
         tensor = stem.rpartition(".")[2]
         if _is_tensor(tensor):

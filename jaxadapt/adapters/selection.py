@@ -180,10 +180,9 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
 
 def _selected_containers(config: Config, names: Sequence[str]) -> list[str]:
     """Return the modules that contain `names` and that an expression selects."""
-    if not isinstance(config.get("target_modules"), str):
-        return []
-    parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
-    return [name for name in sorted(parents) if matching.is_target(config, name)]
+    is_expression = isinstance(config.get("target_modules"), str)
+    parents = {name[:i] for name in names if is_expression for i, letter in enumerate(name) if letter == "."}
+    return [name for name in sorted(parents.difference(names)) if matching.is_target(config, name)]
 
 
 def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
@@ -257,7 +256,6 @@ def _remaining(warnings: Sequence[str], template: str) -> list[str]:
 Mapped = dict[str, Covered]
 
 NONE: frozenset[str] = frozenset()
-_PARAMETER_KINDS = ("linear", "parameter", "experts")
 
 
 def _inventory(
@@ -493,7 +491,7 @@ def _bind_parameters(
         if not targeted:
             continue
         kind = match.weight.kind
-        if kind not in _PARAMETER_KINDS:
+        if kind not in ("linear", "parameter", "experts"):
             refused.append(f"{leaf} {shape}: kind {kind!r}")
         elif kind == "linear" and match.weight.fan_in_fan_out:
             refused.append(f"{leaf} {shape}: PyTorch stores it (in, out), and PEFT would read it as (out, in)")

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxadapt.adapters.adapter import (
@@ -108,7 +108,8 @@ def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]
 def repeat_for_heads(config: Config, entries: Iterable[PlanEntry], keymap: KeyMap) -> list[PlanEntry]:
     """Return the entries that a file repeats under the head's name, as the method says (`Method.as_head`)."""
     method = METHODS.get(config.peft_type)
-    as_head = {**_COPIES, **({} if method is None else method.as_head)}
+    as_head = {"weight": "weight", "base_layer.weight": "base_layer.weight"}
+    as_head |= {} if method is None else method.as_head
     repeated: list[PlanEntry] = []
     for head, embedding in keymap.tied:
         embedding_prefix, head_prefix = (f"{keymap.prefix}{key.removesuffix('weight')}" for key in (embedding, head))
@@ -116,14 +117,10 @@ def repeat_for_heads(config: Config, entries: Iterable[PlanEntry], keymap: KeyMa
             suffix = entry.keys[0].removeprefix(embedding_prefix)
             if not entry.keys[0].startswith(embedding_prefix) or suffix not in as_head:
                 continue
-            form = entry.form
-            if suffix != as_head[suffix]:
-                form = dataclasses.replace(form, right=form.right[::-1])
+            turned = dataclasses.replace(entry.form, right=entry.form.right[::-1])
+            form = entry.form if suffix == as_head[suffix] else turned
             repeated.append(PlanEntry(entry.path, form, (f"{head_prefix}{as_head[suffix]}",)))
     return repeated
-
-
-_COPIES = {"weight": "weight", "base_layer.weight": "base_layer.weight"}
 
 
 # ---------------------------------------------------------------- full copies
@@ -312,9 +309,8 @@ def _check_token_indices(
     if given is None:
         return
     problems: list[str] = []
-    matched: set[str] = set()
-    for module, indices, size in _modules_with_rows(config, matches, inputs):
-        matched.add(module)
+    with_rows = _modules_with_rows(config, matches, inputs)
+    for module, indices, size in with_rows:
         if matching.is_saved(config, module):
             problems.append(f"{module}: modules_to_save already trains all its rows")
         problems += [
@@ -323,7 +319,9 @@ def _check_token_indices(
         problems += [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
     if isinstance(given, Mapping):
         problems += [
-            f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
+            f"{name}: no module has this name"
+            for name in given
+            if not any(module.endswith(name) for module, *_ in with_rows)
         ]
     raise_listed(
         TargetError,
@@ -336,14 +334,15 @@ def _check_token_indices(
 
 def _modules_with_rows(
     config: Config, matches: Iterable[tuple[Match, Mapping[str, int]]], inputs: str | None
-) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield each module that trains some rows only, with their tokens and the size of the vocabulary."""
-    for match, sizes in matches:
-        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
-        for module, parameter in match.parameters(sizes).values():
-            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
-            if indices is not None:
-                yield module, indices, sizes[axes[0]] if axes else 0
+) -> list[tuple[str, tuple[int, ...], int]]:
+    """Return each module that trains some rows only, with their tokens and the size of the vocabulary."""
+    return [
+        (module, indices, sizes[axes[0]] if axes else 0)
+        for match, sizes in matches
+        for axes in (match.roles["in" if match.weight.kind == "embedding" else "out"],)
+        for module, parameter in match.parameters(sizes).values()
+        if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None
+    ]
 
 
 # ---------------------------------------------------------------- embeddings of the base
@@ -491,11 +490,8 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         " extract(model).keymap",
     )
     shared = bind_shared(config, method, sites, found_shared) if found_shared else ()
-    raise_listed(
-        MismatchError,
-        "the adapter's shared tensors contradict its configuration:",
-        _wrong_shared(shared, found_shared),
-    )
+    if shared:
+        _check_shared(shared, found_shared)
     untargeted = (
         name
         for site in sites
@@ -568,19 +564,14 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
         )
 
 
-def _wrong_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> list[str]:
-    """Return a line for each shared tensor that is missing, unknown or wrongly shaped.
-
-    A tree of the trained parameters lacks those that are not trained.
-    """
-    fixed = {each.tensor.name for each in shared if not each.tensor.trained}
-    expected = {each.tensor.name: each.entry.shape for each in shared}
-    return [
-        f"{name}: expected {list(expected[name]) if name in expected else 'no such tensor'},"
-        f" found {list(found[name]) if name in found else 'none'}"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name) and not (name in fixed and name not in found)
-    ]
+def _check_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> None:
+    """Raise `MismatchError` for each shared tensor that is missing, unknown or wrongly shaped."""
+    differences = paths.compare(
+        {each.tensor.name: paths.Spec(each.entry.shape) for each in shared},
+        {name: paths.Spec(shape) for name, shape in found.items()},
+        {each.tensor.name for each in shared if not each.tensor.trained},  # a tree of the trained parameters lacks them
+    )
+    raise_listed(MismatchError, "the adapter's shared tensors contradict its configuration:", map(str, differences))
 
 
 def _stacked_sizes(config: Config, method: Method, match: Match, shapes: Mapping[str, Shape]) -> dict[str, int]:

@@ -580,9 +580,6 @@ def with_layout(config: _C, keymap: KeyMap, sites: Iterable[Match]) -> _C:
     return config if bool(config.get("fan_in_fan_out")) == turned else config.replace(fan_in_fan_out=turned)
 
 
-_RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-
-
 def entry_for_copy(leaf: str, shape: Sequence[int]) -> Weight:
     """Return a literal entry for a leaf that is only copied: 2-D kernels are transposed, others keep their layout.
 
@@ -590,7 +587,7 @@ def entry_for_copy(leaf: str, shape: Sequence[int]) -> Weight:
     ('score.weight', 'a0 -> a0')
     """
     module, dot, last = leaf.rpartition(".")
-    key = f"{module}{dot}{_RENAMED.get(last, last)}"
+    key = f"{module}{dot}{'weight' if last in ('kernel', 'scale', 'embedding') else last}"
     if last == "kernel" and len(shape) == 2:
         return Weight(leaf, key, "i o -> o i")
     axes = " ".join(f"a{i}" for i in range(len(shape)))

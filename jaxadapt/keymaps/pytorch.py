@@ -172,16 +172,12 @@ def state_dict_keymap(
         if module in lookups or (module in row_modules and not own):
             kind = "embedding"
         elif len(shape) > 2:
-            kind, groups = ("conv", _groups(sizes(module, own, shape)[1], shape[1])) if own else ("other", 1)
+            kind, channels = "conv" if own else "other", sizes(module, own, shape)[1] if own else None
+            groups = channels // shape[1] if channels and channels % shape[1] == 0 else 1
         entries.append(
             Weight(leaf, key, f"{axes} -> {axes}", kind=kind, fan_in_fan_out=turned.get(module, False), groups=groups)
         )
     return KeyMap(KEYMAP_NAME, tuple(entries), tied=tied)
-
-
-def _groups(channels: int | None, own: int) -> int:
-    """Return the groups of a convolution from its input channels and those of one output; 1 if they are not known."""
-    return channels // own if channels and channels % own == 0 else 1
 
 
 def match_model_keys(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
@@ -345,9 +341,8 @@ _ATTENTION = (
     "transformer_blocks.{0-9}.ff.net.{0.proj,2}",
 )
 _RESNET = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
-_OUTSIDE = ("conv_in", "conv_out", "time_embedding.linear_{1,2}", "add_embedding.linear_{1,2}")
 _UNET = (
-    *_OUTSIDE,
+    *("conv_in", "conv_out", "time_embedding.linear_{1,2}", "add_embedding.linear_{1,2}"),
     *(f"down_blocks.{{0-3}}.resnets.{{0,1}}.{name}" for name in _RESNET),
     *(f"down_blocks.{{0-3}}.attentions.{{0,1}}.{name}" for name in _ATTENTION),
     *(f"up_blocks.{{0-3}}.resnets.{{0-2}}.{name}" for name in _RESNET),

@@ -168,9 +168,7 @@ def load_families(table: Mapping[str, str]) -> dict[str, KeyMap]:
 
 
 FAMILIES = load_families(TABLE)
-_SCAN_AXES = range(3)
 _LAYER = re.compile(r"\d+(?=\.)")
-_BLOCK = frozenset("012345")
 
 
 def get_family(name: str, families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
@@ -229,7 +227,7 @@ def _one_of_each_kind(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[
     """Return the leaves of a model without those of further layers, which are alike."""
     # A number at the end is part of a weight's name (wi_0, wi_1). In a model whose blocks are several layers, at most
     # six, these layers differ.
-    kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in _BLOCK else "6", p), shape): p for p, shape in shapes.items()}
+    kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in set("012345") else "6", p), shape): p for p, shape in shapes.items()}
     return {leaf: shape for (_, shape), leaf in kinds.items()}
 
 
@@ -241,7 +239,7 @@ def _bounded_forms(keymaps: Iterable[KeyMap], leaves: Mapping[str, tuple[int, ..
     bounds = ((max_coverage(f, leaves, stacked), f, stacked) for f in keymaps for stacked in (False, True))
     return [
         # A family that is stacked itself has no further forms.
-        (bound, [t for t in map(f.scanned, _SCAN_AXES) if t.weights != f.weights] if stacked else [f])
+        (bound, [t for t in map(f.scanned, range(3)) if t.weights != f.weights] if stacked else [f])
         for bound, f, stacked in sorted(bounds, key=lambda each: -each[0])
         if bound
     ]
@@ -262,7 +260,7 @@ def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, 
     chosen = [t for t in fitting if unused[t] == min(unused.values())]
     rivals = [t for t in fitting if _matched_entries(t, samples) != _matched_entries(chosen[0], samples)]
     if rivals or len(chosen) > 1:
-        names = ", ".join(_format_name(t) for t in dict.fromkeys((*chosen, *rivals)))
+        names = ", ".join(map(_format_name, dict.fromkeys((*chosen, *rivals))))
         raise errors.KeyMapError(
             f"cannot recognize the model: its leaves fit several keymaps: {names}; select one with keymap="
         )

@@ -6,7 +6,6 @@
 from jaxadapt.keymaps.families import FROM, INTO, LAYER, Weight, biases, decoder_keymap, dense, embeddings, layer_norms
 
 _ATTENTION = tuple(f"{LAYER}self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o"))
-_OUT = (f"{LAYER}self_attn.o_proj", f"{LAYER}mlp.down_proj")
 _NORMS = (
     *("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
     *("self_attn.q_norm", "self_attn.k_norm"),
@@ -17,7 +16,7 @@ LLAMA = decoder_keymap(
     (
         *embeddings("model.embed_tokens"),
         *dense(*_ATTENTION[:-1], *(f"{LAYER}mlp.{p}_proj" for p in ("gate", "up", "gate_up")), bias=False, axes=FROM),
-        *dense(*_OUT, bias=False, axes=INTO),
+        *dense(_ATTENTION[-1], f"{LAYER}mlp.down_proj", bias=False, axes=INTO),
         *dense("lm_head", bias=False),
         *biases(_ATTENTION),
         *layer_norms(LAYER, ((name, name) for name in _NORMS), leaf="kernel"),

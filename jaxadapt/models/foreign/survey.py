@@ -441,15 +441,14 @@ def respell_modules(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> d
     """Return `{module: its name in another spelling of the same keymap}`."""
     entries = [pair for pair in zip(source.weights, target.weights, strict=False) if pair[0].leaf == pair[1].leaf]
     names: dict[str, str] = {}
-    for module in modules:
-        found = ((new, old.match_key(f"{module}.weight")) for old, new in entries)
-        name = next((new.fill_key(texts) for new, texts in found if texts is not None), None)
-        if name is None:
-            raise KeyMapError(
-                f"cannot rename the module {module}: no entry of {source.name!r} matches it, or"
-                f" {target.name!r} is another family"
-            )
-        names[module] = name.removesuffix(".weight")
+    for module, (old, new) in itertools.product(modules, entries):
+        if (texts := old.match_key(f"{module}.weight")) is not None:
+            names.setdefault(module, new.fill_key(texts).removesuffix(".weight"))
+    raise_listed(
+        KeyMapError,
+        f"cannot rename these modules: no entry of {source.name!r} matches them, or {target.name!r} is another family:",
+        [module for module in modules if module not in names],
+    )
     return names
 
 

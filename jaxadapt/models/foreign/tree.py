@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
@@ -291,13 +290,11 @@ class ForeignTree:
 def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> ForeignTree | None:
     """Return the foreign tree in a tree; None if it has no LoRA leaves of a known dialect.
 
-    `walked`: the walk over an NNX model, if it was made already. Raises `KeyMapError` if a dialect matches only some of
+    `walked`: the walk over an NNX model, if the tree is one. Raises `KeyMapError` if a dialect matches only some of
     the LoRA leaves, and `AttachError` for a slot of a tree whose arrays hold one adapter.
     """
     if isinstance(given.tree, ForeignTree):
         return dataclasses.replace(given.tree, given=dataclasses.replace(given, tree=given.tree.given.tree))
-    if walked is None and isinstance(given.tree, nnx.Module):
-        walked = graph.walk_model(given.tree)
     tree = given.tree if walked is None else walked
     if not may_have_path(tree, like_pattern().search):
         return None
@@ -310,7 +307,7 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     arrays = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, numbers.Real)}
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in arrays.items() if path not in lora}
     own = {path: leaf for path, leaf in arrays.items() if path in lora}
-    stored, _ = forms.read_alphas(dialect, own, {p: x for p, x in leaves.items() if p not in arrays})
+    stored, _ = forms.read_alphas(dialect, own, {path: leaves[path] for path in leaves.keys() - arrays.keys()})
     return ForeignTree(given, dialect, own, put, base, stored, walked=walked)
 
 
@@ -475,6 +472,17 @@ def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
     return fill_tree(foreign_tree, PeftTensors(adapter.config, tensors, "this adapter"), keymap)
 
 
+def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
+    """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
+    traced = any(isinstance(x, Tracer) for x in arrays)
+    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
+        raise MismatchError(
+            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
+            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
+        )
+    return traced
+
+
 def _build_arrays(
     room: ForeignTree,
     sites: ForeignSites,
@@ -488,12 +496,7 @@ def _build_arrays(
     `values` are the file's tensors by key, and `ratios` the factors of each module's B.
     """
     on_shared = room.given.on_shared
-    traced = any(isinstance(x, Tracer) for x in (*values.values(), *room.leaves.values()))
-    if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
-        raise MismatchError(
-            'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
-            f" instead of the tree, or fill the {sites.dialect.name} tree outside jit"
-        )
+    traced = _is_traced(sites, [*values.values(), *room.leaves.values()], on_shared)
     found = place_tensors(sites, values, ratios, operator.is_ if traced else bitwise_same)
     raise_listed(
         MismatchError,

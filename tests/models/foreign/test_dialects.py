@@ -453,10 +453,10 @@ def test_a_dialect_that_contradicts_itself_is_refused(make: Any, says: str):
 
 
 @pytest.fixture
-def acme(monkeypatch) -> Any:
+def acme() -> Any:
     """A library that stores alpha/r beside its factors, under a name that `like` leaves out: one row of the table."""
     names = ("{module}.down", "{module}.up", "{module}.kernel")
-    monkeypatch.setitem(DIALECTS, "acme", Dialect("acme", (Pair(*names, scale_leaf="{module}.gain"),), r"\.(down|up)$"))
+    DIALECTS["acme"] = Dialect("acme", (Pair(*names, scale_leaf="{module}.gain"),), r"\.(down|up)$")
 
     def tree(gain: Any, seed: int = 0) -> dict[str, Any]:
         rng = np.random.RandomState(seed)
@@ -464,7 +464,8 @@ def acme(monkeypatch) -> Any:
         leaves = {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
         return {"q": leaves if gain is None else {**leaves, "gain": gain}}
 
-    return tree
+    yield tree
+    del DIALECTS["acme"]
 
 
 @pytest.mark.parametrize("gain", [2.0, np.float32(2), np.full(3, 2, "float32"), jnp.asarray(2.0)], ids=repr)
