@@ -220,7 +220,10 @@ def resolve_keymap(
         raise errors.KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
     if keymap not in (None, "auto"):
         return get_family(keymap, families)
-    return _recognize(tuple(families.values()), tuple(_one_of_each_kind(shapes).items()))
+    leaves = _one_of_each_kind(shapes)
+    if families is not FAMILIES:
+        return _recognize(families.values(), leaves)
+    return _recognize_known(tuple(families), tuple(leaves.items()))
 
 
 def _one_of_each_kind(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -246,8 +249,13 @@ def _bounded_forms(keymaps: Iterable[KeyMap], leaves: Mapping[str, tuple[int, ..
 
 
 @functools.lru_cache(maxsize=128)  # the same model is recognized for each adapter
-def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
-    samples, counts, best = dict(leaves), dict[KeyMap, int](), 1
+def _recognize_known(names: tuple[str, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
+    """Return the keymap that `_recognize` chooses among these families; hashing their names takes less time."""
+    return _recognize(map(FAMILIES.__getitem__, names), dict(leaves))
+
+
+def _recognize(keymaps: Iterable[KeyMap], samples: Mapping[str, tuple[int, ...]]) -> KeyMap:
+    counts, best = dict[KeyMap, int](), 1
     for bound, forms in _bounded_forms(keymaps, samples):
         if bound < best:
             break
