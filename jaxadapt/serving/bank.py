@@ -39,9 +39,8 @@ from jaxadapt.serving.layout import (
     Tensors,
     becomes_lora,
     blank,
-    compare_shared,
-    draw_shared,
     find_refusals,
+    find_shared,
     fit_adapter,
     make_place,
     raise_refused,
@@ -120,26 +119,21 @@ def _repeat(place: Place, x: Any) -> Any:
 
 
 @jax.jit
-def _gather_rows(bank: Bank, ids: Any) -> Sequence[Tensors]:
-    """Gather the slot of each row, with the axes of the tensors in the order that products need."""
+def _gather_rows(bank: Bank, ids: Any, weights: Any = None) -> Sequence[Tensors]:
+    """Gather the slot of each row, with the axes of the tensors in the order that products need.
+
+    With the weights of several adapters in each row, gather their slots as they are, and repeat the weights for all
+    layers.
+    """
 
     def gather(place: Place, name: str, x: Any) -> Any:
         taken = take_slots(x, ids, place.layers)
-        turned = name in place.row.method.row_turned
+        turned = weights is None and name in place.row.method.row_turned
         return _to_leaf(place, jnp.moveaxis(taken, -1, place.layers + 1) if turned else taken)
 
     return tuple(
         {name: gather(place, name, x) for name, x in arrays.items()}
-        for place, arrays in zip(bank.layout.places, bank.arrays, strict=True)
-    )
-
-
-@jax.jit
-def _mix(bank: Bank, ids: Any, weights: Any) -> Sequence[Tensors]:
-    """Gather the slots of each row's adapters, and repeat the weights for all layers."""
-    return tuple(
-        {name: _to_leaf(place, take_slots(x, ids, place.layers)) for name, x in arrays.items()}
-        | {WEIGHTS: _repeat(place, weights)}
+        | ({} if weights is None else {WEIGHTS: _repeat(place, weights)})
         for place, arrays in zip(bank.layout.places, bank.arrays, strict=True)
     )
 
@@ -214,8 +208,8 @@ class Bank:
             )
         rows = self.layout.rows
         if weights is not None:
-            mixed = _mix(self, ids, _check_mixture(self, ids, weights, implementation))
-            return Rows(mixed, rows, "mixture", self.shared)
+            weights = _check_mixture(self, ids, weights, implementation)
+            return Rows(_gather_rows(self, ids, weights), rows, "mixture", self.shared)
         if implementation is None:
             implementation = "gather" if ids.ndim == 1 else "mask"
         if implementation == "gather" and ids.ndim == 1:
@@ -285,8 +279,11 @@ def create(
         refused = find_refusals(sites)
         problems += refused
         if not refused:
-            own = shared_of(given, sites) if isinstance(given, Adapter) else draw_shared(config, sites)
-            number = _number_shared(shared, config.peft_type, own) if own else None
+            own = shared_of(given, sites)
+            number = find_shared(shared, config.peft_type, own)
+            if own and number is None:
+                number = len(shared)
+                shared.append((config.peft_type, own))
             places += [make_place(s, held.leaves[s.leaf], held.shardings.get(s.leaf), dtype, number) for s in sites]
     raise_refused([*problems, *_find_twice(places)], "cannot create the bank")
     return Bank(
@@ -310,15 +307,6 @@ def _find_twice(places: Sequence[Place]) -> list[Refusal]:
         for number, (leaf, method, *rest) in enumerate(kinds)
         if (leaf, method, *rest) in kinds[:number]
     ]
-
-
-def _number_shared(shared: list[tuple[str, Shared]], peft_type: str, own: Shared) -> int:
-    """Return the number of these shared tensors in a list, to which new ones are added."""
-    for number, (known, tensors) in enumerate(shared):
-        if known == peft_type and not compare_shared(tensors, own):
-            return number
-    shared.append((peft_type, own))
-    return len(shared) - 1
 
 
 def _empty(place: Place, slots: int) -> Tensors:

@@ -20,6 +20,7 @@ from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import regions
+from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -96,26 +97,25 @@ def raise_refused(refusals: Sequence[Refusal], what: str) -> None:
 Shared = Mapping[str, np.ndarray]
 
 
-def shared_of(adapter: Adapter, sites: Sites | None = None) -> dict[str, np.ndarray]:
-    """Return the tensors of the whole adapter, as arrays of numpy.
+def shared_of(given: Adapter | Config, sites: Sites) -> dict[str, np.ndarray]:
+    """Return the tensors of a whole adapter, as arrays of numpy: its own, or those that follow from a configuration.
 
-    Raises `AttachError` if training changes one, and `MismatchError` if one is too small for `sites`.
+    Raises `AttachError` if training changes one, or if the configuration does not determine it, and `MismatchError` if
+    one is too small for `sites`.
     """
-    _require_fixed(adapter.config, sites_of(adapter))
-    found = {name: np.asarray(x) for name, x in adapter.shared.items()}
-    if found and sites is not None:
-        targets, shapes = [site.target for site in sites], {name: x.shape for name, x in found.items()}
-        get_method(adapter.config).shared(adapter.config, targets, shapes)
-    return found
-
-
-def draw_shared(config: Config, sites: Sites) -> dict[str, np.ndarray]:
-    """Return the tensors of a whole adapter that follow from its configuration.
-
-    Raises `AttachError` if the configuration does not determine them, or if training changes one.
-    """
-    _require_fixed(config, sites)
-    method, drawn = get_method(config), dict[str, np.ndarray]()
+    config = given.config if isinstance(given, Adapter) else given
+    method = get_method(config)
+    if trained := [each.tensor.name for each in sites.shared if each.tensor.trained]:
+        raise AttachError(
+            f"{config.peft_type} trains tensors of the whole adapter ({', '.join(trained)}), so the rows of a batch"
+            " cannot each have their own"
+        )
+    if isinstance(given, Adapter):
+        found = {name: np.asarray(x) for name, x in given.shared.items()}
+        if found:
+            method.shared(config, [site.target for site in sites], {name: x.shape for name, x in found.items()})
+        return found
+    drawn: dict[str, np.ndarray] = {}
     shapes = {each.tensor.name: each.entry.shape for each in sites.shared}
     for each in sites.shared:
         values = method.init(config, each.tensor, Start(each.entry.form.file_shape, shared=shapes))
@@ -128,31 +128,26 @@ def draw_shared(config: Config, sites: Sites) -> dict[str, np.ndarray]:
     return drawn
 
 
-def _require_fixed(config: Config, sites: Sites) -> None:
-    if trained := [each.tensor.name for each in sites.shared if each.tensor.trained]:
-        raise AttachError(
-            f"{config.peft_type} trains tensors of the whole adapter ({', '.join(trained)}), so the rows of a batch"
-            " cannot each have their own"
-        )
-
-
-def find_shared(bank: Sequence[tuple[str, Shared]], adapter: Adapter) -> int | None:
-    """Return the number of the bank's shared tensors that are those of an adapter; None for an adapter without any.
+def find_shared(bank: Sequence[tuple[str, Shared]], peft_type: str, own: Shared) -> int | None:
+    """Return the number of the bank's shared tensors that are those of an adapter; None if the bank has no such ones.
 
     Methods use the first rows and columns of a shared tensor, so of two sizes the common part must be equal.
-
-    Raises `AttachError`, which says what differs, if the bank has no such tensors.
     """
-    own = shared_of(adapter)
-    if not own:
-        return None
-    config = adapter.config
-    differences: list[list[str]] = []
-    for number, (peft_type, tensors) in enumerate(bank):
-        if peft_type == config.peft_type:
-            differences.append(compare_shared(tensors, own))
-            if not differences[-1]:
-                return number
+    return next(
+        (n for n, (known, tensors) in enumerate(bank) if known == peft_type and not compare_shared(tensors, own)), None
+    )
+
+
+def _require_shared(bank: Sequence[tuple[str, Shared]], adapter: Adapter, sites: Sites) -> int | None:
+    """Call `find_shared`, and raise `AttachError`, which says what differs, if the bank has no such tensors.
+
+    Return None for an adapter without any.
+    """
+    config, own = adapter.config, shared_of(adapter, sites)
+    number = find_shared(bank, config.peft_type, own)
+    if number is not None or not own:
+        return number
+    differences = (compare_shared(tensors, own) for peft_type, tensors in bank if peft_type == config.peft_type)
     closest = min(differences, key=len, default=[f"the bank has no {name}" for name in own])
     rank = get_method(config).plain_rank(config)
     plain = (
@@ -203,17 +198,15 @@ class Place:
         row: what the model's layers need to apply it.
         site: the site of the bank's configuration.
         weight: the shape and dtype of the base leaf.
+        sharding: the sharding of the base leaf; None if it has none.
         stored: `{tensor: shape and dtype}` of one adapter as the host prepares it, stacked axes first.
-        kept: the same of one slot on the devices. It differs from `stored` where `put` computes with the weight.
-        shardings: `{tensor: sharding}` of the arrays with all slots, where the base has one.
     """
 
     row: RowSite
     site: Site
     weight: jax.ShapeDtypeStruct
+    sharding: Any
     stored: Mapping[str, jax.ShapeDtypeStruct]
-    kept: Mapping[str, jax.ShapeDtypeStruct]
-    shardings: Mapping[str, NamedSharding]
 
     @property
     def layers(self) -> int:
@@ -240,6 +233,30 @@ class Place:
             mapped = jax.vmap(mapped, in_axes=(position, axis), out_axes=position)
         return mapped(params, w)
 
+    @functools.cached_property
+    def kept(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """`{tensor: shape and dtype}` of one slot on the devices; not `stored` where `put` computes with the weight."""
+        prepared = jax.eval_shape(self.prepare, self.stored, self.weight) if self.reads else self.stored
+        return {name: jax.ShapeDtypeStruct(x.shape, self.stored[name].dtype) for name, x in prepared.items()}
+
+    @functools.cached_property
+    def shardings(self) -> dict[str, NamedSharding]:
+        """`{tensor: sharding}` of the arrays with all slots: those of a model's tensors, replicated over the slots.
+
+        It is empty for a base without shardings.
+        """
+        base, site = self.sharding, self.site
+        if not isinstance(base, NamedSharding):
+            return {}
+        shardings = dict.fromkeys(self.kept, NamedSharding(base.mesh, PartitionSpec()))
+        for name, form in _forms(site).items():
+            if name in shardings:
+                axes = initial_values.propagate_axes(site.match, form, tuple(base.spec))
+                spec = [axes[axis] for axis in _stack_first_order(site, len(form.shape))]
+                spec.insert(self.layers, None)
+                shardings[name] = NamedSharding(base.mesh, PartitionSpec(*spec))
+        return shardings
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
@@ -262,11 +279,11 @@ class Layout:
         return RowLayout(tuple(place.row for place in self.places))
 
     @functools.cached_property
-    def by_leaf(self) -> dict[str, list[int]]:
-        """`{base leaf: numbers of the places}`."""
-        places: dict[str, list[int]] = {}
-        for number, place in enumerate(self.places):
-            places.setdefault(place.row.leaf, []).append(number)
+    def by_leaf(self) -> dict[str, list[Place]]:
+        """`{base leaf: its places}`."""
+        places: dict[str, list[Place]] = {}
+        for place in self.places:
+            places.setdefault(place.row.leaf, []).append(place)
         return places
 
     @functools.cached_property
@@ -286,30 +303,12 @@ def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any, shared: 
     zeros = {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape in site.shapes.items()}
     params = method.row_params(site.hparams, _stack_first(site, zeros), _entries(site, spec.shape))
     stored = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
-    place = Place(row, site, spec, stored, stored, {})
-    if place.reads:
-        kept = {
-            name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype)
-            for name, x in jax.eval_shape(place.prepare, stored, spec).items()
-        }
-        place = dataclasses.replace(place, kept=kept)
-    return dataclasses.replace(place, shardings=_shardings(place, base_sharding))
+    return Place(row, site, spec, base_sharding, stored)
 
 
-def _shardings(place: Place, base: Any) -> dict[str, NamedSharding]:
-    """Return the shardings of the arrays with slots: those of the tensors in a model, replicated over the slots."""
-    if not isinstance(base, NamedSharding):
-        return {}
-    site = place.site
-    entries = {tensor.name: entry for tensor, entry in zip(site.tensors, site.entries, strict=True)}
-    shardings = dict.fromkeys(place.kept, NamedSharding(base.mesh, PartitionSpec()))
-    for name in place.kept.keys() & entries.keys():
-        form = entries[name].form
-        axes = initial_values.propagate_axes(site.match, form, tuple(base.spec))
-        spec = [axes[axis] for axis in _stack_first_order(site, len(form.shape))]
-        spec.insert(place.layers, None)
-        shardings[name] = NamedSharding(base.mesh, PartitionSpec(*spec))
-    return shardings
+def _forms(site: Site) -> dict[str, FileLayout]:
+    """Return `{tensor: its layout in a file}` of a site."""
+    return {tensor.name: entry.form for tensor, entry in zip(site.tensors, site.entries, strict=True)}
 
 
 def _stack_first_order(site: Site, rank: int) -> list[int]:
@@ -340,18 +339,18 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
     """
     adapter, sites, shared = _require_rows(layout, adapter)
     tensors = adapter.sites
-    chosen: dict[int, Tensors] = {}
+    chosen: dict[Place, Tensors] = {}
     problems: list[Refusal] = []
     for site in sites:
-        number = None
+        place = None
         try:
-            number = _find_place(layout, site, shared)
-            chosen[number] = _fit_site(layout.places[number], site, tensors[site.leaf])
+            place = _find_place(layout, site, shared)
+            chosen[place] = _fit_site(place, site, tensors[site.leaf])
         except AttachError as error:
-            other_kind = number is None and site.leaf in layout.by_leaf
+            other_kind = place is None and site.leaf in layout.by_leaf
             problems.append(Refusal(str(error), add_kind(adapter.config, layout.slots) if other_kind else FIT))
     raise_refused(problems, _CANNOT_PUT)
-    return tuple(chosen.get(n) or blank(place) for n, place in enumerate(layout.places))
+    return tuple(chosen.get(place) or blank(place) for place in layout.places)
 
 
 def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int | None]:
@@ -366,7 +365,7 @@ def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int
         )
     raise_refused(find_refusals(sites), _CANNOT_PUT)
     if not becomes_lora(adapter.config):
-        return adapter, sites, find_shared(layout.shared, adapter)
+        return adapter, sites, _require_shared(layout.shared, adapter, sites)
     raise_refused([Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf], _CANNOT_PUT)
     shapes = {place.row.leaf: tuple(place.weight.shape) for place in layout.places}
     if (plain := low_rank_form(adapter, shapes)) is None:
@@ -389,19 +388,18 @@ def blank(place: Place) -> Tensors:
     return {name: np.full(x.shape, place.neutral(name), x.dtype) for name, x in place.stored.items()}
 
 
-def _find_place(layout: Layout, site: Site, shared: int | None) -> int:
-    """Return the number of the place for a site of an adapter with these shared tensors."""
-    at_leaf = {number: layout.places[number].row for number in layout.by_leaf.get(site.leaf, ())}
-    if not at_leaf:
+def _find_place(layout: Layout, site: Site, shared: int | None) -> Place:
+    """Return the place for a site of an adapter with these shared tensors."""
+    if not (at_leaf := layout.by_leaf.get(site.leaf)):
         raise AttachError(_no_place(site.leaf))
     hparams = site.method.row_hparams(site.hparams)
-    for number, row in at_leaf.items():
-        if (row.method, row.hparams, row.shared) == (site.method, hparams, shared):
-            return number
+    for place in at_leaf:
+        if (place.row.method, place.row.hparams, place.row.shared) == (site.method, hparams, shared):
+            return place
     own = _fields(hparams, shared)
     found: list[str] = []
     differ: dict[str, Any] = {}
-    for row in at_leaf.values():
+    for row in (place.row for place in at_leaf):
         fields = _fields(row.hparams, row.shared).items() if row.method == site.method else ()
         others = {name: x for name, x in fields if x != own[name]}
         differ |= {name: own[name] for name in others}
@@ -422,37 +420,33 @@ def _kind(peft_type: str, fields: Mapping[str, Any]) -> str:
 
 
 def _fit_site(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
-    rows = _row_params(place, site, params)
     padded = blank(place)
-    for name, index in _indices(place, site, rows).items():
+    for name, (x, index) in _locate(place, site, params).items():
         stored = padded[name]
         with np.errstate(over="ignore"):
-            stored[index] = rows[name]
-        fits = stored.dtype == rows[name].dtype or regions.is_finite(stored)
-        if not fits and (lost := regions.count_lost(np.asarray(rows[name]), stored[index])):
+            stored[index] = x
+        fits = stored.dtype == x.dtype or regions.is_finite(stored)
+        if not fits and (lost := regions.count_lost(np.asarray(x), stored[index])):
             raise AttachError(f"{site.leaf}: {lost} finite values of {name} overflow the bank's {stored.dtype}")
     return padded
 
 
-def _row_params(place: Place, site: Site, params: Mapping[str, Any]) -> Tensors:
-    """Return an adapter's tensors for rows; raise `AttachError` if the bank lacks one."""
-    own, bank = site.axes, place.row.axes
+_Located = dict[str, tuple[Any, tuple[Any, ...]]]
+"""`{tensor: (array, the index of its values in the bank's padded array)}` of an adapter at one place."""
+
+
+def _locate(place: Place, site: Site, params: Mapping[str, Any]) -> _Located:
+    """Return the tensors of an adapter for rows, and where they are in the bank's.
+
+    Raises `AttachError` for a tensor that the bank lacks, and for sizes that do not fit.
+    """
+    own, bank, padded, forms = site.axes, place.row.axes, site.method.row_padded, _forms(site)
     if dataclasses.replace(own, parts=None, torch=None) != dataclasses.replace(bank, parts=None, torch=None):
         raise AttachError(f"{site.leaf}: the adapter's axes {own} are not the bank's {bank}")
     rows = site.method.row_params(site.hparams, _stack_first(site, params), _entries(site, place.weight.shape))
     if unknown := rows.keys() - place.stored.keys():
         raise AttachError(f"{site.leaf}: the bank has no tensor {', '.join(sorted(unknown))}")
-    return rows
-
-
-def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Return where the tensors of an adapter are in the bank's: `{tensor: the index into the padded tensor}`.
-
-    Raises `AttachError` for sizes that do not fit.
-    """
-    own, bank, padded = site.axes, place.row.axes, site.method.row_padded
-    forms = {tensor.name: entry.form for tensor, entry in zip(site.tensors, site.entries, strict=True)}
-    found: dict[str, tuple[Any, ...]] = {}
+    found: _Located = {}
     for name, x in rows.items():
         order = _stack_first_order(site, x.ndim)
         letters = [forms[name].left[axis] for axis in order] if name in forms else ["entry"] * x.ndim
@@ -470,7 +464,7 @@ def _indices(place: Place, site: Site, rows: Mapping[str, Any]) -> dict[str, tup
             if isinstance(at, slice) and (size > room if letter.removeprefix("~") in padded else size != room)
         ]:
             raise AttachError(f"{site.leaf}.{name}: {'; '.join(misfits)}")
-        found[name] = tuple(index)
+        found[name] = (x, tuple(index))
     return found
 
 
@@ -483,23 +477,23 @@ def read_slot(layout: Layout, arrays: Sequence[Mapping[str, Any]], slot: int, li
         )
     like, sites, shared = _require_rows(layout, like)
     values: dict[str, Any] = {paths.join(SHARED_NODE, name): x for name, x in like.shared.items()}
-    tensors = like.sites
+    tensors, held = like.sites, dict(zip(layout.places, arrays, strict=True))
     problems: list[str] = []
     for site in sites:
         try:
-            number = _find_place(layout, site, shared)
-            place = layout.places[number]
-            rows = _row_params(place, site, tensors[site.leaf])
+            place = _find_place(layout, site, shared)
+            rows = _locate(place, site, tensors[site.leaf])
             names = {tensor.name for tensor in site.tensors if tensor.in_file}
-            kept = {tensor.name for tensor in site.tensors if not tensor.in_file}  # it follows from the configuration
-            values |= {paths.join(site.leaf, name): tensors[site.leaf][name] for name in kept - rows.keys()}
             if place.reads or names - rows.keys():
                 lost = "the magnitude of a DoRA" if place.reads else ", ".join(sorted(names - rows.keys()))
                 raise AttachError(f"{site.leaf}: a slot does not hold {lost}")
-            for name, index in _indices(place, site, rows).items():
+            for name in (tensor.name for tensor in site.tensors):
                 if name in names:
-                    x = jax.lax.index_in_dim(arrays[number][name], slot, place.layers, keepdims=False)[index]
-                    values[paths.join(site.leaf, name)] = jnp.moveaxis(x, range(place.layers), site.match.stack)
+                    x = jax.lax.index_in_dim(held[place][name], slot, place.layers, keepdims=False)[rows[name][1]]
+                    x = jnp.moveaxis(x, range(place.layers), site.match.stack)
+                else:  # it follows from the configuration
+                    x = tensors[site.leaf][name]
+                values[paths.join(site.leaf, name)] = x
         except AttachError as error:
             problems.append(str(error))
     raise_listed(AttachError, "cannot read the adapter from the bank:", problems)
