@@ -26,14 +26,16 @@ SCHEMA = 1
 
 
 class StepRecord(NamedTuple):
-    """The metrics and the objective stored with a step.
+    """The number of a step, with the metrics and the objective stored in it.
 
     Args:
+        step: the number.
         metrics: as given to `save`.
         objective: `{"minimize": metric}` or `{"maximize": metric}`, as given to its manager; empty if none was given.
         best: the number and the metric of the best step when this one was saved; None without an objective.
     """
 
+    step: int
     metrics: dict[str, float]
     objective: dict[str, str]
     best: tuple[int, float] | None
@@ -126,7 +128,7 @@ class RunFolder:
             document = read_document(path, safetensors.read_header(path))
             best = document.get("best")
             self._said[key] = StepRecord(
-                document["metrics"], document.get("objective", {}), None if best is None else (best[0], best[1])
+                step, document["metrics"], document.get("objective", {}), None if best is None else (best[0], best[1])
             )
         return self._said[key]
 
@@ -175,7 +177,7 @@ def make_record(
     values = {} if best is None else {int(best[0]): float(best[1])}
     for mode, metric in objective.items():
         values = _rank_values({**values, step: floats.get(metric, math.nan)}, mode)
-    return StepRecord(floats, objective, next(iter(values.items()), None))
+    return StepRecord(step, floats, objective, next(iter(values.items()), None))
 
 
 def _rank_values(values: Mapping[int, float], mode: str) -> dict[int, float]:

@@ -27,9 +27,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -189,12 +189,13 @@ def is_multi_process(taken: step_files.Snapshot | None) -> bool:
     return (has_arrays or jax.distributed.is_initialized()) and jax.process_count() > 1
 
 
-def remove_step(path: location.Location) -> None:
-    """Remove a step. Raise `FileError` if this fails."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise local_files.file_error("delete", str(path), error) from error
+def remove_steps(paths: Iterable[location.Location]) -> None:
+    """Remove steps in this order. Raise `FileError` if this fails."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise local_files.file_error("delete", str(path), error) from error
 
 
 def _check_counts(keep: int | None, keep_best: int | None, keep_every: int | None, *, ranked: bool) -> None:
@@ -265,13 +266,6 @@ def _stored_foreign_tree(stored: step_files.Snapshot, leaves: Mapping[str, Any])
         raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error
 
 
-class _LastSave(NamedTuple):
-    """The last step passed to `save`."""
-
-    step: int
-    record: run_folder.StepRecord
-
-
 class CheckpointManager(run_folder.RunFolder):
     """The checkpoints of one training run in one folder.
 
@@ -331,7 +325,9 @@ class CheckpointManager(run_folder.RunFolder):
         self.keep_best = len(self._own_objective) if keep_best is None else keep_best
         self.asynchronous, self.timeout, self.progress = asynchronous, timeout, progress
         self._saving = Background()
-        self._last: _LastSave | None = None  # unless its write failed or it was rolled back; alike in all processes
+        self._last: run_folder.StepRecord | None = (
+            None  # unless its write failed or it was rolled back; alike in all processes
+        )
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self.folder)!r}, steps {self.steps})"
@@ -373,11 +369,11 @@ class CheckpointManager(run_folder.RunFolder):
         if last is None or number <= last.step:
             best = self._run_on_leader("save", functools.partial(self._check_folder, number))
         else:
-            best = last.record.best
+            best = last.best
         record = run_folder.make_record(number, metrics or {}, self._own_objective, best)
         atomic.make_folder(self.folder)
-        finish = self._begin_save(number, taken, record, is_multi_process(taken))
-        self._last = _LastSave(number, record)
+        finish = self._begin_save(taken, record, is_multi_process(taken))
+        self._last = record
         self._saving.start(finish, needs_executors=isinstance(self.folder, location.Address))
         if not self.asynchronous:
             self.wait()
@@ -396,10 +392,10 @@ class CheckpointManager(run_folder.RunFolder):
         return next(iter(self._rank_steps(earlier).items()), None) if self._own_objective else None
 
     def _begin_save(
-        self, step: int, taken: step_files.Snapshot, record: run_folder.StepRecord, is_shared: bool
+        self, taken: step_files.Snapshot, record: run_folder.StepRecord, is_shared: bool
     ) -> Callable[[], None]:
         """Copy the values off the device, and return a function that does the rest of the save."""
-        path = run_folder.step_path(self.folder, step)
+        path = run_folder.step_path(self.folder, record.step)
         if not is_shared:
             with name_donated_arrays(taken.arrays):
                 values = step_files.copy_to_host(taken.arrays)
@@ -414,7 +410,7 @@ class CheckpointManager(run_folder.RunFolder):
             except BaseException:
                 self._last = None
                 raise
-            LOGGER.info("%s: step %d saved, %d arrays", path, step, len(taken.arrays))
+            LOGGER.info("%s: step %d saved, %d arrays", path, record.step, len(taken.arrays))
             if not is_shared or jax.process_index() == 0:
                 self._prune()
 
@@ -425,9 +421,7 @@ class CheckpointManager(run_folder.RunFolder):
             return
         steps = run_folder.list_steps(self.folder)
         kept = self._select_kept(steps)
-        for step, path in steps.items():
-            if step not in kept:
-                remove_step(path)
+        remove_steps(path for step, path in steps.items() if step not in kept)
 
     def _select_kept(self, steps: Mapping[int, location.Location]) -> dict[int, location.Location]:
         """Return the steps that are kept after the save."""
@@ -458,7 +452,7 @@ class CheckpointManager(run_folder.RunFolder):
     def _read_record(self, step: int, path: location.Location) -> run_folder.StepRecord:
         last = self._last
         if last is not None and last.step == step and self._saving.running:
-            return last.record
+            return last
         return super()._read_record(step, path)
 
     # ------------------------------------------------------------ waiting
@@ -517,9 +511,9 @@ class CheckpointManager(run_folder.RunFolder):
                 f"model_only=True does not restore {', '.join(given)}: remove model_only=True or these arguments"
             )
         self.wait()
-        number = self._run_on_leader("restore", lambda: self.latest) if step is None else run_folder.step_number(step)
-        if number is None:
-            raise FileError(f"{self.folder}: cannot restore: no checkpoint found")
+        if step is None:
+            step = self._run_on_leader("restore", lambda: self._existing_step(None, "cannot restore: "))
+        number = run_folder.step_number(step)
         stored = step_files.read_stored_step(self._path(number))
         if model_only:
             stored = _select_model(stored)
@@ -592,9 +586,8 @@ class CheckpointManager(run_folder.RunFolder):
 
     def _rollback(self, step: int) -> None:
         self._path(run_folder.step_number(step))
-        for later, path in reversed(run_folder.list_steps(self.folder).items()):
-            if later > step:
-                remove_step(path)
+        steps = run_folder.list_steps(self.folder)
+        remove_steps(path for later, path in reversed(steps.items()) if later > step)
 
     def _run_on_leader(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work` on process 0 and return its result in all processes.

@@ -66,10 +66,6 @@ class Snapshot:
     hosts: list[str]
     plain: dict[str, Any]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything except the arrays."""
-        return {name: value for name, value in vars(self).items() if name != "arrays"}
-
 
 @dataclasses.dataclass(frozen=True)
 class StoredStep(Snapshot):
@@ -231,56 +227,30 @@ def _plain_structure(tree: Any) -> Any:
 # ---------------------------------------------------------------- writing
 
 
-def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
-    """Copy the current values off the device, and return functions that assemble each array.
+def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copy the current values off the device.
 
-    On the CPU, JAX arrays are views. This is safe, because JAX copies a donated array if a view of it exists
+    On the CPU, arrays without shards are views. This is safe, because JAX copies a donated array if a view of it exists
     (tests/training/test_checkpoint.py checks this). Numpy arrays are copied, because the caller may write to them.
     """
-    shards: dict[str, list[tuple[Any, Any]]] = {}
-    for name, leaf in arrays.items():  # start all transfers before waiting for the first
-        if not isinstance(leaf, jax.Array):
-            shards[name] = [(None, np.array(leaf))]
-            continue
-        devices = leaf.sharding.device_set
-        shards[name] = [(None, leaf)] if len(devices) == 1 else _unique_shards(leaf)
-        if next(iter(devices)).platform != "cpu":
-            for _, shard in shards[name]:
-                shard.copy_to_host_async()
-    on_host = {name: [(region, np.asarray(shard)) for region, shard in parts] for name, parts in shards.items()}
-    return {name: functools.partial(_assemble, arrays[name].shape, parts) for name, parts in on_host.items()}
-
-
-def _unique_shards(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
-    """Return shards that cover an array, each with its region; None is the full region."""
-    if leaf.is_fully_replicated:
-        return [(None, leaf.addressable_data(0))]
-    indices = save_adapter.addressable_indices(leaf.sharding, leaf.shape)
-    return [(region, leaf.addressable_data(index)) for region, index in indices.items()]
-
-
-def _assemble(shape: tuple[int, ...], shards: list[tuple[Any, np.ndarray]]) -> np.ndarray:
-    if shards[0][0] is None:
-        return shards[0][1]
-    array = np.empty(shape, shards[0][1].dtype)
-    for region, shard in shards:
-        array[regions.to_slices(region)] = shard
-    return array
+    for leaf in arrays.values():  # start all transfers before waiting for the first
+        if isinstance(leaf, jax.Array) and next(iter(leaf.sharding.device_set)).platform != "cpu":
+            leaf.copy_to_host_async()
+    return {name: np.asarray(x) if isinstance(x, jax.Array) else np.array(x) for name, x in arrays.items()}
 
 
 def write_step(
     path: location.Location,
     taken: Snapshot,
     record: run_folder.StepRecord,
-    values: Mapping[str, Callable[[], np.ndarray]],
+    values: Mapping[str, np.ndarray],
     report: Report,
 ) -> None:
-    """Write a step as one file, durably and atomically. The functions in `values` return the arrays."""
-    specs, document = _describe_file(path, taken, record)
+    """Write a step as one file, durably and atomically. `values` are its arrays on the host."""
+    specs, document = _describe_file(taken, record)
 
     def get(name: str) -> np.ndarray:
-        value = values[name]()
-        return _as_bytes(value) if name in document["odd"] else value
+        return _as_bytes(values[name]) if name in document["odd"] else values[name]
 
     crcs = local_files.start(lambda: {n: local_files.checksum(safetensors.little_bits(get(n))) for n in specs})
     count = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
@@ -308,9 +278,7 @@ def _write_crcs(writer: atomic.Writer, crcs: Mapping[str, int]) -> None:
 _Specs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
-def _describe_file(
-    path: location.Location, taken: Snapshot, record: run_folder.StepRecord
-) -> tuple[_Specs, dict[str, Any]]:
+def _describe_file(taken: Snapshot, record: run_folder.StepRecord) -> tuple[_Specs, dict[str, Any]]:
     """Return the layout of a step's file, and its document, whose "odd" has the dtypes of arrays stored as bytes."""
     specs: _Specs = {}
     byte_dtypes: dict[str, str] = {}
@@ -320,8 +288,8 @@ def _describe_file(
             byte_dtypes[name] = dtype.name
             dtype, shape = np.dtype("uint8"), (*shape, dtype.itemsize)
         specs[name] = (dtype, shape)
-    head = {"schema": run_folder.SCHEMA, "step": run_folder.number_in(path.name), **record._asdict()}
-    return specs, {**head, "odd": byte_dtypes, **taken.to_json()}
+    described = {name: value for name, value in vars(taken).items() if name != "arrays"}
+    return specs, {"schema": run_folder.SCHEMA, **record._asdict(), "odd": byte_dtypes, **described}
 
 
 def _as_bytes(value: np.ndarray) -> np.ndarray:
@@ -349,16 +317,16 @@ def prepare_shared_write(
     group = sharded_write.Group(path, timeout)
 
     def finish(report: Report) -> None:
-        specs, document = _describe_file(path, taken, record)
+        specs, document = _describe_file(taken, record)
         shares: dict[str, int] = {}
-        digests = {name: sharded_write.digest(value()) for name, value in local.items()} | {
+        digests = {name: sharded_write.digest(value) for name, value in local.items()} | {
             f"{part} {name}".strip(): sharded_write.digest(json.dumps(value))
             for part, values in document.items()
             for name, value in (values if isinstance(values, dict) else {"": values}).items()
         }
         digests["step"] = path.name
         if group.index == 0:
-            owned.update({name: {regions.full_region(value().shape): value()} for name, value in local.items()})
+            owned.update({name: {regions.full_region(value.shape): value} for name, value in local.items()})
 
         def pieces() -> Iterator[sharded_write.TensorPart]:
             for name in sorted(owned):
@@ -458,27 +426,26 @@ def read_step_arrays(step: StoredStep, wanted: Mapping[str, Any], report: Report
         ) from error
 
 
-def _is_sharded(like: Any) -> bool:
-    return is_committed(like) and not is_key(like) and len(like.sharding.device_set) > 1
-
-
 def _read_file(
     file: safetensors.TensorFile, step: StoredStep, examples: Mapping[str, Any], count: Callable[[int], None]
 ) -> dict[str, Any]:
-    sharded = dict.fromkeys(
-        name for name, like in examples.items() if _is_sharded(like) and name not in step.byte_dtypes
-    )
-    host: dict[str, Any] = file.read_many((name for name in examples if name not in sharded), count)
+    committed = {name: like for name, like in examples.items() if is_committed(like) and not is_key(like)}
+    sharded = {name: like for name, like in committed.items() if len(like.sharding.device_set) > 1}
+    whole = (name for name in examples if name not in sharded or name in step.byte_dtypes)
+    host: dict[str, Any] = file.read_many(whole, count)
     damaged = _find_damaged(host, step.crcs)
     for name, dtype in step.byte_dtypes.items():
         if name in host:
             host[name] = np.frombuffer(host[name].tobytes(), jnp.dtype(dtype)).reshape(step.arrays[name][0])
-    names = [n for n, like in examples.items() if n in host and is_on_device(like) and not _is_sharded(like)]
-    shardings = [examples[n].sharding if is_committed(examples[n]) else None for n in names]
+    names = [name for name in host if is_on_device(examples[name]) and name not in sharded]
+    shardings = [committed[name].sharding if name in committed else None for name in names]
     on_device = jax.device_put([host[n] for n in names], shardings) if names else []
     arrays: dict[str, Any] = {**host, **dict(zip(names, on_device, strict=True))}
-    for name in sharded:
-        arrays[name], crc = _read_shards(examples[name], functools.partial(file.read_slice, name))
+    for name, like in sharded.items():
+        if name in host:
+            arrays[name], _ = _read_shards(like, host[name].__getitem__)
+            continue
+        arrays[name], crc = _read_shards(like, functools.partial(file.read_slice, name))
         damaged += [name] if name in step.crcs and crc not in (None, step.crcs[name]) else []
         count(file.nbytes(name))
     raise_listed(
@@ -487,9 +454,6 @@ def _read_file(
         " restore another step:",
         damaged,
     )
-    for name in host.keys() & step.byte_dtypes.keys():
-        if _is_sharded(examples[name]):
-            arrays[name], _ = _read_shards(examples[name], host[name].__getitem__)
     return {name: arrays[name][()] if isinstance(examples[name], np.generic) else arrays[name] for name in examples}
 
 
