@@ -268,14 +268,9 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     problems = [
         f"{name}: {leaf} {sorted(tensors)}"
         for (name, leaf), tensors in sites.items()
-        if set(tensors) != {"lora_A", "lora_B"}
+        if set(tensors) != {"lora_A", "lora_B"} or not factors.has_one_pair(flat[tensors["lora_A"]].site)
     ]
     problems += [f"{leaf.adapter}: {leaf.site.leaf}: its B is frozen" for leaf in flat if leaf.role == "frozen"]
-    problems = problems or [
-        f"{name}: {leaf}"
-        for (name, leaf), tensors in sites.items()
-        if not factors.has_one_pair(flat[tensors["lora_A"]].site)
-    ]
     raise_listed(ConfigError, "LoRA-FA supports only plain pairs of matrices, not:", problems)
 
     labels = structure.unflatten(["A" if leaf.role == "A" else "rest" for leaf in flat])
