@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 Rope = tuple[jax.Array, jax.Array]
 Carry = tuple[jax.Array, "KVCache | None"]
 """The argument and the result of a layer: x (B, T, D), and the cache."""
+Run = Callable[[Carry, Rope, "jax.Array | None"], Carry]
+"""A layer, a part of it or all layers: called with the carry, the rotations and the mask of the keys."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -162,26 +164,43 @@ def rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def start_call(
-    config: LlamaConfig, x: jax.Array | None, mask: jax.Array | None, positions: jax.Array | None, cache: KVCache | None
-) -> tuple[jax.Array, Rope, jax.Array | None, KVCache | None]:
-    """Return x (B, T, D) and what all layers need for it: the rotations, the mask of the keys, and the cache.
+def run_model(
+    config: LlamaConfig,
+    parts: tuple[Callable[[jax.Array], jax.Array], Run, Callable[[jax.Array], jax.Array]],
+    inputs: tuple[jax.Array | None, jax.Array | None],
+    mask: jax.Array | None,
+    positions: jax.Array | None,
+    cache: KVCache | None,
+) -> Carry:
+    """Return the hidden states (B, T, D) after all layers and the last norm, and the cache with the new tokens.
 
-    `mask` is of the tokens (B, T), 0 or False for padding; the mask of the keys is (B, 1, 1, T).
+    `parts` are the embedding, the layers and the norm, and `inputs` tokens (B, T) or, without them, embeddings
+    (B, T, D). `mask` is of the tokens (B, T), 0 or False for padding; the mask of the keys is (B, 1, 1, T).
 
     Raises:
         MismatchError: there are neither tokens nor embeddings, or a mask is given beside a cache.
     """
+    (embed, layers, norm), (tokens, embeddings) = parts, inputs
+    x = embeddings if tokens is None else embed(tokens)
     if x is None:
         raise MismatchError("Llama: expected tokens or embeddings, found neither")
     if cache is not None and mask is not None:
         raise MismatchError("Llama: a call with a cache takes no mask; lower the cache's lengths to leave out tokens")
     if positions is None:
         positions = jnp.arange(x.shape[1])[None] + (0 if cache is None else cache.lengths[:, None])
-    rope = rope_at(config, positions)
-    if cache is not None:
-        return x, rope, cache.mask(x.shape[1]), cache
-    return x, rope, None if mask is None else (mask != 0)[:, None, None, :], None
+    keys = None if mask is None else (mask != 0)[:, None, None, :]
+    keys = keys if cache is None else cache.mask(x.shape[1])
+    x, cache = layers((x, cache), rope_at(config, positions), keys)
+    return norm(x), None if cache is None else cache.advance(x.shape[1])
+
+
+def run_block(parts: tuple[Any, Run, Any, Any], carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
+    """Return the result of one layer, whose `parts` are a norm, the attention, a norm and the feed-forward network."""
+    before_attention, attend, before_mlp, mlp = parts
+    x, cache = carry
+    mixed, cache = attend((before_attention(x), cache), rope, mask)
+    x = x + mixed
+    return x + mlp(before_mlp(x)), cache
 
 
 def attend(
@@ -327,10 +346,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None = None) -> Carry:
-        x, cache = carry
-        mixed, cache = self.self_attn((self.input_layernorm(x), cache), rope, mask)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        parts = (self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
+        return run_block(parts, carry, rope, mask)
 
 
 class LlamaModel(nnx.Module):
@@ -362,21 +379,21 @@ class LlamaModel(nnx.Module):
         embeddings: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        x, rope, attended, cache = start_call(
-            self.config, embeddings if tokens is None else self.embed_tokens(tokens), mask, positions, cache
-        )
-
         def layer(block: Block, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
             return block(carry, rope, mask)
 
         run: Any = nnx.remat(layer) if self.config.remat else layer
-        if self.config.scan:
-            run = nnx.scan(run, in_axes=(self._axes(), nnx.Carry, None, None), out_axes=nnx.Carry)
-            x, cache = run(self.layers, (x, cache), rope, attended)
-        else:
+
+        def layers(carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
+            if self.config.scan:
+                in_axes = (self._axes(), nnx.Carry, None, None)
+                return nnx.scan(run, in_axes=in_axes, out_axes=nnx.Carry)(self.layers, carry, rope, mask)
             for block in self.layers:
-                x, cache = run(block, (x, cache), rope, attended)
-        return self.norm(x), None if cache is None else cache.advance(x.shape[1])
+                carry = run(block, carry, rope, mask)
+            return carry
+
+        parts = (self.embed_tokens, layers, self.norm)
+        return run_model(self.config, parts, (tokens, embeddings), mask, positions, cache)
 
 
 class Llama(nnx.Module):
@@ -483,12 +500,13 @@ class LinenBlock(Configured):
 
     @nn.compact
     def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None = None) -> tuple[Carry, None]:
-        x, cache = carry
-        normed = LinenRMSNorm(self.config, name="input_layernorm")(x)
-        mixed, cache = LinenAttention(self.config, name="self_attn")((normed, cache), rope, mask)
-        x = x + mixed
-        normed = LinenRMSNorm(self.config, name="post_attention_layernorm")(x)
-        return (x + LinenMLP(self.config, name="mlp")(normed), cache), None
+        parts = (
+            LinenRMSNorm(self.config, name="input_layernorm"),
+            LinenAttention(self.config, name="self_attn"),
+            LinenRMSNorm(self.config, name="post_attention_layernorm"),
+            LinenMLP(self.config, name="mlp"),
+        )
+        return run_block(parts, carry, rope, mask), None
 
 
 class LinenLayers(Configured):
@@ -534,15 +552,8 @@ class LinenLlamaModel(Configured):
         embeddings: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> Carry:
-        x, rope, attended, cache = start_call(
-            self.config, embeddings if tokens is None else self.embed_tokens(tokens), mask, positions, cache
-        )
-        (x, cache), _ = self.layers((x, cache), rope, attended)
-        return self.norm(x), None if cache is None else cache.advance(x.shape[1])
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Return the logits (B, T, V) of hidden states with tied embeddings."""
-        return self.embed_tokens.attend(x)
+        parts = (self.embed_tokens, lambda *given: self.layers(*given)[0], self.norm)
+        return run_model(self.config, parts, (tokens, embeddings), mask, positions, cache)
 
 
 class LinenLlama(Configured):
@@ -570,7 +581,7 @@ class LinenLlama(Configured):
         model = LinenLlamaModel(self.config, name="model")
         x, cache = model(tokens, mask, positions, embeddings, cache)
         tied = self.config.tie_word_embeddings
-        head = model.attend if tied else _dense(self.config, self.config.vocab_size, "lm_head")
+        head = model.embed_tokens.attend if tied else _dense(self.config, self.config.vocab_size, "lm_head")
         logits = head(x).astype(jnp.float32)
         return logits if cache is None else (logits, cache)
 
