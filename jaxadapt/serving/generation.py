@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -58,7 +58,7 @@ class Sampling:
     scores: bool = False
 
     def __post_init__(self) -> None:
-        problems = [
+        if problems := [
             f"{name} must be {expected}, found {getattr(self, name)}"
             for name, expected, right in (
                 ("temperature", f"at least 0 and at most {LARGEST:.4g} (float32)", 0 <= self.temperature <= LARGEST),
@@ -67,8 +67,7 @@ class Sampling:
                 ("seed", "at least 0 and below 2**32", 0 <= self.seed < 2**32),
             )
             if not right
-        ]
-        if problems:
+        ]:
             raise ConfigError("Sampling: " + "; ".join(problems))
 
 
@@ -85,8 +84,7 @@ def restrict(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     """
     ordered = -jnp.sort(-logits, axis=-1)
     size = logits.shape[-1]
-    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    ordered = jnp.where(jnp.arange(size)[None] < count[:, None], ordered, -jnp.inf)
+    ordered = jnp.where(jnp.arange(size)[None] < jnp.where(top_k > 0, top_k, size)[:, None], ordered, -jnp.inf)
     probabilities = softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     first = jnp.arange(size)[None] == 0  # also if top_p is 0 in float32
@@ -113,9 +111,9 @@ def choose(logits: jax.Array, positions: jax.Array, settings: Mapping[str, jax.A
     def draw(logits: jax.Array) -> jax.Array:
         # The largest becomes 0, so that a tiny temperature leaves it finite and makes the others -inf.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(sampled, temperature, 1.0)[:, None]
-        limited = sampled & ((top_k > 0) | (top_p < 1))
         # Sorting a large vocabulary takes long, so rows that do not ask for it do not wait for it.
-        scaled = jax.lax.cond(jnp.any(limited), lambda x: restrict(x, top_k, top_p), lambda x: x, scaled)
+        limited = jnp.any(sampled & ((top_k > 0) | (top_p < 1)))
+        scaled = jax.lax.cond(limited, lambda x: restrict(x, top_k, top_p), lambda x: x, scaled)
         keys = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))
         drawn = jax.vmap(jax.random.categorical)(keys(settings["seed"], positions), scaled)
         return jnp.where(sampled, drawn.astype(jnp.int32), greedy)
@@ -139,20 +137,17 @@ class Scores(NamedTuple):
 
 def score(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Scores:
     """Return the scores of tokens (N) by their logits (N, V); zeros, which cost nothing, if `wanted` () is False."""
-    places, size = logits.shape
-    count = min(TOP, size)
 
     def compute_one(given: tuple[jax.Array, jax.Array]) -> Scores:
         logs = log_softmax(given[0].astype(jnp.float32))
-        top, ids = jax.lax.top_k(logs, count)
+        top, ids = jax.lax.top_k(logs, min(TOP, logits.shape[1]))
         return Scores(logs[given[1]], top, ids.astype(jnp.int32))
 
     def compute(logits: jax.Array) -> Scores:  # in blocks: a program has the memory for it also if it is not wanted
         return jax.lax.map(compute_one, (logits, tokens), batch_size=_BLOCK)
 
-    def skip(_: jax.Array) -> Scores:
-        top = jnp.zeros((places, count), jnp.float32)
-        return Scores(jnp.zeros((places,), jnp.float32), top, jnp.zeros((places, count), jnp.int32))
+    def skip(logits: jax.Array) -> Scores:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, logits))
 
     return jax.lax.cond(wanted, compute, skip, logits)
 
@@ -167,17 +162,28 @@ class Sizes(Protocol):
     """The hyperparameters of a model that a cache and a batch need; a `LlamaConfig` of the demo has them."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """The number of layers."""
+
     @property
-    def num_kv_heads(self) -> int: ...
+    def num_kv_heads(self) -> int:
+        """The number of heads of keys and values."""
+
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """The size of a head."""
+
     @property
-    def max_position_embeddings(self) -> int: ...
+    def max_position_embeddings(self) -> int:
+        """The most tokens of a sequence."""
+
     @property
-    def param_dtype(self) -> jax.typing.DTypeLike: ...
+    def param_dtype(self) -> jax.typing.DTypeLike:
+        """The dtype of keys and values."""
 
 
 @jax.tree_util.register_dataclass
@@ -221,10 +227,11 @@ class KVCache:
         Tokens that the cache has no room for are not written.
         """
         at = (self.layer, jnp.arange(len(keys))[:, None], self._new_places(keys.shape[1]))
-        all_keys = self.keys.at[at].set(keys.astype(self.keys.dtype), mode="drop")
-        all_values = self.values.at[at].set(values.astype(self.values.dtype), mode="drop")
-        cache = KVCache(all_keys, all_values, self.lengths, self.layer + 1)
-        return cache, cache.keys[self.layer], cache.values[self.layer]
+        keys, values = (
+            old.at[at].set(new.astype(old.dtype), mode="drop")
+            for old, new in ((self.keys, keys), (self.values, values))
+        )
+        return KVCache(keys, values, self.lengths, self.layer + 1), keys[self.layer], values[self.layer]
 
     def advance(self, count: int) -> KVCache:
         """Return the cache after all layers wrote `count` tokens: they belong to it, and layer 0 is next."""
@@ -252,12 +259,7 @@ def nnx_forward(model: Any, *, embedded_prompt: bool = False) -> tuple[Forward, 
         decoder = jaxadapt.serving.Decoder(config, forward, state, rows=8, length=512)
     """
     rebuild, state = Model(model).split()
-
-    def forward(state: Any, route: Any, tokens: Any, positions: Any, cache: KVCache, first: bool) -> Any:
-        with _called(rebuild(state), route, embedded_prompt and not first) as called:
-            return called(tokens, positions=positions, cache=cache)
-
-    return forward, state
+    return _make_forward(rebuild, lambda model, _: model, embedded_prompt), state
 
 
 def linen_forward(module: Any, *, embedded_prompt: bool = False) -> Forward:
@@ -268,21 +270,28 @@ def linen_forward(module: Any, *, embedded_prompt: bool = False) -> Forward:
         forward = jaxadapt.serving.linen_forward(module)
         decoder = jaxadapt.serving.Decoder(config, forward, variables, rows=8, length=512)
     """
+    return _make_forward(
+        lambda _: module, lambda module, variables: functools.partial(module.apply, variables), embedded_prompt
+    )
 
-    def forward(variables: Any, route: Any, tokens: Any, positions: Any, cache: KVCache, first: bool) -> Any:
-        with _called(module, route, embedded_prompt and not first) as called:
-            return called.apply(variables, tokens, positions=positions, cache=cache)
+
+def _make_forward(
+    build: Callable[[Any], Any], bind: Callable[[Any, Any], Callable[..., Any]], embedded_prompt: bool
+) -> Forward:
+    """Return the forward function of the model that `build(state)` returns.
+
+    `bind(model, state)` returns what takes the tokens, where `model` has the rows of the route.
+    """
+
+    def forward(state: Any, route: Any, tokens: Any, positions: Any, cache: KVCache, first: bool) -> Any:
+        model, prefilled = build(state), embedded_prompt and not first
+        with (
+            invoke(model, prefilled=True) if prefilled else contextlib.nullcontext(model) as ready,
+            contextlib.nullcontext(ready) if route is None else bank.route(ready, route) as called,
+        ):
+            return bind(called, state)(tokens, positions=positions, cache=cache)
 
     return forward
-
-
-@contextlib.contextmanager
-def _called(model: Any, route: Any, prefilled: bool) -> Generator[Any]:
-    with (
-        invoke(model, prefilled=True) if prefilled else contextlib.nullcontext(model) as ready,
-        contextlib.nullcontext(ready) if route is None else bank.route(ready, route) as called,
-    ):
-        yield called
 
 
 class Decoder:
@@ -517,6 +526,6 @@ def _step(
 ) -> tuple[KVCache, jax.Array, jax.Array, Scores]:
     """Read the last token of each row, and choose the next."""
     logits, cache = forward(state, route, tokens[:, None], counts[:, None], cache, False)
-    chosen = choose(logits[:, 0], counts + 1, settings)
-    scores = score(logits[:, 0], chosen, jnp.any(settings["scores"]))
-    return cache, chosen, jnp.isfinite(logits[:, 0]).all(-1), scores
+    last = logits[:, 0]
+    chosen = choose(last, counts + 1, settings)
+    return cache, chosen, jnp.isfinite(last).all(-1), score(last, chosen, jnp.any(settings["scores"]))
