@@ -115,22 +115,19 @@ def _is_inside(root: Path, path: Path) -> bool:
     return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
 
 
-def scan(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return `{name: folder}` of the adapters in a folder, sorted, and the reasons for which others are left out.
-
-    A folder with the name of the base is left out with a warning.
+def scan(root: Path) -> dict[str, Path]:
+    """Return `{name: folder}` of the adapters in a folder, sorted. Others are left out with a warning.
 
     Raises:
         FileError: the folder cannot be listed.
     """
     found: dict[str, Path] = {}
-    problems: list[str] = []
     for name in find_folders(root):
         try:
             found[name] = find(root, name)
         except FileError as error:
-            problems.append(str(error))
-    return found, problems
+            warn(str(error))
+    return found
 
 
 # ---------------------------------------------------------------- session
@@ -279,20 +276,29 @@ class Server:
         """Return the jobs of a request, `request.choices` for each (text, token ids) of its prompts."""
         jobs: list[Job] = []
         for text, ids in prompts:
-            room = self._room(request, ids)
-            for index in range(len(jobs), len(jobs) + request.choices):
-                job = Job(
+            room = self.length - len(ids)
+            wanted = room if request.max_tokens is None else request.max_tokens
+            if room < 1 or wanted > room:
+                raise RequestError(
+                    400,
+                    f"{len(ids)} tokens of the prompt and {wanted} of the answer exceed {self.length}",
+                    code="context_length_exceeded",
+                    param="prompt",
+                )
+            jobs += [
+                Job(
                     prompt=ids,
                     adapter=adapter,
                     sampling=dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32),
-                    max_tokens=room,
+                    max_tokens=wanted,
                     text=TextStream(self.base.decode, request.stop),
                     emit=functools.partial(session.emit, index),
                     top=request.top,
                     echo=request.echo,
                     unsent=text if request.echo else "",
                 )
-                jobs.append(job)
+                for index in range(len(jobs), len(jobs) + request.choices)
+            ]
         return jobs
 
     def _encode(self, request: Request, chat: bool) -> list[tuple[str, list[int]]]:
@@ -308,19 +314,6 @@ class Server:
         if request.echo:
             prompts = [(text or self.base.decode(ids, special=True), ids) for text, ids in prompts]
         return prompts
-
-    def _room(self, request: Request, prompt: Sequence[int]) -> int:
-        """Return the most tokens of an answer."""
-        room = self.length - len(prompt)
-        wanted = room if request.max_tokens is None else request.max_tokens
-        if room < 1 or wanted > room:
-            raise RequestError(
-                400,
-                f"{len(prompt)} tokens of the prompt and {wanted} of the answer exceed {self.length}",
-                code="context_length_exceeded",
-                param="prompt",
-            )
-        return wanted
 
     async def _whole(
         self, session: Session, first: tuple[int, Piece], answer: Answer, request: Request
@@ -388,9 +381,8 @@ class Server:
 
     def body_of(self, error: RequestError) -> dict[str, Any]:
         """Return the JSON of an error, without the server's paths."""
-        body = error.body()
-        body["error"]["message"] = body["error"]["message"].replace(f"{self.root}{os.sep}", "")
-        return body
+        message = str(error).replace(f"{self.root}{os.sep}", "")
+        return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
 
     # ------------------------------------------------------------ models
 
@@ -461,7 +453,7 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
             except Exception:
                 LOGGER.exception("a request failed")
                 failed = RequestError(500, "the request failed; the server's log says why", code="internal_error")
-                response = JSONResponse(failed.body(), failed.status)
+                response = JSONResponse(server.body_of(failed), failed.status)
             server.engine.metrics.count("requests_total", labels=f'status="{response.status_code}"')
             return response
 
@@ -546,11 +538,9 @@ def make_server(
             f" base; found {slots}. queue: expected at least 0, found {queue}"
         )
     root = Path(os.path.realpath(root))
-    folders, problems = scan(root)
+    folders = scan(root)
     if base.name in folders:
         raise FileError(f"{folders[base.name]} has the base's name, {base.name!r}; rename it")
-    for problem in problems:
-        warn(problem)
     config, model = base.build()
     bank = serving.create(model, make_room(model, folders.values(), rank, base.targets), slots=slots)
     pool = serving.AdapterPool(bank, model, folders)

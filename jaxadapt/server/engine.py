@@ -197,27 +197,24 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
     """
     plain = jaxadapt.LoraConfig(r=rank, target_modules=list(targets))
     kinds: dict[tuple[str, bool, bool], list[Any]] = {("LORA", False, False): [plain]}
-    whole: dict[str, list[jaxadapt.Adapter]] = {}
     for path in folders:
         try:
             found = _read_room(model, path, rank)
         except AdapterError:
             continue
-        if isinstance(found, jaxadapt.Adapter):
-            whole.setdefault(found.config.peft_type, []).append(found)
-        elif found is not None:
-            kind = (found.peft_type, bool(found.get("use_dora")), bool(found.get("lora_bias")))
+        if found is not None:
+            config = found.config if isinstance(found, jaxadapt.Adapter) else found
+            kind = (config.peft_type, bool(config.get("use_dora")), bool(config.get("lora_bias")))
             kinds.setdefault(kind, []).append(found)
-    wanted: list[Room] = [_cover(kind, configs, plain) for kind, configs in kinds.items()]
-    wanted += [each for adapters in whole.values() for each in _different(adapters)]
     room: list[Room] = []
-    for made in wanted:
-        try:
-            jaxadapt.serving.create(model, made, slots=2)
-            room.append(made)
-        except AdapterError as error:
-            peft_type = (made.config if isinstance(made, jaxadapt.Adapter) else made).peft_type
-            warn(f"requests for adapters of the kind {peft_type} will fail: {error}")
+    for kind, members in kinds.items():
+        whole = isinstance(members[0], jaxadapt.Adapter)
+        for made in _different(members) if whole else [_cover(kind, members, plain)]:
+            try:
+                jaxadapt.serving.create(model, made, slots=2)
+                room.append(made)
+            except AdapterError as error:
+                warn(f"requests for adapters of the kind {kind[0]} will fail: {error}")
     return room
 
 
@@ -255,18 +252,15 @@ def _ranks(config: jaxadapt.Config) -> list[int]:
 
 def _different(adapters: Sequence[jaxadapt.Adapter]) -> list[jaxadapt.Adapter]:
     """Return one adapter for all those with the same shared tensors: the largest, with the targets of all."""
-    groups: list[list[jaxadapt.Adapter]] = []
+    groups: list[tuple[jaxadapt.Adapter, set[str]]] = []
     for adapter in sorted(adapters, key=lambda adapter: -sum(x.size for x in adapter.shared.values())):
-        group = next((each for each in groups if not compare_shared(each[0].shared, adapter.shared)), None)
-        if group is None:
-            groups.append([adapter])
+        modules = {module for site in sites_of(adapter) for module in site.modules}
+        known = next((own for first, own in groups if not compare_shared(first.shared, adapter.shared)), None)
+        if known is None:
+            groups.append((adapter, modules))
         else:
-            group.append(adapter)
-    made: list[jaxadapt.Adapter] = []
-    for first, *others in groups:
-        modules = {module for adapter in (first, *others) for site in sites_of(adapter) for module in site.modules}
-        made.append(dataclasses.replace(first, config=first.config.with_targets(sorted(modules))))
-    return made
+            known |= modules
+    return [dataclasses.replace(first, config=first.config.with_targets(sorted(own))) for first, own in groups]
 
 
 # ---------------------------------------------------------------- metrics
@@ -303,7 +297,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # By metric, {the rest of a sample's name, with its labels: number}.
-        self._samples: dict[str, dict[str, float]] = {}
+        self._samples = collections.defaultdict[str, dict[str, float]](lambda: collections.defaultdict(int))
 
     def count(self, name: str, amount: int = 1, labels: str = "") -> None:
         """Add to a counter; `labels` in Prometheus' form, 'status="200"'."""
@@ -316,9 +310,8 @@ class Metrics:
 
     def _add(self, name: str, numbers: Mapping[str, float]) -> None:
         with self._lock:
-            samples = self._samples.setdefault(name, {})
             for sample, number in numbers.items():
-                samples[sample] = samples.get(sample, 0) + number
+                self._samples[name][sample] += number
 
     def text(self, gauges: Mapping[str, int]) -> str:
         """Return all numbers, with gauges `{name: value}` of the present."""
@@ -424,8 +417,7 @@ class Engine:
             if self._closed is not None:
                 raise self._closed
             # What enters a free row at once does not wait.
-            free = self._decoder.rows - len(self._active)
-            if len(self._waiting) + len(jobs) > self._queue + max(0, free):
+            if len(self._waiting) + len(jobs) > self._queue + max(0, self._decoder.rows - len(self._active)):
                 raise RequestError(
                     429, f"{len(self._waiting)} requests wait already; try again later", code="queue_full"
                 )
@@ -454,8 +446,7 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """True while requests are taken."""
-        with self._changed:
-            return self._closed is None
+        return self._closed is None
 
     def drain(self, seconds: float) -> None:
         """Take no more requests, fail those that wait, and after some seconds also those that have a row."""
@@ -503,8 +494,7 @@ class Engine:
         except AdapterError as error:
             name = self._active[row].adapter
             what = "the request failed" if name is None else f"the adapter {name!r} cannot be loaded"
-            failed = RequestError(400, f"{what}: {error}", code="adapter_error", param="model")
-            self._leave(row, Piece(error=failed))
+            self._leave(row, Piece(error=RequestError(400, f"{what}: {error}", code="adapter_error", param="model")))
         except Exception:
             if not self._decoder.usable:
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from jaxadapt.core.errors import AdapterError, ConfigError
 from jaxadapt.serving.generation import TOP, Sampling, Scores
@@ -115,10 +115,6 @@ class RequestError(AdapterError):
         usual = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         self.kind = kind or usual
 
-    def body(self) -> dict[str, Any]:
-        """Return the JSON of the answer."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -151,10 +147,18 @@ class Request:
     usage: bool
 
 
-_KNOWN = {
-    "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "n", "logprobs",
+# The fields of a request, with their types and defaults; `object` is checked where the field is read. None is no value.
+_FIELDS: Mapping[str, tuple[type, Any]] = {
+    "model": (str, None), "temperature": (float, 1.0), "top_p": (float, 1.0), "top_k": (int, 0), "seed": (int, None),
+    "n": (int, 1), "stop": (object, ()), "stream": (bool, False), "stream_options": (dict, {}),
 }  # fmt: skip
-_OF_CHATS, _OF_COMPLETIONS = {"messages", "max_completion_tokens", "top_logprobs"}, {"prompt", "echo"}
+_OF_CHATS: Mapping[str, tuple[type, Any]] = {
+    "messages": (object, None), "max_tokens": (int, None), "max_completion_tokens": (int, None),
+    "logprobs": (bool, False), "top_logprobs": (int, 0),
+}  # fmt: skip
+_OF_COMPLETIONS: Mapping[str, tuple[type, Any]] = {
+    "prompt": (object, None), "max_tokens": (int, 16), "echo": (bool, False), "logprobs": (int, None),
+}  # fmt: skip
 # Fields that have no effect here, with the values at which they have none in OpenAI's interface either.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,), "suffix": ("",),
@@ -179,62 +183,88 @@ def parse_request(body: Any, *, chat: bool, seed: int) -> Request:
     16
     """
     fields = _fields(body, chat)
-    model = _take(fields, "model", str, None)
-    count = _take(fields, "max_tokens", int, None if chat else 16, required=False)
-    count = _take(fields, "max_completion_tokens", int, count, required=False)
-    echo = _take(fields, "echo", bool, False)
+    if fields["model"] is None:
+        raise _wrong("model", "a string", None)
+    newer, echo = fields.get("max_completion_tokens"), fields.get("echo", False)
+    count = fields["max_tokens"] if newer is None else newer
     if count is not None and count < (0 if echo else 1):
         raise _wrong("max_tokens", "at least 1, or 0 with echo", count)
-    choices = _take(fields, "n", int, 1)
-    if not 1 <= choices <= MAX_CHOICES:
-        raise _wrong("n", f"1 to {MAX_CHOICES}", choices)
-    top = _top(fields, chat)
-    try:
-        sampling = Sampling(
-            temperature=_take(fields, "temperature", float, 1.0),
-            top_k=max(0, _take(fields, "top_k", int, 0)),  # others write -1 for all tokens
-            top_p=_take(fields, "top_p", float, 1.0),
-            seed=_take(fields, "seed", int, seed) % 2**32,
-            scores=top is not None,
-        )
-    except ConfigError as error:
-        raise RequestError(400, str(error)) from error
-    messages = _messages(fields.get("messages")) if chat else ()
-    prompts = () if chat else _prompts(fields.get("prompt"))
-    return Request(model, prompts, messages, count, sampling, top or 0, choices, echo, _stop(fields), *_stream(fields))
-
-
-def _fields(body: Any, chat: bool) -> dict[str, Any]:
-    """Return the fields that are not null; raise `RequestError` for one that is unknown or not implemented."""
-    if not isinstance(body, dict):
-        raise _wrong(None, "an object", body)
-    fields: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
-    known = _KNOWN | (_OF_CHATS if chat else _OF_COMPLETIONS) | _NEUTRAL.keys() | _IGNORED
-    for name, value in fields.items():
-        if name not in known:
-            raise RequestError(400, f"{name} is not a field that this server knows", param=name)
-        if name in _NEUTRAL and value not in _NEUTRAL[name]:
-            raise RequestError(400, f"{name}={value!r} is not implemented; leave it out", param=name)
-    return fields
-
-
-def _stop(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the texts that end an answer."""
-    stop = fields.get("stop", [])
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
-        raise _wrong("stop", f"a string, or a list of at most {MAX_STOPS}, none of them empty", stop)
-    return tuple(stop)
-
-
-def _stream(fields: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Return whether the answer comes as a stream, and whether the stream ends with the numbers of tokens."""
-    options = _take(fields, "stream_options", dict, {})
+    if not 1 <= fields["n"] <= MAX_CHOICES:
+        raise _wrong("n", f"1 to {MAX_CHOICES}", fields["n"])
+    top, options = _top(fields, chat), fields["stream_options"]
     if options.keys() - {"include_usage", "include_obfuscation"} or not all(
         isinstance(x, bool) for x in options.values()
     ):
         raise _wrong("stream_options", "an object with include_usage, true or false", options)
-    return _take(fields, "stream", bool, False), bool(options.get("include_usage"))
+    try:
+        sampling = Sampling(
+            temperature=fields["temperature"],
+            top_k=max(0, fields["top_k"]),  # others write -1 for all tokens
+            top_p=fields["top_p"],
+            seed=(seed if fields["seed"] is None else fields["seed"]) % 2**32,
+            scores=top is not None,
+        )
+    except ConfigError as error:
+        raise RequestError(400, str(error)) from error
+    return Request(
+        model=fields["model"],
+        prompts=() if chat else _prompts(fields["prompt"]),
+        messages=_messages(fields["messages"]) if chat else (),
+        max_tokens=count,
+        sampling=sampling,
+        top=top or 0,
+        choices=fields["n"],
+        echo=echo,
+        stop=_stop(fields["stop"]),
+        stream=fields["stream"],
+        usage=bool(options.get("include_usage")),
+    )
+
+
+def _fields(body: Any, chat: bool) -> dict[str, Any]:
+    """Return all fields of a request; raise `RequestError` for one that is unknown, not implemented or of a wrong type.
+
+    A field that is null, or missing, has its default.
+    """
+    if not isinstance(body, dict):
+        raise _wrong(None, "an object", body)
+    given: dict[str, Any] = {name: value for name, value in body.items() if value is not None}
+    table = {**_FIELDS, **(_OF_CHATS if chat else _OF_COMPLETIONS)}
+    for name, value in given.items():
+        if name not in table.keys() | _NEUTRAL.keys() | _IGNORED:
+            raise RequestError(400, f"{name} is not a field that this server knows", param=name)
+        if name in _NEUTRAL and value not in _NEUTRAL[name]:
+            raise RequestError(400, f"{name}={value!r} is not implemented; leave it out", param=name)
+    return {
+        name: _read(name, kind, given[name]) if name in given else default for name, (kind, default) in table.items()
+    }
+
+
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
+
+
+def _read(name: str, kind: type, value: Any) -> Any:
+    """Return a field's value; raise `RequestError` if it has another type."""
+    # A bool is an int in Python, but not in JSON.
+    of_kind = isinstance(value, int | float if kind is float else kind)
+    if not of_kind or (isinstance(value, bool) and kind not in (bool, object)):
+        raise _wrong(name, _KINDS[kind], value)
+    try:
+        return float(value) if kind is float else value
+    except OverflowError as error:
+        raise _wrong(name, "a number", "an integer that is too large") from error
+
+
+def _stop(stop: Any) -> tuple[str, ...]:
+    """Return the texts that end an answer."""
+    stops = [stop] if isinstance(stop, str) else stop
+    if (
+        not isinstance(stops, list | tuple)
+        or len(stops) > MAX_STOPS
+        or not all(isinstance(s, str) and s for s in stops)
+    ):
+        raise _wrong("stop", f"a string, or a list of at most {MAX_STOPS}, none of them empty", stop)
+    return tuple(stops)
 
 
 def _top(fields: Mapping[str, Any], chat: bool) -> int | None:
@@ -243,8 +273,7 @@ def _top(fields: Mapping[str, Any], chat: bool) -> int | None:
     A completion states the number as `logprobs`, a chat as `top_logprobs`, beside `logprobs`, which is true.
     """
     name = "top_logprobs" if chat else "logprobs"
-    wanted = _take(fields, "logprobs", bool, False) if chat else name in fields
-    top = _take(fields, name, int, 0)
+    wanted, top = fields["logprobs"] not in (None, False), fields[name] or 0
     if not 0 <= top <= TOP or (top and not wanted):
         raise _wrong(name, f"0 to {TOP}" + (", and logprobs true" if chat else ""), top)
     return top if wanted else None
@@ -275,22 +304,6 @@ def lora_error(status: int, message: str) -> RequestError:
 
 def _wrong(name: str | None, expected: str, found: Any) -> RequestError:
     return RequestError(400, f"{name or 'the request'}: expected {expected}, found {str(found)[:80]!r}", param=name)
-
-
-_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
-
-
-def _take(fields: Mapping[str, Any], name: str, kind: type, default: Any, *, required: bool = True) -> Any:
-    value = fields.get(name, default)
-    if value is None and not required:
-        return None
-    # A bool is an int in Python, but not in JSON.
-    if not isinstance(value, int | float if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
-        raise _wrong(name, _KINDS[kind], value)
-    try:
-        return float(cast("float", value)) if kind is float else value
-    except OverflowError as error:
-        raise _wrong(name, "a number", "an integer that is too large") from error
 
 
 def _prompts(prompt: Any) -> tuple[str | list[int], ...]:
@@ -360,32 +373,34 @@ class Answer:
     def whole(self, choices: Sequence[Piece], usage: Mapping[str, int]) -> dict[str, Any]:
         """Return the JSON of all choices."""
         made = [
-            {"index": index, "finish_reason": choice.reason, "logprobs": self._logprobs(choice.scores, 0)}
-            | ({"message": {"role": "assistant", "content": choice.text}} if self.chat else {"text": choice.text})
+            self._choice(index, choice, {"message": {"role": "assistant", "content": choice.text}})
             for index, choice in enumerate(choices)
         ]
-        return self._frame("chat.completion" if self.chat else "text_completion", made) | {"usage": dict(usage)}
+        return self._frame("chat.completion", made) | {"usage": dict(usage)}
 
     def piece(self, index: int, piece: Piece, *, first: bool, offset: int) -> dict[str, Any]:
         """Return the JSON of a piece of a stream, whose text begins at `offset` in the choice's text."""
         delta = ({"role": "assistant"} if first else {}) | ({"content": piece.text} if piece.text or first else {})
-        choice = {"index": index, "finish_reason": piece.reason, "logprobs": self._logprobs(piece.scores, offset)}
-        choice |= {"delta": delta} if self.chat else {"text": piece.text}
-        return self._frame("chat.completion.chunk" if self.chat else "text_completion", [choice])
+        return self._frame("chat.completion.chunk", [self._choice(index, piece, {"delta": delta}, offset)])
 
     def last(self, usage: Mapping[str, int]) -> dict[str, Any]:
         """Return the JSON of the last piece of a stream, which has the numbers of tokens."""
-        return self._frame("chat.completion.chunk" if self.chat else "text_completion", []) | {"usage": dict(usage)}
+        return self._frame("chat.completion.chunk", []) | {"usage": dict(usage)}
 
-    def _logprobs(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any] | None:
-        if self.spell is None:
-            return None
-        return chat_logprobs(scores, self.spell) if self.chat else completion_logprobs(scores, self.spell, offset)
+    def _choice(self, index: int, piece: Piece, chat: Mapping[str, Any], offset: int = 0) -> dict[str, Any]:
+        """Return the JSON of a choice or of a part of it; `chat` is its text in the form of a chat."""
+        scores, spell = piece.scores, self.spell
+        logprobs = None if spell is None else (
+            chat_logprobs(scores, spell) if self.chat else completion_logprobs(scores, spell, offset)
+        )  # fmt: skip
+        text = chat if self.chat else {"text": piece.text}
+        return {"index": index, "finish_reason": piece.reason, "logprobs": logprobs, **text}
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the JSON of an answer or of a part of it; `kind` is its name for a chat."""
         return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices,
-            "system_fingerprint": self.fingerprint,
+            "id": self.id, "object": kind if self.chat else "text_completion", "created": self.created,
+            "model": self.model, "choices": choices, "system_fingerprint": self.fingerprint,
         }  # fmt: skip
 
 
