@@ -311,8 +311,11 @@ def _prompts(prompt: Any) -> tuple[str | list[int], ...]:
         return isinstance(value, list) and bool(value) and all(type(x) is int for x in value)
 
     prompts = [prompt] if isinstance(prompt, str) or is_ids(prompt) else prompt
-    right = isinstance(prompts, list) and all(isinstance(p, str) or is_ids(p) for p in prompts)
-    if not right or not 0 < len(prompts) <= MAX_PROMPTS:
+    if (
+        not isinstance(prompts, list)
+        or not 0 < len(prompts) <= MAX_PROMPTS
+        or not all(isinstance(p, str) or is_ids(p) for p in prompts)
+    ):
         raise _wrong("prompt", f"a string, a list of token ids, or a list of at most {MAX_PROMPTS} of them", prompt)
     return tuple(prompts)
 

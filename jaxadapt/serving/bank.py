@@ -70,8 +70,13 @@ def _as_int32(ids: Any, slots: int) -> Any:
 
 def _require_grouped(bank: Bank, implementation: Implementation) -> Implementation:
     """Return the grouped product; raise `AttachError` if the bank or the platform does not have one."""
-    rows = [(place.row, place.kept) for place in bank.layout.places]
-    if others := sorted({r.method.peft_type for r, kept in rows if r.method.row_pair(r.hparams, kept) is None}):
+    if others := sorted(
+        {
+            place.row.method.peft_type
+            for place in bank.layout.places
+            if place.row.method.row_pair(place.row.hparams, place.kept) is None
+        }
+    ):
         raise AttachError(
             f"sorted segments need low-rank pairs; the bank has room for other forms of {', '.join(others)} (a DoRA, a"
             " bias, a vector). Use implementation='gather' or 'mask'"
@@ -286,18 +291,15 @@ def create(
                 shared.append((config.peft_type, own))
             places += [make_place(s, held.leaves[s.leaf], held.shardings.get(s.leaf), dtype, number) for s in sites]
     raise_refused([*problems, *_find_twice(places)], "cannot create the bank")
+    everywhere = next(
+        (NamedSharding(x.mesh, PartitionSpec()) for x in held.shardings.values() if isinstance(x, NamedSharding)), None
+    )
+    on_host = tuple(dict(tensors) for _, tensors in shared)
     return Bank(
         arrays=tuple(_empty(place, slots) for place in places),
         layout=Layout(tuple(places), slots, tuple(shared)),
-        shared=tuple(_put_everywhere(tensors, dtype, held.shardings) for _, tensors in shared),
+        shared=jax.tree.map(lambda x: jax.device_put(jnp.asarray(x, dtype), everywhere), on_host),
     )
-
-
-def _put_everywhere(tensors: Shared, dtype: Any, shardings: Mapping[str, Any]) -> Tensors:
-    """Return tensors on all devices of a base with these shardings."""
-    meshes = [x.mesh for x in shardings.values() if isinstance(x, NamedSharding)]
-    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    return {name: jax.device_put(jnp.asarray(x, dtype), everywhere) for name, x in tensors.items()}
 
 
 def _find_twice(places: Sequence[Place]) -> list[Refusal]:

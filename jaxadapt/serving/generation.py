@@ -162,28 +162,17 @@ class Sizes(Protocol):
     """The hyperparameters of a model that a cache and a batch need; a `LlamaConfig` of the demo has them."""
 
     @property
-    def vocab_size(self) -> int:
-        """The number of tokens."""
-
+    def vocab_size(self) -> int: ...
     @property
-    def num_layers(self) -> int:
-        """The number of layers."""
-
+    def num_layers(self) -> int: ...
     @property
-    def num_kv_heads(self) -> int:
-        """The number of heads of keys and values."""
-
+    def num_kv_heads(self) -> int: ...
     @property
-    def head_dim(self) -> int:
-        """The size of a head."""
-
+    def head_dim(self) -> int: ...
     @property
-    def max_position_embeddings(self) -> int:
-        """The most tokens of a sequence."""
-
+    def max_position_embeddings(self) -> int: ...
     @property
-    def param_dtype(self) -> jax.typing.DTypeLike:
-        """The dtype of keys and values."""
+    def param_dtype(self) -> jax.typing.DTypeLike: ...
 
 
 @jax.tree_util.register_dataclass

@@ -87,8 +87,12 @@ def _refuse(site: Site) -> Refusal | None:
 
 def raise_refused(refusals: Sequence[Refusal], what: str) -> None:
     """Raise `AttachError` with all refusals and their ways out, if there are any."""
-    ways_out = dict.fromkeys(each.way_out for each in refusals)
-    raise_listed(AttachError, f"{what}:", [each.problem for each in refusals], "\n" + ". ".join(ways_out))
+    raise_listed(
+        AttachError,
+        f"{what}:",
+        [each.problem for each in refusals],
+        "\n" + ". ".join(dict.fromkeys(each.way_out for each in refusals)),
+    )
 
 
 # ---------------------------------------------------------------- shared
@@ -164,11 +168,11 @@ def _require_shared(bank: Sequence[tuple[str, Shared]], adapter: Adapter, sites:
 
 def compare_shared(bank: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[str]:
     """Return a line for each tensor in whose common part an adapter differs from a bank."""
-    problems: list[str] = []
-    for name in sorted(bank.keys() | adapter.keys()):
-        if name not in bank or name not in adapter:
-            problems.append(f"{name}: {'the bank' if name in adapter else 'the adapter'} lacks it")
-            continue
+    problems = [
+        f"{name}: {'the bank' if name in adapter else 'the adapter'} lacks it"
+        for name in sorted(bank.keys() ^ adapter.keys())
+    ]
+    for name in sorted(bank.keys() & adapter.keys()):
         ours, theirs = np.asarray(bank[name]), np.asarray(adapter[name])
         shapes = f"shape {list(theirs.shape)}, the bank's is {list(ours.shape)}"
         if ours.ndim != theirs.ndim:

@@ -366,10 +366,8 @@ class CheckpointManager(run_folder.RunFolder):
         number = run_folder.step_number(step)
         taken = step_files.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
         last = self._last
-        if last is None or number <= last.step:
-            best = self._run_on_leader("save", functools.partial(self._check_folder, number))
-        else:
-            best = last.best
+        follows = last is not None and number > last.step
+        best = last.best if follows else self._run_on_leader("save", lambda: self._check_folder(number))
         record = run_folder.make_record(number, metrics or {}, self._own_objective, best)
         atomic.make_folder(self.folder)
         finish = self._begin_save(taken, record, is_multi_process(taken))

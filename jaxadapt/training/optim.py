@@ -292,16 +292,18 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
 
 def _correct_gradient(site: Site, config: Config, a: Array, grad: Array) -> Array:
     """Return B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
-    tensors = {"lora_A": at_least_float32(a), "lora_B": at_least_float32(grad)}
-    pairs = factors.site_pairs(config, [site], {paths.join(site.leaf, name): x for name, x in tensors.items()})
+    leaf_a, leaf_b = (paths.join(site.leaf, name) for name in ("lora_A", "lora_B"))
+    pairs = factors.site_pairs(config, [site], {leaf_a: at_least_float32(a), leaf_b: at_least_float32(grad)})
     r = max(pair.rank for pair in pairs.values())
     padded = [factors.pad_rank(pair.a, pair.b, r) for pair in pairs.values()]
     with jax.default_matmul_precision("highest"):
         rows, grads = (jnp.stack(side) for side in zip(*padded, strict=True))
         inverse = jnp.linalg.pinv(rows @ jnp.swapaxes(rows, 1, 2) + 1e-8 * jnp.eye(r)[None])
-        new = zip(pairs.items(), grads @ inverse, strict=True)
-        scaled = {name: dataclasses.replace(pair, b=x[:, : pair.rank] / pair.scale**2) for (name, pair), x in new}
-    return factors.pair_leaves([site], scaled)[paths.join(site.leaf, "lora_B")].astype(grad.dtype)
+        corrected = {
+            name: dataclasses.replace(pair, b=x[:, : pair.rank] / pair.scale**2)
+            for (name, pair), x in zip(pairs.items(), grads @ inverse, strict=True)
+        }
+    return factors.pair_leaves([site], corrected)[leaf_b].astype(grad.dtype)
 
 
 # ---------------------------------------------------------------- many adapters at once

@@ -98,16 +98,19 @@ def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
         AttachError: leaves cannot be saved; the message lists all of them.
     """
     held, problems = lora_carrier(model), list[str]()
-    tree, described = held.foreign, dict[str, Any]()
-    if tree is not None:
-        base = {path: list(shape) for path, shape in tree.base.items()}
-        described = {"dialect": tree.dialect.name, "base": base, "stored": tree.stored}
+    tree = held.foreign
     adapters = {name: held.extract(name) for name in adapter_names(held)} if tree is None else {}
     given = {part: value for part, value in parts.items() if value is not None}
     snapshot = Snapshot(
         arrays={},
         recipes={name: adapter.recipe.to_text() for name, adapter in adapters.items()},
-        guest=described,
+        guest={}
+        if tree is None
+        else {
+            "dialect": tree.dialect.name,
+            "base": {path: list(shape) for path, shape in tree.base.items()},
+            "stored": tree.stored,
+        },
         values={},
         keys={},
         hosts=[],
@@ -183,6 +186,14 @@ def is_committed(like: Any) -> bool:
     return isinstance(like, jax.Array) and bool(like.committed)
 
 
+_CODECS: Mapping[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    bytes: (lambda leaf: base64.b64encode(leaf).decode(), base64.b64decode),
+    complex: (lambda leaf: [leaf.real, leaf.imag], lambda pair: complex(*pair)),
+    **{kind: (kind, kind) for kind in (bool, int, float, str)},
+}
+"""Of each type of leaves that are not arrays: the functions to JSON and back."""
+
+
 def _add_leaf(snapshot: Snapshot, name: str, leaf: Any, problems: list[str]) -> None:
     if isinstance(leaf, Tracer):
         problems.append(f"{name}: traced; save outside jit, grad and vmap")
@@ -200,12 +211,8 @@ def _add_leaf(snapshot: Snapshot, name: str, leaf: Any, problems: list[str]) -> 
     ):  # the name of the dtype describes it fully, unlike those of objects, texts, dates and records
         snapshot.arrays[name] = leaf
         snapshot.hosts.append(name)
-    elif isinstance(leaf, bytes):
-        snapshot.values[name] = ["bytes", base64.b64encode(leaf).decode()]
-    elif type(leaf) is complex:
-        snapshot.values[name] = ["complex", [leaf.real, leaf.imag]]
-    elif type(leaf) in (bool, int, float, str):
-        snapshot.values[name] = [type(leaf).__name__, leaf]
+    elif (kind := bytes if isinstance(leaf, bytes) else type(leaf)) in _CODECS:
+        snapshot.values[name] = [kind.__name__, _CODECS[kind][0](leaf)]
     else:
         problems.append(f"{name}: {type(leaf).__name__}; expected arrays, numbers, strings or bytes")
 
@@ -213,9 +220,8 @@ def _add_leaf(snapshot: Snapshot, name: str, leaf: Any, problems: list[str]) -> 
 def _plain_structure(tree: Any) -> Any:
     """Return the structure of a tree of dicts, lists, tuples and leaves as JSON; None if it has other nodes."""
     if type(tree) is dict:
-        inner = [(k, _plain_structure(v)) for k, v in tree.items()]
-        is_plain = all(type(k) in (str, int) and v is not None for k, v in inner)
-        return ["dict", [[k, v] for k, v in inner]] if is_plain else None
+        inner = [[k, _plain_structure(v)] for k, v in tree.items()]
+        return ["dict", inner] if all(type(k) in (str, int) and v is not None for k, v in inner) else None
     if type(tree) in (list, tuple):
         inner = [_plain_structure(v) for v in tree]
         return [type(tree).__name__, inner] if None not in inner else None
@@ -324,7 +330,6 @@ def prepare_shared_write(
             for part, values in document.items()
             for name, value in (values if isinstance(values, dict) else {"": values}).items()
         }
-        digests["step"] = path.name
         if group.index == 0:
             owned.update({name: {regions.full_region(value.shape): value} for name, value in local.items()})
 
@@ -582,8 +587,7 @@ def _find_mismatches(examples: Mapping[str, Any], stored: StoredStep) -> Iterabl
         elif is_key(leaf) != (name in stored.keys):
             yield f"{name}: expected {'a random key' if is_key(leaf) else 'an array'}, found {kind or 'an array'}"
         elif is_key(leaf):  # the file has further axes, for the data of each key
-            sizes = saved[name].shape or ()
-            expected[name] = paths.Spec((*leaf.shape, *sizes[len(leaf.shape) :]))
+            expected[name] = paths.Spec((*leaf.shape, *(saved[name].shape or ())[len(leaf.shape) :]))
         elif is_array:
             expected[name] = paths.Spec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
     yield from map(str, paths.compare(expected, saved))
@@ -643,14 +647,7 @@ def _build_node(node: Any, path: str, values: Mapping[str, Any]) -> Any:
             return values[path]
 
 
-_DECODERS: dict[str, Callable[[Any], Any]] = {
-    "bytes": base64.b64decode,
-    "complex": lambda pair: complex(*pair),
-    "bool": bool,
-    "int": int,
-    "float": float,
-    "str": str,
-}
+_DECODERS = {kind.__name__: decode for kind, (_, decode) in _CODECS.items()}
 
 
 def _decode(name: str, stored: Any) -> Any:
