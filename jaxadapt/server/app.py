@@ -16,17 +16,15 @@ import json
 import os
 import socket
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette import requests
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect
-from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -136,7 +134,7 @@ def scan(root: Path) -> dict[str, Path]:
 class Session:
     """The jobs of one request: their pieces in the order of time, until all have ended or the client leaves."""
 
-    def __init__(self, engine: Engine, http: HttpRequest) -> None:
+    def __init__(self, engine: Engine, http: requests.Request) -> None:
         self._engine, self._loop = engine, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
         self._watch = asyncio.ensure_future(self._wait_for_leaving(http))
@@ -172,7 +170,7 @@ class Session:
         for job in self.jobs:
             self._engine.cancel(job)
 
-    async def _wait_for_leaving(self, http: HttpRequest) -> None:
+    async def _wait_for_leaving(self, http: requests.Request) -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
         self._pieces.put_nowait(None)
@@ -225,7 +223,7 @@ class Server:
 
     # ------------------------------------------------------------ requests
 
-    async def complete(self, http: HttpRequest, *, chat: bool) -> Response:
+    async def complete(self, http: requests.Request, *, chat: bool) -> Response:
         """Answer a completion or a chat, whole or as a stream."""
         request = parse_request(await self.read_json(http), chat=chat, seed=int.from_bytes(os.urandom(4), "big"))
         adapter = self.adapter_of(request.model)
@@ -239,7 +237,7 @@ class Server:
             if first[1].error is not None:  # it then has an HTTP status, also in a stream
                 raise first[1].error
             answer = Answer(
-                f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+                f"{'chatcmpl' if chat else 'cmpl'}-{os.urandom(16).hex()}",
                 chat,
                 int(time.time()),
                 request.model,
@@ -355,7 +353,7 @@ class Server:
         answers = sum(job.count for job in session.jobs)
         return {"prompt_tokens": prompts, "completion_tokens": answers, "total_tokens": prompts + answers}
 
-    async def read_json(self, http: HttpRequest) -> Any:
+    async def read_json(self, http: requests.Request) -> Any:
         """Return the JSON of a request; raise `RequestError` if it is none, too large, or does not arrive in time."""
         # A web page cannot send this type to another site without asking first.
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -369,7 +367,7 @@ class Server:
                         raise RequestError(413, f"expected at most {MAX_BODY} bytes")
         except TimeoutError as error:
             raise RequestError(408, f"expected the whole request within {self.upload_seconds:g} seconds") from error
-        except ClientDisconnect as error:
+        except requests.ClientDisconnect as error:
             raise RequestError(LEFT, "the client left before the end of its request") from error
         try:
             value = json.loads(body)
@@ -392,7 +390,7 @@ class Server:
         adapters = [{"id": name, **entry, "parent": self.base.name} for name in sorted(self.pool.names())]
         return [{"id": self.base.name, **entry, "parent": None}, *adapters]
 
-    async def load(self, http: HttpRequest) -> Response:
+    async def load(self, http: requests.Request) -> Response:
         """Load an adapter inside the folder under a name, with vLLM's request and answers."""
         name, path, in_place = parse_adapter(await self.read_json(http))
         if name == self.base.name or not is_plain(name):
@@ -423,7 +421,7 @@ class Server:
             raise lora_error(400, f"Loading lora {name} failed: {error}") from error
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    async def unload(self, http: HttpRequest) -> Response:
+    async def unload(self, http: requests.Request) -> Response:
         """Forget an adapter. Requests that have a row keep it; those that wait for one fail."""
         name, _, _ = parse_adapter(await self.read_json(http))
         try:
@@ -443,8 +441,10 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
         started: called once, when the application has started.
     """
 
-    def counted(run: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[[HttpRequest], Awaitable[Response]]:
-        async def answer(http: HttpRequest) -> Response:
+    def counted(
+        run: Callable[[requests.Request], Awaitable[Response]],
+    ) -> Callable[[requests.Request], Awaitable[Response]]:
+        async def answer(http: requests.Request) -> Response:
             try:
                 response = await run(http)
             except RequestError as error:
@@ -459,20 +459,20 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
 
         return answer
 
-    async def models(_: HttpRequest) -> Response:
+    async def models(_: requests.Request) -> Response:
         return JSONResponse({"object": "list", "data": server.models()})
 
-    async def model(http: HttpRequest) -> Response:
+    async def model(http: requests.Request) -> Response:
         name = server.adapter_of(http.path_params["name"]) or server.base.name
         return JSONResponse(next(entry for entry in server.models() if entry["id"] == name))
 
-    async def metrics(_: HttpRequest) -> Response:
+    async def metrics(_: requests.Request) -> Response:
         adapters = {"adapters": len(server.pool.names()), "adapters_resident": len(server.pool.resident())}
         return PlainTextResponse(
             server.engine.metrics.text(server.engine.gauges() | adapters), media_type="text/plain; version=0.0.4"
         )
 
-    async def health(_: HttpRequest) -> Response:
+    async def health(_: requests.Request) -> Response:
         healthy = server.engine.healthy
         return JSONResponse({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)
 

@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import threading
 import time
@@ -395,7 +394,7 @@ class Engine:
         self._waiting: collections.deque[Job] = collections.deque()
         self._active: dict[int, Job] = {}
         self._closed: RequestError | None = None
-        self._deadline = math.inf
+        self._deadline = float("inf")
         self._thread = threading.Thread(target=self._run, name="jaxadapt-engine", daemon=True)
         self._thread.start()
 

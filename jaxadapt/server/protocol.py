@@ -273,7 +273,8 @@ def _top(fields: Mapping[str, Any], chat: bool) -> int | None:
     A completion states the number as `logprobs`, a chat as `top_logprobs`, beside `logprobs`, which is true.
     """
     name = "top_logprobs" if chat else "logprobs"
-    wanted, top = fields["logprobs"] not in (None, False), fields[name] or 0
+    wanted = fields["logprobs"] if chat else fields["logprobs"] is not None
+    top = fields[name] or 0
     if not 0 <= top <= TOP or (top and not wanted):
         raise _wrong(name, f"0 to {TOP}" + (", and logprobs true" if chat else ""), top)
     return top if wanted else None

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.arrays import quantized
@@ -292,7 +291,12 @@ def create(
             places += [make_place(s, held.leaves[s.leaf], held.shardings.get(s.leaf), dtype, number) for s in sites]
     raise_refused([*problems, *_find_twice(places)], "cannot create the bank")
     everywhere = next(
-        (NamedSharding(x.mesh, PartitionSpec()) for x in held.shardings.values() if isinstance(x, NamedSharding)), None
+        (
+            jax.sharding.NamedSharding(x.mesh, jax.sharding.PartitionSpec())
+            for x in held.shardings.values()
+            if isinstance(x, jax.sharding.NamedSharding)
+        ),
+        None,
     )
     on_host = tuple(dict(tensors) for _, tensors in shared)
     return Bank(

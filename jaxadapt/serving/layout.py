@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites
@@ -244,21 +243,21 @@ class Place:
         return {name: jax.ShapeDtypeStruct(x.shape, self.stored[name].dtype) for name, x in prepared.items()}
 
     @functools.cached_property
-    def shardings(self) -> dict[str, NamedSharding]:
+    def shardings(self) -> dict[str, jax.sharding.NamedSharding]:
         """`{tensor: sharding}` of the arrays with all slots: those of a model's tensors, replicated over the slots.
 
         It is empty for a base without shardings.
         """
         base, site = self.sharding, self.site
-        if not isinstance(base, NamedSharding):
+        if not isinstance(base, jax.sharding.NamedSharding):
             return {}
-        shardings = dict.fromkeys(self.kept, NamedSharding(base.mesh, PartitionSpec()))
+        shardings = dict.fromkeys(self.kept, jax.sharding.NamedSharding(base.mesh, jax.sharding.PartitionSpec()))
         for name, form in _forms(site).items():
             if name in shardings:
                 axes = initial_values.propagate_axes(site.match, form, tuple(base.spec))
                 spec = [axes[axis] for axis in _stack_first_order(site, len(form.shape))]
                 spec.insert(self.layers, None)
-                shardings[name] = NamedSharding(base.mesh, PartitionSpec(*spec))
+                shardings[name] = jax.sharding.NamedSharding(base.mesh, jax.sharding.PartitionSpec(*spec))
         return shardings
 
 

@@ -366,8 +366,11 @@ class CheckpointManager(run_folder.RunFolder):
         number = run_folder.step_number(step)
         taken = step_files.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
         last = self._last
-        follows = last is not None and number > last.step
-        best = last.best if follows else self._run_on_leader("save", lambda: self._check_folder(number))
+        best = (
+            last.best
+            if last is not None and number > last.step
+            else self._run_on_leader("save", lambda: self._check_folder(number))
+        )
         record = run_folder.make_record(number, metrics or {}, self._own_objective, best)
         atomic.make_folder(self.folder)
         finish = self._begin_save(taken, record, is_multi_process(taken))

@@ -24,8 +24,6 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.tree_util import keystr
 
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays import regions
@@ -135,7 +133,9 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
         leaves, structure = jax.tree_util.tree_flatten_with_path(pytree)
     except ValueError as error:  # for example numbers and strings as keys of one dict
         raise AttachError(f"JAX cannot flatten this tree: {error}") from error
-    named = [("/".join(_quote(keystr((entry,), simple=True)) for entry in path), leaf) for path, leaf in leaves]
+    named = [
+        ("/".join(_quote(jax.tree_util.keystr((entry,), simple=True)) for entry in path), leaf) for path, leaf in leaves
+    ]
     return named, structure
 
 
@@ -195,7 +195,7 @@ _CODECS: Mapping[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 def _add_leaf(snapshot: Snapshot, name: str, leaf: Any, problems: list[str]) -> None:
-    if isinstance(leaf, Tracer):
+    if isinstance(leaf, jax.core.Tracer):
         problems.append(f"{name}: traced; save outside jit, grad and vmap")
     elif isinstance(leaf, jax.Array) and leaf.is_deleted():
         problems.append(f"{name}: deleted, because it was donated to a jitted function")
