@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn import log_softmax, softmax
 
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.models.attachment import invoke
@@ -84,7 +85,7 @@ def restrict(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     ordered = -jnp.sort(-logits, axis=-1)
     size = logits.shape[-1]
     ordered = jnp.where(jnp.arange(size)[None] < jnp.where(top_k > 0, top_k, size)[:, None], ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
+    probabilities = softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     first = jnp.arange(size)[None] == 0  # also if top_p is 0 in float32
     kept = ((before < top_p[:, None]) | first) & (ordered > -jnp.inf)
@@ -138,7 +139,7 @@ def score(logits: jax.Array, tokens: jax.Array, wanted: jax.Array) -> Scores:
     """Return the scores of tokens (N) by their logits (N, V); zeros, which cost nothing, if `wanted` () is False."""
 
     def compute_one(given: tuple[jax.Array, jax.Array]) -> Scores:
-        logs = jax.nn.log_softmax(given[0].astype(jnp.float32))
+        logs = log_softmax(given[0].astype(jnp.float32))
         top, ids = jax.lax.top_k(logs, min(TOP, logits.shape[1]))
         return Scores(logs[given[1]], top, ids.astype(jnp.int32))
 
