@@ -258,27 +258,28 @@ def read_tied(path: location.Location) -> bool | None:
     return None if config is None else is_tied(config)
 
 
-def _read_bytes(path: location.Location) -> bytes:
-    with local_files.read_errors(path):
-        return path.read_bytes()
-
-
 def read_other_files(source: location.Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
     """Read the model's other files; change its configuration to `dtype`, and `untie` its head, if given."""
-    files: dict[str, bytes] = {}
     is_folder = location.is_dir(source)
     with local_files.read_errors(source):
         members = sorted(source.iterdir(), key=str) if is_folder else []
-    for path in members:
-        name = path.name
-        is_copied = path.suffix in _COPIED_SUFFIXES and not name.endswith(".index.json") and name != location.CONFIG
-        if is_copied and location.is_file(path):
-            files[name] = _read_bytes(path)
-    path = (source if is_folder else source.parent) / CONFIG
-    if untie and read_model_config(path) is not None:
-        files[path.name] = _read_bytes(path)  # also if the base is a single file
-    if path.name in files and (untie or dtype is not None):
-        files[path.name] = _change_config(path, files[path.name], dtype, untie)
+    copied = [
+        path
+        for path in members
+        if path.suffix in _COPIED_SUFFIXES
+        and not path.name.endswith(".index.json")
+        and path.name != location.CONFIG
+        and location.is_file(path)
+    ]
+    config = (source if is_folder else source.parent) / CONFIG
+    if untie and config not in copied and read_model_config(config) is not None:
+        copied.append(config)  # also if the base is a single file
+    files: dict[str, bytes] = {}
+    for path in copied:
+        with local_files.read_errors(path):
+            files[path.name] = path.read_bytes()
+    if CONFIG in files and (untie or dtype is not None):
+        files[CONFIG] = _change_config(config, files[CONFIG], dtype, untie)
     return files
 
 

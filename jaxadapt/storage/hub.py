@@ -272,7 +272,6 @@ def progress_bar_class(name: str, report: Report) -> Any:
         def update(self, n: float | None = 1) -> bool | None:
             self.bytes_done += int(n or 0)
             report(name, self.bytes_done, max(self.bytes_total, self.bytes_done))
-            return None
 
     return Meter
 
@@ -319,14 +318,11 @@ class _CountedFile(io.BufferedReader):
 @contextlib.contextmanager
 def client_bars(show: bool) -> Generator[None]:
     """Show or hide the client's own bars while it uploads (it has no callback for uploads)."""
-    if show or are_progress_bars_disabled():
+    with contextlib.ExitStack() as stack:
+        if not show and not are_progress_bars_disabled():
+            disable_progress_bars()
+            stack.callback(enable_progress_bars)
         yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 _MAX_BYTES: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), MAX_TEXT)
@@ -423,16 +419,14 @@ def _pull(
     return config.parent
 
 
-def _fetch_weights(pinned: HubAddress, token: Token, cache_dir: Any, report: Report) -> None:
-    first: Exception | None = None
+def _fetch_weights(pinned: HubAddress, token: Token, cache_dir: Any, report: Report) -> Path:
+    missing: list[Exception] = []
     for name in FOLDER_WEIGHTS:
         try:
-            _fetch_file(pinned, name, token, cache_dir, report)
-            return
+            return _fetch_file(pinned, name, token, cache_dir, report)
         except _ABSENT as error:
-            first = first or error
-    assert first is not None
-    raise first
+            missing.append(error)
+    raise missing[0]
 
 
 def _fetch_file(place: HubAddress, name: str, token: Token, cache_dir: Any, report: Report) -> Path:

@@ -86,11 +86,6 @@ def file_errors(action: str, path: object, detail: str = "") -> Generator[None]:
 read_errors = functools.partial(file_errors, "read")
 
 
-def _opener(path: str, flags: int) -> int:
-    # O_NONBLOCK: opening a FIFO must not wait for its writer. Regular files ignore the flag.
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def close(file: IO[Any]) -> None:
     """Close a file that has no unflushed writes, ignoring errors: the data is safe."""
     with contextlib.suppress(OSError):
@@ -138,9 +133,9 @@ class LocalFile(ByteSource):
         """
         self.path = path if shown is None else shown
         with read_errors(self.path):
-            self.file = io.FileIO(path, "rb", opener=_opener)
-            self._fd = self.file.fileno()
-            status = os.fstat(self._fd)
+            # O_NONBLOCK: opening a FIFO must not wait for its writer. Regular files ignore the flag.
+            self.file = io.FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+            status = os.fstat(self.file.fileno())
         self.size = status.st_size
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -149,7 +144,7 @@ class LocalFile(ByteSource):
     def read_into(self, label: str, view: memoryview, offset: int) -> None:
         while len(view):
             with read_errors(self.path):
-                count = os.preadv(self._fd, [view[:MAX_CALL]], offset)
+                count = os.preadv(self.file.fileno(), [view[:MAX_CALL]], offset)
             if count == 0:
                 raise FormatError(
                     f"{self.path}: {label}: expected {len(view)} more bytes at offset {offset}, found the end of the "

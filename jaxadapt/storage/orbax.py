@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
+from jaxadapt.core.lazy import LazyModule
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.local_files import file_error, file_errors, read_errors
 from jaxadapt.storage.safetensors import MAX_HEADER
@@ -37,6 +38,9 @@ from jaxadapt.storage.safetensors import MAX_HEADER
 if TYPE_CHECKING:
     import jax
     import numpy as np
+    import orbax.checkpoint as ocp
+else:
+    jax, np, ocp = map(LazyModule, ("jax", "numpy", "orbax.checkpoint"))
 
 _ROOT_ITEM = ""  # the item of a v0 checkpoint that stores its tree directly in the folder
 _JSON = "data.json"
@@ -82,12 +86,10 @@ def read_json(path: str | os.PathLike[str], item: str) -> Any:
 
 
 def _context(documents: Sequence[str] = (), partial: bool = False) -> Any:
-    from orbax.checkpoint import v1 as ocp
-
-    registry = ocp.handlers.local_registry()
+    registry = ocp.v1.handlers.local_registry()
     for name in documents:
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
-    context = ocp.Context()
+        registry.add(ocp.v1.handlers.JsonHandler, checkpointable_name=name)
+    context = ocp.v1.Context()
     context.checkpointables.registry = registry
     context.array.saving.use_compression = False  # trained values compress by 5 %, and three times as slowly
     context.pytree.loading.partial_load = partial
@@ -175,11 +177,9 @@ def _save_at(
     place: location.Location, shown: location.Location, trees: Mapping[str, Tree], documents: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint at a path, whose name in errors is `shown`."""
-    from orbax.checkpoint import v1 as ocp
-
     with _translate_errors(shown, write=True):
         with _context(list(documents)):
-            response = ocp.save_checkpointables_async(str(place), {**trees, **documents})
+            response = ocp.v1.save_checkpointables_async(str(place), {**trees, **documents})
         response.result()
 
 
@@ -191,8 +191,6 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
 
     The item of a checkpoint that is one bare tree (as v0 writes it) is "". Raises `FileError`, `FormatError`.
     """
-    from orbax.checkpoint import v1 as ocp
-
     place = _resolve_location(path)
     if not is_checkpoint(place):
         raise FileError(
@@ -203,13 +201,11 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
     items = [item for item in names if not location.exists(place / item / _JSON)]
     with _translate_errors(place), _context():
         if location.exists(place / "_METADATA"):
-            return {_ROOT_ITEM: _array_specs(ocp.metadata(str(place), checkpointable_name=None).metadata)}
-        return {item: _array_specs(ocp.metadata(str(place), checkpointable_name=item).metadata) for item in items}
+            return {_ROOT_ITEM: _array_specs(ocp.v1.metadata(str(place), checkpointable_name=None).metadata)}
+        return {item: _array_specs(ocp.v1.metadata(str(place), checkpointable_name=item).metadata) for item in items}
 
 
 def _array_specs(tree: Any) -> dict[tuple[str, ...], Spec]:
-    import jax
-
     out: dict[tuple[str, ...], Spec] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         # Orbax's metadata of arrays have both attributes; those of numbers and strings have neither.
@@ -240,10 +236,6 @@ def load(
         MismatchError: names every leaf that is missing or has another shape or dtype.
         FormatError: the checkpoint is damaged.
     """
-    import jax
-    import numpy as np
-    from orbax.checkpoint import v1 as ocp
-
     place = _resolve_location(path)
     stored = leaf_specs(place).get(item, {})
     expected = {
@@ -263,7 +255,7 @@ def load(
         shape, dtype = stored[key]
         node[key[-1]] = np.broadcast_to(np.zeros((), jax.numpy.dtype(dtype)), shape) if spec is None else spec
     with _translate_errors(place), _context(partial=True):
-        loaded = ocp.load(str(place), tree, checkpointable_name=item or None)
+        loaded = ocp.v1.load(str(place), tree, checkpointable_name=item or None)
     out: dict[tuple[str, ...], Any] = {
         key: functools.reduce(lambda node, part: node[part], key, loaded) for key in wanted
     }

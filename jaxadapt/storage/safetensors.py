@@ -364,17 +364,15 @@ class TensorFile(TensorSource):
         self._file = location.open_source(location.to_location(path))
         self.path = self.source = self._file.path
         try:
-            self.header = self._read_header()
+            size = self._file.size
+            first = self._file.read_exactly("header length", min(size, 8), 0)
+            if problem := _length_problem(first, size):
+                raise FormatError(f"{self.path}: not a valid safetensors file: {problem}")
+            header = self._file.read_exactly("header", int.from_bytes(first, "little"), 8)
+            self.header = parse(self.path, header, size)
         except BaseException:
             self.close()
             raise
-
-    def _read_header(self) -> Header:
-        size = self._file.size
-        first = self._file.read_exactly("header length", min(size, 8), 0)
-        if problem := _length_problem(first, size):
-            raise FormatError(f"{self.path}: not a valid safetensors file: {problem}")
-        return parse(self.path, self._file.read_exactly("header", int.from_bytes(first, "little"), 8), size)
 
     def _dtype(self, key: str) -> np.dtype:
         try:

@@ -296,15 +296,13 @@ def _compare(path: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> N
 
 def digest(*values: str | np.ndarray) -> str:
     """Return a hash of values, for comparison between processes."""
-    import numpy as np
-
     result = hashlib.sha256()
     for value in values:
         if isinstance(value, str):
             result.update(value.encode())
         else:
             result.update(f"{value.dtype} {value.shape} ".encode())
-            result.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            result.update(local_files.flat_bytes(value))
     return result.hexdigest()[:32]
 
 

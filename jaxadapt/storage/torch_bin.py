@@ -256,11 +256,8 @@ def _parse_storage(identity: object) -> _Storage:
     dtype = STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is Global else None
     if type(key) is not str or type(kind) is not Global or (dtype is None and kind.name != UNTYPED):
         raise UnsupportedPickle("expected a storage's type and key, found other values")
-    view = parts[5] if len(parts) == 6 else None
-    if view is None:
-        return _Storage(key, dtype, total, 0, total)
-    view_fields: tuple[object, ...] = cast("tuple[object, ...]", view) if type(view) is tuple else ()
-    offset, count = _check_naturals(view_fields[1:] if len(view_fields) == 3 else None, "a view")
+    view = cast("tuple[object, ...]", (key, 0, total) if len(parts) == 5 or parts[5] is None else parts[5])
+    offset, count = _check_naturals(view[1:] if type(view) is tuple and len(view) == 3 else None, "a view")
     if offset + count > total:
         raise UnsupportedPickle(f"storage {key!r}: a view ends beyond its {total} elements")
     return _Storage(key, dtype, total, offset, count)
@@ -623,8 +620,9 @@ def _pickle(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         size = count if typed else count * SIZES[dtype]
         kind = f"torch.{_STORAGE_OF[dtype]}" if typed else UNTYPED
         storage = _tuple([_text("storage"), _global(kind), _text(str(number)), _text("cpu"), _integer(size)]) + b"Q"
-        fields = [storage, _integer(0), _tuple([*map(_integer, shape)]), _tuple([*map(_integer, strides)]), b"\x89"]
-        fields.append(_global("collections.OrderedDict") + b")R")
-        fields += [] if typed else [_global(f"torch.{_LATER[dtype]}")]
+        fields = [
+            storage, _integer(0), _tuple([*map(_integer, shape)]), _tuple([*map(_integer, strides)]), b"\x89",
+            _global("collections.OrderedDict") + b")R", *([] if typed else [_global(f"torch.{_LATER[dtype]}")]),
+        ]  # fmt: skip
         parts.append(_text(key) + _global(f"torch._utils._rebuild_tensor_v{2 if typed else 3}") + _tuple(fields) + b"R")
     return b"".join([*parts, b"u."])
