@@ -142,10 +142,9 @@ class Initialization:
 
         Raises `AttachError` naming the leaf whose data no factors fit.
         """
+        if (compute := self.kind.factors) is None:
+            return {}
         out: dict[str, Factors] = {}
-        compute = self.kind.factors
-        if compute is None:
-            return out
         for b in self.pairs:
             try:
                 out |= {module: compute(values) for module, values in self.module_values(b, data).items()}

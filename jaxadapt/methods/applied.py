@@ -205,7 +205,7 @@ class AppliedMethods:
 
     def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
         for hook in reversed(self._weight_order):
-            x = hook.input(_with_axes(use, hook.axes), x, w)
+            x = hook.input(dataclasses.replace(use, axes=hook.axes), x, w)  # with the layouts of its own tensors
         return x
 
     def follows(self, primitive: str) -> bool:
@@ -225,7 +225,7 @@ class AppliedMethods:
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
         base = y
         for hook in self.hooks:
-            own = _with_axes(use, hook.axes)
+            own = dataclasses.replace(use, axes=hook.axes)
             y = y + (hook.output(own, x, base, w) - base) if hook.adds_to_base else hook.output(own, x, y, w)
         return y
 
@@ -259,14 +259,6 @@ def weight_order(changes: Sequence[tuple[bool, Effects, _T]]) -> tuple[_T, ...]:
     if all(order == "input" for order, _ in others):
         others.reverse()
     return (*(each for is_copy, _, each in changes if is_copy), *(each for _, each in others))
-
-
-_AnyUse = TypeVar("_AnyUse", bound=Use | Operation)
-
-
-def _with_axes(use: _AnyUse, axes: Axes) -> _AnyUse:
-    """Return a use with the axes of one of several methods, which have the layouts of that method's tensors."""
-    return use if use.axes is axes else dataclasses.replace(use, axes=axes)
 
 
 def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
@@ -372,18 +364,13 @@ class AppliedRows(AppliedMethod):
 
     def _without_rows(self, use: Use | Operation, x: Array) -> tuple[Use, int]:
         """Return the use of one row, and the axis of the rows in its result; in the input it is the first."""
-        use = self._require_product(use)
+        assert isinstance(use, Use)  # rows follow no other operation
         row, rows = use.x[0], jax.tree.leaves(self.tensors)[0].shape[0]
         if row in use.w or row not in use.y or x.shape[0] != rows:
             raise self._refuse(
                 f"the layer's input has shape {list(x.shape)}, and its first axis is not the {rows} rows"
             )
         return dataclasses.replace(use, x=use.x[1:], y=use.y.replace(row, "")), use.y.index(row)
-
-    def _require_product(self, use: Use | Operation) -> Use:
-        if isinstance(use, Operation):
-            raise self._refuse("the layer uses the weight in an operation that is not a matrix product")
-        return use
 
     def _refuse(self, problem: str) -> AttachError:
         return AttachError(
@@ -483,12 +470,12 @@ class AppliedMask(AppliedRows):
     def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
         if self._pair is not None:
             return x
-        use = self._require_product(use)
+        assert isinstance(use, Use)  # rows follow no other operation
         self._letters(use, x)
         return self._choose(use.x, x, lambda one: one.input(use, x, w), use)
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
-        use = self._require_product(use)
+        assert isinstance(use, Use)  # rows follow no other operation
         letters = self._letters(use, x)
         if self._pair is None or self.axes.parts is not None or use.transposed:
             return self._choose(use.y, y, lambda one: one.output(use, x, y, w), use)
@@ -558,7 +545,7 @@ class AppliedSegments(AppliedMask):
         return x
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
-        use = self._require_product(use)
+        assert isinstance(use, Use)  # rows follow no other operation
         if use.transposed or use.axes.batch_axes or self._pair is None:
             raise self._refuse(
                 "sorted segments are for low-rank pairs of one matrix, without fused parts. Use implementation='gather'"

@@ -104,7 +104,7 @@ class IA3(Method, peft_type="IA3"):
         return hparams.conv and not hparams.feedforward and primitive == "conv_general_dilated"
 
     def input(self, hparams: IA3Hparams, params: Params, use: Use | Operation, x: Array, w: Array) -> Array:
-        if isinstance(use, Operation) or not self._scales_input(hparams, use):
+        if isinstance(use, Operation) or hparams.feedforward == use.transposed:  # then the output is scaled
             return x
         letters, scale = self._scale_letters(hparams, use), _vector(hparams, params)
         if not set(letters) <= set(use.x):
@@ -119,7 +119,7 @@ class IA3(Method, peft_type="IA3"):
     ) -> Array:
         if isinstance(use, Operation):
             return (y * products.expand_over_outputs(use, _vector(hparams, params), y.ndim)).astype(y.dtype)
-        if self._scales_input(hparams, use):
+        if hparams.feedforward != use.transposed:  # then the input is scaled
             return y
         scale = _vector(hparams, params)
         return (y * products.expand_to_letters(scale, self._scale_letters(hparams, use), use.y)).astype(y.dtype)
@@ -160,10 +160,6 @@ class IA3(Method, peft_type="IA3"):
     def _scale_letters(hparams: IA3Hparams, use: Use) -> str:
         letters = use.letters("in" if hparams.feedforward else "out")
         return use.letters("batch") + (letters[:1] if hparams.conv and hparams.feedforward else letters)
-
-    @staticmethod
-    def _scales_input(hparams: IA3Hparams, use: Use) -> bool:
-        return hparams.feedforward != use.transposed
 
     @staticmethod
     def _scale_over_weight(hparams: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:

@@ -97,7 +97,11 @@ class Oft(Rotation, peft_type="OFT"):
         found = target.found.get(name)
         if found is None:
             size = target.out_size if target.kind == "embedding" else target.in_size * math.prod(target.window)
-            given = _nearest_divisor(target, size, config.oft_block_size or config.r)
+            wanted = config.oft_block_size or config.r
+            divisors = (n for n in range(1, size + 1) if size % n == 0)
+            given = min(divisors, key=lambda n: (abs(n - wanted), n))  # as in PEFT, the smaller of two equally near
+            if given != wanted:
+                warn(f"{target.leaf}: OFT with blocks of {given}, because {wanted} does not divide the size {size}")
             blocks, block = (size // given, given) if config.oft_block_size else (given, size // given)
             found = (1 if config.block_share else blocks, block * (block - 1) // 2)
         return (own_tensor(name, found, f".{name}.weight"),)
@@ -194,14 +198,6 @@ def _blocks(own: OftHparams, params: Params, size: int) -> Array:
         k = k + jax.lax.stop_gradient(jnp.where(norm <= limit, k, k * (limit / norm)) - k)
     r = cayley_series(k, own.terms) if own.terms else cayley(k)
     return jnp.broadcast_to(r, (size // r.shape[-1], *r.shape[1:]))
-
-
-def _nearest_divisor(target: Target, size: int, wanted: int) -> int:
-    """Return the divisor of `size` that PEFT uses for `wanted`, the smaller one of two equally near."""
-    best = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - wanted), n))
-    if best != wanted:
-        warn(f"{target.leaf}: OFT with blocks of {best}, because {wanted} does not divide the size {size}")
-    return best
 
 
 def skew(vectors: Array) -> Array:

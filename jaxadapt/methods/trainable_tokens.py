@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 from jaxadapt.configs.full_rank import TrainableTokensConfig
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.base import Method
 from jaxadapt.methods.copies import ROWS, CopyingMethod, RowCopy
 
 
@@ -25,7 +24,7 @@ class TrainableTokens(CopyingMethod, peft_type="TRAINABLE_TOKENS"):
         if not config.token_indices:
             raise ConfigError("token_indices: expected the tokens to train, found none")
 
-    def copy_of(self, config: TrainableTokensConfig, parameter: str) -> Method | None:
+    def copy_of(self, config: TrainableTokensConfig, parameter: str) -> RowCopy | None:
         if parameter != "weight":
             return None
         return RowCopy(tuple(config.token_indices), "token_indices", "", not config.init_weights)
