@@ -246,13 +246,12 @@ def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
 
 def _run_linen(params: Any, adapter_sites: Sequence[Site], update: Update, forward: Any) -> Any:
     known = key_paths(params)
-    observing = [dataclasses.replace(b, method=_Probe(), hparams=update) for b in adapter_sites]
 
     def loss(values: Mapping[str, Array], params: Any, batch: Any) -> Array:
         overlay = Overlay({"params": params})
-        for b in observing:
+        for b in adapter_sites:
             tensors = {name: values[paths.join(b.leaf, name)] for name in ("state", "mask")}
-            overlay.add(known[b.leaf], b, (), _NAME, tensors, {})
+            overlay.add(known[b.leaf], dataclasses.replace(b, method=_Probe(), hparams=update), (), _NAME, tensors, {})
         with intercept(overlay):
             return sum_outputs(forward(overlay.module_variables()["params"], batch))
 

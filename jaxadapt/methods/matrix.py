@@ -603,11 +603,9 @@ class Lycoris(MatrixMethod):
     kinds = frozenset({"linear", "conv"})
 
     def own(self, config: Any, target: Target) -> DroppedHparams:
-        def scale(module: str) -> float:
-            return find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
-
+        alphas, alpha = config.alpha_pattern, config.alpha
         return DroppedHparams(
-            target.value(scale),
+            target.value(lambda module: find_pattern_value(alphas, module, alpha) / config.rank_of(module)),
             config.rank_dropout,
             config.module_dropout,
             unscaled_dropout=not config.get("rank_dropout_scale", True),
