@@ -7,7 +7,7 @@ _NAMES = {
     "models.graph": "BaseParam FrozenParam LayerNumber SharedParam",
     "models.attention_calls": "RelativeBias TakesEmbeddings TakesKeys attention",
     "models.prompts": "extend_labels",
-    "models.quantization": "dequantize from_qwix quantize",
-    "models.attachment": "Selection Target invoke rescale",
+    "models.attachment": "dequantize from_qwix invoke quantize rescale",
+    "models.summary_table": "Selection Target",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -1,9 +1,9 @@
-"""Adapters on a model: select the parameters, attach, extract, inject and remove adapters, and choose the active ones.
+"""Changes of a model: attach, extract, inject and remove adapters, choose the active ones, and quantise the base.
 
-`select` returns what a configuration would adapt in a model, as a value, before anything is attached. `rescale`
-multiplies the trained values at run time, so that jitted functions are not recompiled. `invoke` sets the data of a call
+`rescale` multiplies the trained values at run time, so that jitted functions are not recompiled. `invoke` sets the data of a call
 that some adapters need: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA. `adapter_gradient`
-returns gradients with respect to some adapter parameters of an NNX model.
+returns gradients with respect to some adapter parameters of an NNX model. `quantize` stores a base in 4 or 8 bits for
+QLoRA (Dettmers et al. 2023, arXiv:2305.14314), and `dequantize` undoes it.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, collection_name, is_array, not_an_adapter
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, collection_name, is_array, not_an_adapter
 from jaxadapt.adapters.sites import sites_of
+from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.configs.matching import ALL_LINEAR
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.base import get_method
-from jaxadapt.models import graph, planning, trees
+from jaxadapt.models import graph, nnx_adapters, planning, trees
 from jaxadapt.models.carriers import DEFAULT, Model, Wrapper, base_params, carrier, lora_carrier
 from jaxadapt.models.linen_call import repeat_on_stack
 
@@ -218,118 +222,6 @@ def detach(model: Any) -> Any:
     ['params']
     """
     return carrier(model).detach()
-
-
-# ---------------------------------------------------------------- target selection
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One base leaf that a configuration selects.
-
-    Attributes:
-        leaf: the path of the base weight in the model.
-        shape: its shape, stacked layers included.
-        modules: the PyTorch modules (or parameters) in the leaf that are adapted.
-        tensors: {name: shape} of the tensors that the method keeps for the leaf.
-
-    >>> Target("q_proj.kernel", (4, 6), ("q_proj",), {"lora_A": (2, 4), "lora_B": (6, 2)}).parameters
-    20
-    """
-
-    leaf: str
-    shape: tuple[int, ...]
-    modules: tuple[str, ...]
-    tensors: Mapping[str, tuple[int, ...]]
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters in the tensors."""
-        return sum(math.prod(shape) for shape in self.tensors.values())
-
-    def __str__(self) -> str:
-        tensors = ", ".join(f"{name} {shape}" for name, shape in self.tensors.items())
-        first, more = self.modules[0], len(self.modules) - 1
-        return f"{first}{f' and {more} more' if more else ''}: {self.leaf} {self.shape}; {tensors}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """The weights of a model that a configuration selects; `str(selection)` lists them.
-
-    Attributes:
-        config: the configuration as it would be attached: "all-linear" and null targets resolved.
-        keymap: the keymap that names the weights.
-        targets: one value a base leaf, in the model's order.
-
-    >>> import jax, jaxadapt
-    >>> base = {"q_proj": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> select(base, jaxadapt.IA3Config(target_modules=["q_proj"], feedforward_modules=[])).leaves
-    ('q_proj.kernel',)
-    """
-
-    config: Config
-    keymap: KeyMap
-    targets: tuple[Target, ...]
-
-    @property
-    def leaves(self) -> tuple[str, ...]:
-        """The paths of the selected base weights."""
-        return tuple(target.leaf for target in self.targets)
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The PyTorch modules (or parameters) that are adapted."""
-        return tuple(module for target in self.targets for module in target.modules)
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters that the adapter would have."""
-        return sum(target.parameters for target in self.targets)
-
-    def __str__(self) -> str:
-        head = f"{self.config.peft_type} on {len(self.modules)} modules in {len(self.targets)} weights, "
-        return (
-            f"{head}{self.parameters:,} parameters (keymap {self.keymap.name!r}):\n"
-            f"{paths.bullets(map(str, self.targets), 40)}"
-        )
-
-
-def select(
-    model: Any,
-    config: Config,
-    *,
-    keymap: KeyMap | str | None = None,
-    stack_axes: Sequence[int] | None = None,
-    example: Sequence[Any] | None = None,
-) -> Selection:
-    """Return what a configuration would adapt in a model, without attaching anything.
-
-    Args:
-        model: an NNX model, Linen variables or base parameters, or the shapes of any of them.
-        config: for example a `LoraConfig`.
-        keymap, stack_axes, example: as in `jaxadapt.adapt`.
-
-    Raises `TargetError` if the configuration selects nothing adaptable, and `ConfigError`, `KeyMapError` or
-    `AttachError` for what `jaxadapt.adapt` would refuse.
-
-    >>> import jax, jaxadapt
-    >>> base = {"q_proj": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
-    >>> found = select(base, jaxadapt.LoraConfig(r=2, target_modules="all-linear"))
-    >>> found.modules, found.parameters
-    (('q_proj',), 20)
-    >>> print(found)
-    LORA on 1 modules in 1 weights, 20 parameters (keymap 'generic'):
-      q_proj: q_proj.kernel (4, 6); lora_A (2, 4), lora_B (6, 2)
-    """
-    get_method(config)
-    base = carrier(model).base()
-    recipe, sites = planning.plan_adapter(base, config, keymap, stack_axes, example)
-    return Selection(
-        recipe.config,
-        recipe.keymap,
-        tuple(Target(site.leaf, base.shapes[site.leaf], site.modules, site.shapes) for site in sites),
-    )
 
 
 # ---------------------------------------------------------------- activation
@@ -626,3 +518,148 @@ def adapter_gradient(
         return {name: {path: var.get_value() for path, var in each.items()} for name, each in variables.items()}
 
     return run
+
+
+# ---------------------------------------------------------------- quantisation of the base
+
+
+def quantize(
+    model: Any,
+    kind: str = "nf4",
+    *,
+    modules: Any = ALL_LINEAR,
+    block: int | None = None,
+    keymap: KeyMap | str | None = None,
+) -> Any:
+    """Quantise the weights of a base's linear layers; `adapt`, `init`, `load` and `save` work as on the dense base.
+
+    Each call of a layer dequantises its weight, in the forward and again in the backward pass, so a training step never
+    holds all dense weights. Adapters stay in full precision, and PEFT loads a saved adapter on the dense base. The
+    codes and scales of a sharded weight are sharded too, and adapters are sharded as on the dense base.
+
+    Args:
+        model: nested mappings of base parameters (returns a new tree; apply it through `adapt`'s wrapper), or an NNX
+            model, which is changed in place and returned.
+        kind: "nf4" (blocks of 64 numbers with one scale each, in the order and with the levels of bitsandbytes) or
+            "int8" (one scale for each output).
+        modules: as `target_modules`; by default every linear layer except the output layer.
+        block: the number of weights per scale, instead of the default.
+        keymap: as in `adapt`.
+
+    Raises `AttachError` for a weight that is already quantised, is a spec without values, has values that are not
+    finite, or stacks its layers on any axes but the first.
+
+    >>> import jax, numpy as np, jaxadapt
+    >>> base = {"q": {"kernel": np.random.default_rng(0).standard_normal((64, 32)).astype("float32")}}
+    >>> small = quantize(base, modules=["q"])
+    >>> small["q"]["kernel"].shape, small["q"]["kernel"].nbytes
+    ((64, 32), 1152)
+    >>> adapter = jaxadapt.init(small, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+    """
+    params = base_params(model)
+    sites = planning.plan_adapter(params, LoraConfig(target_modules=modules), keymap)[1]
+    weights, owners = params.leaves, params.held
+    leaves = [site.leaf for site in sites]
+    problems = [] if params.walked is None else list(planning.find_obstacles(params.walked, leaves).values())
+    problems += [f"{site.leaf}: {why}" for site in sites if (why := _obstacle(site, weights[site.leaf]))]
+    raise_listed(AttachError, "cannot quantize these weights:", problems)
+    new: dict[str, Any] = {}
+    for site in sites:
+        order = (
+            *site.axes.batch_axes,
+            *site.axes.out_axes,
+            *site.axes.in_axes,
+        )  # PyTorch's order: the inputs of one output are contiguous
+        size = site.fan_in if kind == "int8" and block is None else block
+        new[site.leaf] = quantized.quantize_weight(weights[site.leaf], kind, order, len(site.match.stack), size)
+    raise_listed(
+        AttachError,
+        "cannot quantize these weights, whose values are not all finite:",
+        (x for x, q in new.items() if not isinstance(q.absmax, Tracer) and not jnp.isfinite(q.absmax).all()),
+    )
+    model = carrier(model).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
+    for leaf in new if params.walked is not None else ():
+        nnx_adapters.install_adapters(owners[leaf][0])
+    return model
+
+
+def _obstacle(site: Site, w: Any) -> str:
+    """Return the reason why a weight cannot be quantised; an empty text if it can."""
+    stack = site.match.stack
+    if site.match.weight.kind != "linear":
+        return "expected the weight of a linear layer"
+    if quantized.is_quantized(w):
+        return "already quantized"
+    if isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
+        return f"expected floating-point values, found {type(w).__name__} of {w.dtype}"
+    sharding = regions.sharding_of(w)
+    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
+        return "sharded on a mesh with explicit axes, which does not allow slicing into blocks; use Auto axes"
+    if tuple(stack) != tuple(range(len(stack))):
+        return f"its layers are stacked on axis {stack}; expected the first axes"
+    return ""
+
+
+def dequantize(model: Any) -> Any:
+    """Dequantise every quantised weight of a base: the inverse of `quantize` except for rounding.
+
+    Takes an NNX model (changed in place) or nested mappings, with weights of `quantize` or QArrays of Qwix. A base
+    without quantised weights is returned unchanged. It raises nothing of its own.
+
+    >>> import numpy as np
+    >>> base = {"q": {"kernel": np.eye(64, dtype="float32")}}
+    >>> bool((dequantize(quantize(base, modules=["q"]))["q"]["kernel"] == base["q"]["kernel"]).all())
+    True
+    """
+    held = carrier(model)
+    if not held.in_place:
+        return jax.tree.map(quantized.to_dense, model, is_leaf=quantized.is_quantized)
+    return held.replace({p: quantized.to_dense(w) for p, w in held.leaves().items() if quantized.is_quantized(w)})
+
+
+def from_qwix(model: Any) -> Any:
+    """Convert a model of `qwix.quantize_model` (weights only) to one that adapters can be attached to.
+
+    Qwix replaces functions of JAX while the model runs, and would quantise an adapter's inputs too. After the
+    conversion the weights are still QArrays, and each call of a layer dequantises its weight.
+
+    Args:
+        model: NNX: changed in place and returned. Linen: returns the module without Qwix; use it with the parameters
+            of `qwix.quantize_params` unchanged.
+
+    Raises `AttachError` if Qwix also quantises activations (static scales).
+
+        model = jaxadapt.models.from_qwix(qwix.quantize_model(model, qwix.PtqProvider(rules), x))
+    """
+    if isinstance(model, nn.Module):
+        plain: Any = model.copy()
+        object.__setattr__(plain, "__class__", _without_qwix(type(model)))
+        return plain
+    if not isinstance(model, nnx.Module):
+        raise AttachError(f"expected an NNX or Linen module, found {type(model).__name__}")
+    qwix_params = {
+        (path, attr): (node, value)
+        for path, node in graph.walk_model(model).modules
+        for attr, value in vars(node).items()
+        if quantized.is_qwix_parameter(value)
+    }
+    is_variable = graph.instance_test(nnx.Variable)
+    new = {
+        at: jax.tree.map(lambda x: x.get_value() if is_variable(x) else x, value, is_leaf=is_variable)
+        for at, (_, value) in qwix_params.items()
+    }
+    raise_listed(
+        AttachError,
+        "cannot convert this model: Qwix also quantizes activations, with static scales, at:",
+        (paths.join(*at) for at, value in new.items() if not quantized.is_quantized(value.array)),
+    )
+    for at, (node, _) in qwix_params.items():
+        delattr(node, at[1])
+        setattr(node, at[1], nnx.Param(new[at].array))
+        nnx_adapters.install_adapters(node)
+    graph.set_class(model, _without_qwix(type(model)))
+    return model
+
+
+def _without_qwix(cls: Any) -> Any:
+    return vars(cls).get("_unquantized_type", cls)
