@@ -37,8 +37,8 @@ from jaxadapt.models.attachment import disable as disable
 from jaxadapt.models.attachment import extract as extract
 from jaxadapt.models.attachment import init as init
 from jaxadapt.models.attachment import inject as inject
-from jaxadapt.models.attachment import select as select
 from jaxadapt.models.graph import AdapterParam as AdapterParam
+from jaxadapt.models.summary_table import select as select
 from jaxadapt.models.summary_table import summary as summary
 from jaxadapt.persistence.consumers import Card as Card
 from jaxadapt.persistence.folder import inspect as inspect

@@ -1,8 +1,9 @@
 """The names of this package, for type checkers."""
 
-from jaxadapt.models.attachment import Selection as Selection
-from jaxadapt.models.attachment import Target as Target
+from jaxadapt.models.attachment import dequantize as dequantize
+from jaxadapt.models.attachment import from_qwix as from_qwix
 from jaxadapt.models.attachment import invoke as invoke
+from jaxadapt.models.attachment import quantize as quantize
 from jaxadapt.models.attachment import rescale as rescale
 from jaxadapt.models.attention_calls import RelativeBias as RelativeBias
 from jaxadapt.models.attention_calls import TakesEmbeddings as TakesEmbeddings
@@ -14,6 +15,5 @@ from jaxadapt.models.graph import FrozenParam as FrozenParam
 from jaxadapt.models.graph import LayerNumber as LayerNumber
 from jaxadapt.models.graph import SharedParam as SharedParam
 from jaxadapt.models.prompts import extend_labels as extend_labels
-from jaxadapt.models.quantization import dequantize as dequantize
-from jaxadapt.models.quantization import from_qwix as from_qwix
-from jaxadapt.models.quantization import quantize as quantize
+from jaxadapt.models.summary_table import Selection as Selection
+from jaxadapt.models.summary_table import Target as Target

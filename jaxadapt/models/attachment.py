@@ -1,9 +1,9 @@
 """Changes of a model: attach, extract, inject and remove adapters, choose the active ones, and quantise the base.
 
-`rescale` multiplies the trained values at run time, so that jitted functions are not recompiled. `invoke` sets the data of a call
-that some adapters need: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA. `adapter_gradient`
-returns gradients with respect to some adapter parameters of an NNX model. `quantize` stores a base in 4 or 8 bits for
-QLoRA (Dettmers et al. 2023, arXiv:2305.14314), and `dequantize` undoes it.
+`rescale` multiplies the trained values at run time, so that jitted functions are not recompiled. `invoke` sets the
+data of a call that some adapters need: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA.
+`adapter_gradient` returns gradients with respect to some adapter parameters of an NNX model. `quantize` stores a base
+in 4 or 8 bits for QLoRA (Dettmers et al. 2023, arXiv:2305.14314), and `dequantize` undoes it.
 """
 
 from __future__ import annotations
