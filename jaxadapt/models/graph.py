@@ -371,15 +371,13 @@ class ModelWalk:
     @functools.cached_property
     def leaves(self) -> dict[str, Owner]:
         """`{dotted path: (owner, attribute)}` of the base parameters that are a module's attribute, each once."""
-        leaves: dict[str, Owner] = {}
-        seen: set[int] = set()
+        first: dict[int, tuple[str, Owner]] = {}
         is_base = instance_test(nnx.Param, (AdapterParam, FrozenParam))
         for path, node in self.modules:
             for attr, var in vars(node).items():
-                if is_base(var) and id(var) not in seen:
-                    seen.add(id(var))
-                    leaves[f"{path}.{attr}" if path else attr] = (node, attr)
-        return dict(sorted(leaves.items(), key=lambda item: natural_key(item[0])))
+                if is_base(var):
+                    first.setdefault(id(var), (f"{path}.{attr}" if path else attr, (node, attr)))
+        return dict(sorted(first.values(), key=lambda item: natural_key(item[0])))
 
     @functools.cached_property
     def unowned(self) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 
@@ -249,9 +249,7 @@ class Prompt:
 
     @property
     def method(self) -> PromptMethod:
-        method = METHODS[self.recipe.config.peft_type]
-        assert isinstance(method, PromptMethod)
-        return method
+        return cast(PromptMethod, METHODS[self.recipe.config.peft_type])
 
     @property
     def prefilled(self) -> bool:

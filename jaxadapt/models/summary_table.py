@@ -96,9 +96,9 @@ class Selection:
         return sum(target.parameters for target in self.targets)
 
     def __str__(self) -> str:
-        head = f"{self.config.peft_type} on {len(self.modules)} modules in {len(self.targets)} weights, "
         return (
-            f"{head}{self.parameters:,} parameters (keymap {self.keymap.name!r}):\n"
+            f"{self.config.peft_type} on {len(self.modules)} modules in {len(self.targets)} weights,"
+            f" {self.parameters:,} parameters (keymap {self.keymap.name!r}):\n"
             f"{paths.bullets(map(str, self.targets), 40)}"
         )
 
@@ -130,7 +130,6 @@ def select(
     LORA on 1 modules in 1 weights, 20 parameters (keymap 'generic'):
       q_proj: q_proj.kernel (4, 6); lora_A (2, 4), lora_B (6, 2)
     """
-    get_method(config)
     base = carrier(model).base()
     recipe, sites = planning.plan_adapter(base, config, keymap, stack_axes, example)
     return Selection(

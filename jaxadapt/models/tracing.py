@@ -99,8 +99,7 @@ def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[Ax
     if kind in _SAME:
         return [layout]
     if kind is primitives.convert_element_type_p:
-        floats = jnp.issubdtype(old.dtype, jnp.floating) and jnp.issubdtype(new.dtype, jnp.floating)
-        return [layout] if floats else None
+        return [layout] if all(jnp.issubdtype(x.dtype, jnp.floating) for x in (old, new)) else None
     if kind is primitives.transpose_p:
         return [dataclasses.replace(layout, groups=tuple(layout.groups[i] for i in params["permutation"]))]
     permutes = kind is primitives.reshape_p and params["dimensions"] is not None
@@ -134,12 +133,9 @@ def spell_contraction(
     y = [pair for i in shared_w for pair in view[i]] + (free_w + free_x if side == 0 else free_x + free_w)
     x += layout.spell((*reads, *axes.batch_axes), unit=True)
     y += layout.spell((*writes, *axes.batch_axes), unit=True)
-    (x_letters, x_sizes), (y_letters, y_sizes) = map(_unzip, (x, y))
-    return Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes), x_sizes, y_sizes
-
-
-def _unzip(axes: list[tuple[str, int]]) -> tuple[str, list[int]]:
-    return "".join(letter for letter, _ in axes), [size for _, size in axes]
+    x_letters, y_letters = ("".join(letter for letter, _ in pairs) for pairs in (x, y))
+    use = Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes)
+    return use, [size for _, size in x], [size for _, size in y]
 
 
 def _matching_roles(
@@ -173,14 +169,15 @@ def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation 
     if numbers.rhs_spec[0] != out or eqn_params["batch_group_count"] != 1 or axes.batch_axes:
         return None
     kept = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
+    options: Any = {name: eqn_params[name] for name in kept}
 
     def run(x: Any, w: Any) -> Any:
         # As in PEFT, A's channels are never grouped. The caller groups those of B.
         groups = x.shape[numbers.lhs_spec[1]] // w.shape[numbers.rhs_spec[1]]
-        options: Any = {name: eqn_params[name] for name in kept}
-        if options["preferred_element_type"] is not None:
-            options["preferred_element_type"] = x.dtype
-        return jax.lax.conv_general_dilated(x, w, dimension_numbers=numbers, feature_group_count=groups, **options)
+        kind = {} if options["preferred_element_type"] is None else {"preferred_element_type": x.dtype}
+        return jax.lax.conv_general_dilated(
+            x, w, dimension_numbers=numbers, feature_group_count=groups, **(options | kind)
+        )
 
     def slide(x: Any, w: Any) -> Any:
         once, precision = (1,) * (x.ndim - 2), jax.lax.Precision.HIGHEST
@@ -201,10 +198,9 @@ def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | Non
     inside = [i for i in range(len(sizes)) if i not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
     if axes.batch_axes or out not in inside or out in numbers.start_index_map or sizes[out] != weight.shape[out]:
         return None
-    kept = ("mode", "fill_value", "indices_are_sorted", "unique_indices")
+    options: Any = {name: eqn_params[name] for name in ("mode", "fill_value", "indices_are_sorted", "unique_indices")}
 
     def run(x: Any, w: Any) -> Any:
-        options: Any = {name: eqn_params[name] for name in kept}
         window = tuple(w.shape[i] if i == out else size for i, size in enumerate(sizes))
         return jax.lax.gather(w, x, dimension_numbers=numbers, slice_sizes=window, **options)
 

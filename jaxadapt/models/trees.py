@@ -171,11 +171,13 @@ def find_adapters(tree: Mapping[str, Any]) -> dict[Keys, Mapping[str, Any]]:
 
 def with_integers(tree: Mapping[str, Any], integers: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the tree of one adapter with the integer tensors that its own collection holds."""
-    added = {
-        key: with_integers(tree.get(key, {}), value) if isinstance(value, Mapping) else value
-        for key, value in integers.items()
+    return {
+        **tree,
+        **{
+            key: with_integers(tree.get(key, {}), value) if isinstance(value, Mapping) else value
+            for key, value in integers.items()
+        },
     }
-    return {**tree, **added}
 
 
 def places(tree: Mapping[str, Any], keys: Keys) -> list[Keys]:
@@ -201,8 +203,7 @@ def collection_names(tree: Mapping[str, Any]) -> list[str]:
 
 def without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return Linen variables without the adapters' collections."""
-    held = collection_names(tree)
-    dropped = {*held, *map(integers_name, held)}
+    dropped = {each for name in collection_names(tree) for each in (name, integers_name(name))}
     return {name: value for name, value in tree.items() if name not in dropped}
 
 
@@ -439,8 +440,7 @@ def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
     leaves |= {f"{path}.LoraWeight.alpha": float(node.alpha) for path, node in lorax.items()}  # static, so no leaf
 
     def put(new: Mapping[str, Any]) -> Any:
-        nodes = [rebox(node, new[name]) if name in new else node for name, node in named]
-        return jax.tree_util.tree_unflatten(structure, nodes)
+        return structure.unflatten([rebox(node, new[name]) if name in new else node for name, node in named])
 
     return leaves, put
 
