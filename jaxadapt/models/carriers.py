@@ -293,12 +293,11 @@ class State(_Variables):
             values = f(name, self.extract(name))
             new |= {id(var): values[path] for path, var in by_path.items()}
         flat = nnx.to_flat_state(self.tree)
-        others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new]
         raise_listed(
             AttachError,
             "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one"
             " also contains:",
-            others,
+            (f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new),
         )
         return jax.tree.map(lambda var: new[id(var)], self.tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

@@ -263,7 +263,7 @@ def check_reads(
 
     def output(weights: Mapping[str, Any]) -> Any:
         copies = {(*keys[:-1], keys[-1] + SEP): stored[name] for keys, name in names.items()}
-        overlaid = trees.overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
+        overlaid = trees.overlay(params, copies | {keys: weights[name] for keys, name in names.items()})
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
     call.refuse_reads_outside(leaf for leaf, is_live in call.live_weights(output, stored).items() if is_live)
@@ -521,8 +521,8 @@ class Adapted:
             called: the scope paths of the modules that the call enters.
         """
         keys_by_leaf = key_paths(overlay.base["params"])
-        base = paths.flatten(trees.unbox_tree(overlay.base["params"]))
-        shapes = {leaf: tuple(x.shape) for leaf, x in base.items()}
+        leaves = paths.flatten(trees.unbox_tree(overlay.base["params"]))
+        shapes = {leaf: tuple(x.shape) for leaf, x in leaves.items()}
         for name, adapter in overlay.active.items():
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             if used := [leaf for leaf in missing if keys_by_leaf[leaf][:-1] in called]:

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters import initial_values
@@ -83,7 +82,9 @@ def draw_params_key(rngs: nnx.Rngs) -> Any:
         return stream()
     key: Any = stream.key.get_value()
     count: Any = stream.count.get_value()
-    concrete = isinstance(count, jax.Array) and not isinstance(key, Tracer) and not isinstance(count, Tracer)
+    concrete = (
+        isinstance(count, jax.Array) and not isinstance(key, jax.core.Tracer) and not isinstance(count, jax.core.Tracer)
+    )
     if not concrete or key.shape or count.committed:  # also several keys, or a count committed to a device
         return stream()
     n = int(count)
@@ -102,8 +103,8 @@ def require_current_trace(modules: Iterable[Any]) -> None:
         " or create the model inside, nnx.jit(lambda: jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1)))();"
         " or return an adapted copy, jaxadapt.adapt(nnx.clone(model), …)"
     )
-    contexts = itertools.chain.from_iterable(graphlib.GRAPH_CONTEXT.update_context_stacks.values())
-    arguments = [context.inner_ref_outer_index for context in contexts]
+    stacks = graphlib.GRAPH_CONTEXT.update_context_stacks.values()
+    arguments = [context.inner_ref_outer_index for stack in stacks for context in stack]
     for module in modules:
         if any(nodes is not None and module in nodes for nodes in arguments):
             raise AttachError("this model was passed to nnx.jit, nnx.grad or another Flax transform" + remedy)

@@ -182,16 +182,11 @@ def class_entries(
     shapes: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
     stack_axes: Sequence[int] | None = None,
-    traced: Mapping[str, TracedAxes] | None = None,
 ) -> list[Weight]:
-    """Return keymap entries for the leaves that a keymap does not cover, from their layer's class or a trace."""
+    """Return keymap entries for the leaves that a keymap does not cover, from their layer's class."""
     entries: list[Weight] = []
     for leaf, (module, attr) in owners.items():
         shape = shapes[leaf]
-        if traced is not None and leaf in traced:
-            stack = _find_stack(leaf, shape, traced[leaf].shape, stack_axes)
-            entries.append(entry_from_axes(leaf, shape, traced[leaf].axes, stack))
-            continue
         match = None if attr == "bias" else keymap.match(leaf)
         if attr == "bias" or (match is not None and len(match.weight.left) == len(shape)):
             continue
@@ -356,8 +351,11 @@ def describe_uses(walk: graph.ModelWalk | None, inputs: call.Args) -> dict[str, 
     }
     if not inputs:
         return notes
-    variables = [pair for by_path in walk.adapters.values() for pair in by_path.items()]
-    attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables}
+    attached = {
+        path.rpartition(".")[0]: var.get_metadata()["adapter"]
+        for by_path in walk.adapters.values()
+        for path, var in by_path.items()
+    }
     attached.pop(SHARED_NODE, None)
     hooks = {leaf: AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
     custom = custom_leaves(walk.leaves, [leaf for leaf, hook in hooks.items() if not hook.by_weight])
@@ -521,7 +519,9 @@ def _plan_on_model(
         wanted = custom_leaves(owners, selection.unselected_matrices(config, known.with_entries(entries), shapes))
         traced, others = trace_axes(base.target, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
-        entries = class_entries(owners, base.shapes, keymap, stack_axes, traced)
+        for leaf, seen in traced.items():
+            stack = _find_stack(leaf, base.shapes[leaf], seen.shape, stack_axes)
+            entries.append(entry_from_axes(leaf, base.shapes[leaf], seen.axes, stack))
     # The generic keymap holds for Flax's own layers; a custom layer may transpose its kernel.
     unsure = frozenset(custom_leaves(owners, shapes)) if keymap == GENERIC else selection.NONE
 

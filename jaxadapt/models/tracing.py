@@ -133,9 +133,12 @@ def spell_contraction(
     y = [pair for i in shared_w for pair in view[i]] + (free_w + free_x if side == 0 else free_x + free_w)
     x += layout.spell((*reads, *axes.batch_axes), unit=True)
     y += layout.spell((*writes, *axes.batch_axes), unit=True)
-    x_letters, y_letters = ("".join(letter for letter, _ in pairs) for pairs in (x, y))
-    use = Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes)
-    return use, [size for _, size in x], [size for _, size in y]
+    (x_letters, x_sizes), (y_letters, y_sizes) = map(_unzip, (x, y))
+    return Use(x_letters, LETTERS[: len(layout.sizes)], y_letters, axes), x_sizes, y_sizes
+
+
+def _unzip(axes: list[tuple[str, int]]) -> tuple[str, list[int]]:
+    return "".join(letter for letter, _ in axes), [size for _, size in axes]
 
 
 def _matching_roles(
