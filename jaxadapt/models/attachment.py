@@ -280,8 +280,7 @@ def disable(model: Any) -> Generator[Any]:
         yield base
     finally:
         held = carrier(model)
-        present = held.names()  # the context may have deleted some
-        held.activate([name for name in before if name in present])
+        held.activate([name for name in before if name in held.names()])  # the context may have deleted some
 
 
 # ---------------------------------------------------------------- adapter scale
@@ -513,8 +512,8 @@ def adapter_gradient(
         return jax.grad(value)(wanted)  # nnx.grad takes a filter in Flax's graph mode only
 
     def run(model: Any, batch: Any) -> dict[str, dict[str, Any]]:
-        variables = graph.adapter_variables(gradient(*nnx.split(model, is_wanted, ...), batch))
-        return {name: {path: var.get_value() for path, var in each.items()} for name, each in variables.items()}
+        gradients = graph.adapter_variables(gradient(*nnx.split(model, is_wanted, ...), batch))
+        return {name: graph.values_of(variables) for name, variables in gradients.items()}
 
     return run
 

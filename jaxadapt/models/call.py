@@ -420,7 +420,7 @@ def refuse_reads_outside(leaves: Iterable[str]) -> None:
     )
 
 
-def live_weights(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[str, bool]:
+def live_weights(f: Callable[..., Any], weights: Mapping[Any, Any], *args: Any) -> dict[Any, bool]:
     """Return `{name: True if the outputs of f(weights, *args) depend on it}`, without computing anything.
 
     A weight is an array, a `ShapeDtypeStruct`, or a tree of them, as a quantised one is.

@@ -22,7 +22,7 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import graph, nnx_adapters, planning, trees
 from jaxadapt.models.foreign import tree as foreign_tree
-from jaxadapt.models.linen_wrapper import Adapted
+from jaxadapt.models.linen_wrapper import PER_CALL, Adapted
 
 DEFAULT = "default"
 Describe = Callable[[str, Adapter], Mapping[str, Any]]
@@ -288,10 +288,8 @@ class State(_Variables):
         variables = self._adapters
         if not variables:
             raise AttachError("the model has no adapter; call jaxadapt.adapt first")
-        new: dict[int, Any] = {}
-        for name, by_path in variables.items():
-            values = f(name, self.extract(name))
-            new |= {id(var): values[path] for path, var in by_path.items()}
+        values = {name: f(name, self.extract(name)) for name in variables}
+        new = {id(var): values[name][path] for name, by_path in variables.items() for path, var in by_path.items()}
         flat = nnx.to_flat_state(self.tree)
         raise_listed(
             AttachError,
@@ -427,9 +425,6 @@ def has_shapes(adapter: Adapter, values: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------- Linen, and other trees
 
 
-_PER_CALL = {"params", "intermediates", "cache", "perturbations"}
-
-
 class Module(Carrier):
     """A Linen module, which holds no parameters."""
 
@@ -543,7 +538,7 @@ class Params(Carrier):
     def rest(self) -> Any:
         if not (trees.collection_names(self.tree) or self.has_base):
             return {}
-        return {k: v for k, v in trees.without_adapters(self.tree).items() if k not in _PER_CALL}
+        return {k: v for k, v in trees.without_adapters(self.tree).items() if k not in {"params", *PER_CALL}}
 
     def with_rest(self, rest: Any) -> Any:
         mapping_type: Any = type(self.tree)

@@ -447,12 +447,11 @@ def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
 
 def base_shardings(owners: Mapping[str, Owner]) -> dict[str, Any]:
     """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
-    shardings: dict[str, Any] = {}
-    for leaf, value in base_values(owners).items():
-        shardings[leaf] = regions.sharding_of(value)
-        module, attr = owners[leaf]
-        var: nnx.Variable[Any] = vars(module)[attr]
-        if var.get_metadata("out_sharding", None) and regions.is_unplaced(value):
+    variables: dict[str, nnx.Variable[Any]] = {leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()}
+    values = values_of(variables)
+    shardings = {leaf: regions.sharding_of(value) for leaf, value in values.items()}
+    for leaf, var in variables.items():
+        if var.get_metadata("out_sharding", None) and regions.is_unplaced(values[leaf]):
             spec = nnx.get_partition_spec({"": var})[""]
             shardings[leaf] = regions.sharding_from_spec(spec.get_value(), var.get_metadata("mesh", None))
     return shardings

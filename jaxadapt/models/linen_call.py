@@ -32,7 +32,6 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.applied import (
     Applicable,
     AppliedMethod,
-    Hook,
     apply_rows,
     refuse_rivals,
     together,
@@ -234,16 +233,21 @@ class Overlay:
 
     def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         """Apply the adapters of a module, and dequantise its weights, when one of its methods is called."""
-        module, method = context.module, context.method_name
-        if not is_own_method(context) or module.scope.path in self.running:
+        module, method, scope = context.module, context.method_name, context.module.scope
+        if not is_own_method(context) or scope.path in self.running:
             return next_fun(*args, **kwargs)
         refuse_mapped(context, self.sites)
-        hooks = self._active_hooks(module.scope)
-        if not hooks and module.scope.path not in self.quantized_scopes:
+        hooks = {
+            leaf: together([each.make_hook(scope, self._make_dropout(each.rate, scope)) for each in adapters])
+            for leaf, adapters in self.sites.get(scope.path, {}).items()
+            # A copy of the scope lacks the tensors: its caller applies the adapters.
+            if scope.has_variable("params", adapters[0].key)
+        }
+        if not hooks and scope.path not in self.quantized_scopes:
             return next_fun(*args, **kwargs)
 
         def plain(*args: Any, **kwargs: Any) -> Any:
-            self.running.append(module.scope.path)
+            self.running.append(scope.path)
             try:
                 return next_fun(*args, **kwargs)
             finally:
@@ -253,17 +257,8 @@ class Overlay:
         if self.notes is not None and hooks:
             name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
             notes = call.describe(name, layer, hooks, args, kwargs)
-            self.notes.update({".".join((*module.scope.path, leaf)): note for leaf, note in notes.items()})
+            self.notes.update({".".join((*scope.path, leaf)): note for leaf, note in notes.items()})
         return call.apply(layer, hooks, args, kwargs)
-
-    def _active_hooks(self, scope: Any) -> dict[str, Hook]:
-        """Return `{leaf: hook}` for the adapters of one module."""
-        return {
-            leaf: together([each.make_hook(scope, self._make_dropout(each.rate, scope)) for each in adapters])
-            for leaf, adapters in self.sites.get(scope.path, {}).items()
-            # A copy of the scope lacks the tensors: its caller applies the adapters.
-            if scope.has_variable("params", adapters[0].key)
-        }
 
     def _make_dropout(self, rate: float, scope: Scope) -> Drop | None:
         """Return a dropout with a key from the scope's stream, or None if dropout is off."""
@@ -271,8 +266,11 @@ class Overlay:
             return None
         if not scope.has_rng(DROPOUT):
             prefix = scope.root.path  # of the lifted transform, in which all layers see the same random streams
-            inside = {path: leaves.values() for path, leaves in self.sites.items() if path[: len(prefix)] == prefix}
-            layers = [".".join(p) for p, leaves in inside.items() if any(x.rate for leaf in leaves for x in leaf)]
+            layers = [
+                ".".join(path)
+                for path, leaves in self.sites.items()
+                if path[: len(prefix)] == prefix and any(x.rate for leaf in leaves.values() for x in leaf)
+            ]
             raise AttachError(
                 f'the call has rngs={{"{DROPOUT}": …}}, but these layers with dropout do not get it:\n'
                 + paths.bullets(layers)

@@ -49,7 +49,7 @@ from jaxadapt.models.linen_call import (
 
 # ---------------------------------------------------------------- one abstract init
 
-_PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
+PER_CALL = {"cache", "intermediates", "perturbations"}  # the collections that hold nothing between calls
 _MARKER_SIZE = 10_007  # larger than any layer count: a transform added each smaller axis of a marker's shape
 
 
@@ -198,8 +198,8 @@ def survey_module(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Surve
     """
     variables = dict(trees.unbox_tree(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
     base = paths.flatten(variables.pop("params", {}))
-    state = variables.keys() - _PER_CALL_COLLECTIONS
-    stateful = frozenset(leaf.rpartition(".")[0] for name in state for leaf in paths.flatten(variables[name]))
+    state = {name: tree for name, tree in variables.items() if name not in PER_CALL}
+    stateful = frozenset(leaf.rpartition(".")[0] for tree in state.values() for leaf in paths.flatten(tree))
     survey = Survey({leaf: tuple(spec.shape) for leaf, spec in base.items()}, frozenset(variables), stateful)
 
     def init_with_markers() -> Any:
@@ -240,8 +240,7 @@ def check_reads(
 
     Returns the scope paths of the modules that the call enters.
     """
-    names = {(*path, leaf): ".".join((*path, leaf)) for path, leaves in adapted.items() for leaf in leaves}
-    stored = {name: trees.lookup(params, keys) for keys, name in names.items()}
+    stored = {(*path, x): trees.lookup(params, (*path, x)) for path, leaves in adapted.items() for x in leaves}
     called: set[tuple[str, ...]] = set()
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -261,12 +260,12 @@ def check_reads(
         layer.write_back(changed)
         return y
 
-    def output(weights: Mapping[str, Any]) -> Any:
-        copies = {(*keys[:-1], keys[-1] + SEP): stored[name] for keys, name in names.items()}
-        overlaid = trees.overlay(params, copies | {keys: weights[name] for keys, name in names.items()})
+    def output(weights: dict[tuple[str, ...], Any]) -> Any:
+        overlaid = trees.overlay(params, {(*keys[:-1], keys[-1] + SEP): x for keys, x in stored.items()} | weights)
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
-    call.refuse_reads_outside(leaf for leaf, is_live in call.live_weights(output, stored).items() if is_live)
+    live = call.live_weights(output, stored)
+    call.refuse_reads_outside(".".join(keys) for keys, is_live in live.items() if is_live)
     return called
 
 
@@ -567,8 +566,7 @@ class BoundModule:
 
     def unbind(self) -> tuple[nn.Module, Any]:
         """Return the unbound base module and the variables, including the adapters' collections."""
-        module, variables = self.module.unbind()
-        return module, self.overlay.restore(variables, True, self.module.path)
+        return self.module.unbind()[0], self.variables
 
     def __getattr__(self, name: str) -> Any:
         return self._wrap(getattr(self.module, name), name)

@@ -431,8 +431,7 @@ def attached_to(tensors: Mapping[str, nnx.Variable[Any]]) -> Attached:
         var for var in tensors.values()
         if isinstance(var, graph.AdapterParam | graph.FrozenParam) and not isinstance(var, graph.SharedParam)
     )  # fmt: skip
-    attached: Attached = param.get_metadata()["adapter"]
-    return attached
+    return param.get_metadata()["adapter"]
 
 
 # ---------------------------------------------------------------- the run-time subclass

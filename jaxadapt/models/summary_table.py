@@ -295,8 +295,12 @@ def summary(model: Any, *inputs: Any) -> Summary:
     rows = [row for name, adapter in adapters for row in _rows(name, adapter, shapes, how)]
     if not rows:
         raise AttachError(f"cannot summarize: this {type(base.tree).__name__} has no adapter")
-    keymaps = {name: adapter.keymap for name, adapter in adapters}
-    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), tuple(held.active()), keymaps)
+    return Summary(
+        tuple(rows),
+        sum(map(math.prod, shapes.values())),
+        tuple(held.active()),
+        {name: adapter.keymap for name, adapter in adapters},
+    )
 
 
 def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]) -> list[Row]:

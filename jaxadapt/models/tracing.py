@@ -317,8 +317,7 @@ def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[
 
     def evaluate(values: Sequence[Any], arrays: Sequence[Any]) -> None:
         views = [_View(AxisLayout.identity(name, w.shape), w) for name, w in zip(weights, values, strict=True)]
-        outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *arrays], scope)
-        scope.add_use("return", outs)
+        scope.add_use("return", _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *arrays], scope))
 
     jax.eval_shape(evaluate, list(weights.values()), traced.arrays)
     return {name: tuple(found) for name, found in scope.found.items()}
@@ -334,7 +333,7 @@ class Traced:
     result: Callable[[list[Any]], Any]  # from the jaxpr's outputs to what `f` returns
 
 
-def trace(f: Callable[..., Any], weights: Mapping[str, Any], args: Sequence[Any]) -> Traced:
+def trace(f: Callable[..., Any], weights: Mapping[Any, Any], args: Sequence[Any]) -> Traced:
     leaves, tree = jax.tree.flatten(args)
     moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)]
     results: list[Any] = []
