@@ -26,7 +26,7 @@ from jax.extend.core import primitives
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes
-from jaxadapt.models.tracing import called_jaxpr, evaluate_unchanged, interpret, trace
+from jaxadapt.models.tracing import called_jaxpr, evaluate_unchanged, interpret, rematerialised, trace
 
 # ---------------------------------------------------------------- attention
 
@@ -400,7 +400,8 @@ def _evaluate(
         if eqn.primitive is primitives.scan_p:
             return _scan(eqn, operands, change, own)
         if eqn.primitive is primitives.remat_p:
-            return _checkpoint(eqn, operands, change, own)
+            again = rematerialised(eqn, lambda *values: _evaluate(eqn.params["jaxpr"], (), values, change, own))
+            return again(*operands)
         body = called_jaxpr(eqn)
         assert body is not None  # `_find` has raised for any other
         return _evaluate(*body, operands, change, own)
@@ -434,16 +435,6 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) 
     options = {name: p[name] for name in ("length", "reverse", "unroll")}
     carry, ys = jax.lax.scan(body, others[:n_carry], (others[n_carry:], steps), **options)
     return [*carry, *ys]
-
-
-def _checkpoint(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) -> list[Any]:
-    """Evaluate a `checkpoint` under the same policy."""
-
-    def body(layers: Any, *values: Any) -> list[Any]:
-        return _evaluate(eqn.params["jaxpr"], (), values, change, layers)
-
-    again = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
-    return again(layers, *operands)
 
 
 # ---------------------------------------------------------------- hooks

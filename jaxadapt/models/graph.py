@@ -251,8 +251,9 @@ def _children_function(cls: Any, implementation: Any) -> Callable[[Any], _Childr
     if cls in known:
         return known[cls]
     pytree: Any = nnx.Pytree
-    if implementation.flatten is pytree._graph_node_flatten and cls._pytree__is_pytree:
-        return _list_int_attributes if cls._pytree__has_int_keys else _list_attributes
+    plain = implementation.flatten is pytree._graph_node_flatten and not cls._pytree__has_int_keys  # as nnx.List has
+    if plain and cls._pytree__is_pytree:
+        return _list_attributes
     return lambda node: _list_flattened(implementation.flatten(node)[0])
 
 
@@ -262,13 +263,6 @@ def _list_attributes(node: Any) -> _Children:
     is_data = vars(marks).get("_mapping", marks)  # the dict inside, which answers five times as fast
     # "_pytree__state" has no contents.
     return sorted(name for name in attributes if is_data.get(name) and name != "_pytree__state"), attributes, True
-
-
-def _list_int_attributes(node: Any) -> _Children:
-    """List the data attributes of a node such as `nnx.List`, whose numeric names are integer keys."""
-    names, attributes, _ = _list_attributes(node)
-    values = {int(name) if name.isdecimal() else name: attributes[name] for name in names}
-    return sorted(values, key=lambda key: (isinstance(key, str), key)), values, True
 
 
 def _list_flattened(children: Iterable[tuple[Any, Any]]) -> _Children:

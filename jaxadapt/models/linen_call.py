@@ -498,10 +498,8 @@ def call_module(
         name, first = hooked
         return apply(variables, *first, *args, **{**kwargs, "method": name})
     if prompt.method.adds == "embeddings":
-
-        def embed(tokens: Any) -> Any:
-            return _embed(lambda: apply(variables, *args, **kwargs), tokens, prompt.method.peft_type)
-
+        plain = functools.partial(apply, variables, *args, **kwargs)
+        embed = functools.partial(_embed, plain, prompt.method.peft_type)
         args, rest = prompts.with_embeddings(prompt, type(module).__call__, args, rest, embed)
         return apply(variables, *args, **rest, **options)
 
@@ -525,7 +523,7 @@ class _EmbeddedError(Exception):
     """Ends a call once the embeddings of its tokens are known; they are its argument."""
 
 
-def _embed(call: Callable[[], Any], tokens: Any, peft_type: str) -> Any:
+def _embed(call: Callable[[], Any], peft_type: str, tokens: Any) -> Any:
     """Return the embeddings of the tokens of a call, by the module's own `nn.Embed`. The call ends with them."""
 
     def stop(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:

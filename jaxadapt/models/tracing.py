@@ -368,6 +368,11 @@ def called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     return None
 
 
+def rematerialised(eqn: core.JaxprEqn, f: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """Return a function under the same `checkpoint` as an equation."""
+    return jax.checkpoint(f, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
+
+
 def side_of(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> int | None:
     """Return the position of the weight in a `dot_general`; None unless exactly one operand is a weight."""
     if eqn.primitive is not primitives.dot_general_p or (layouts[0] is None) == (layouts[1] is None):
@@ -533,8 +538,7 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
         inside = dataclasses.replace(scope, effective=scope.effective.new_child())
         return [inside.plain(out) for out in _evaluate(jaxpr, (), values, inside)]
 
-    again = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
-    return again(*(v.array if isinstance(v, _View) else v for v in operands))
+    return rematerialised(eqn, body)(*(v.array if isinstance(v, _View) else v for v in operands))
 
 
 # ---------------------------------------------------------------- one contraction
