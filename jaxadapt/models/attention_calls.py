@@ -109,11 +109,6 @@ class AttentionCall:
         """Call the function with these arrays, and with changes to the other arguments."""
         return self.function(**arrays, **{**dict(self.options), **changes})
 
-    @property
-    def is_causal(self) -> bool:
-        """True if the function applies a causal mask of its own."""
-        return bool(dict(self.options).get("is_causal", False))
-
 
 @dataclasses.dataclass(frozen=True)
 class Findable:

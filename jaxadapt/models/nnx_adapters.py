@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters import initial_values
@@ -82,9 +83,7 @@ def draw_params_key(rngs: nnx.Rngs) -> Any:
         return stream()
     key: Any = stream.key.get_value()
     count: Any = stream.count.get_value()
-    concrete = (
-        isinstance(count, jax.Array) and not isinstance(key, jax.core.Tracer) and not isinstance(count, jax.core.Tracer)
-    )
+    concrete = isinstance(count, jax.Array) and not isinstance(key, Tracer) and not isinstance(count, Tracer)
     if not concrete or key.shape or count.committed:  # also several keys, or a count committed to a device
         return stream()
     n = int(count)

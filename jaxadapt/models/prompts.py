@@ -252,11 +252,6 @@ class Prompt:
         return cast(PromptMethod, METHODS[self.recipe.config.peft_type])
 
     @property
-    def prefilled(self) -> bool:
-        """True if an earlier call has put the virtual tokens into the model's cache."""
-        return PREFILLED in self.data
-
-    @property
     def n(self) -> int:
         """The number of virtual tokens before the others."""
         return self.recipe.config.get("num_virtual_tokens")
@@ -284,7 +279,7 @@ def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | N
     keys = prompt.method.adds == "keys"
     if prompt.method.adds == "attention" or not isinstance(model, TakesKeys if keys else TakesEmbeddings):
         return None
-    if prompt.prefilled:
+    if PREFILLED in prompt.data:
         raise AttachError(
             "invoke(prefilled=True) has no effect on a model with call_with_embeddings, because that method fills the"
             " cache itself; deactivate the adapter for the later calls"
@@ -324,7 +319,7 @@ def with_embeddings(
     Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
     """
     bound, n, peft_type = _bind(call, args, kwargs), prompt.n, prompt.method.peft_type
-    if prompt.prefilled:
+    if PREFILLED in prompt.data:  # an earlier call has put the virtual tokens into the model's cache
         if prompt.encoder_decoder:
             raise AttachError("invoke(prefilled=True) is not implemented for models with an encoder; call it without")
         _shift_positions(bound, n, peft_type)
@@ -406,7 +401,7 @@ def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Ar
     changed["key"] = jnp.concatenate([first, key], axis=-3)
     changed["value"] = jnp.concatenate([second, value], axis=-3)
     mask, changes = arrays.get("mask"), dict[str, Any]()
-    if call.is_causal:
+    if dict(call.options).get("is_causal"):  # the function applies a causal mask of its own
         mask = hide_later(mask, query.shape[-3], key.shape[-3])
         changes["is_causal"] = False
     if mask is not None:

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 from flax import nnx, serialization
 from flax.core import meta
+from flax.linen import spmd
 from jax.tree_util import FlattenedIndexKey, keystr
 
 from jaxadapt.adapters import initial_values
@@ -68,7 +69,7 @@ def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
         if regions.is_unplaced(value) and isinstance(leaf, meta.Partitioned):
             spec: Any = leaf.get_partition_spec()
             if isinstance(leaf, nn.LogicallyPartitioned):
-                spec = nn.logical_to_mesh_axes(tuple(spec), leaf.rules)
+                spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
             shardings[path] = regions.sharding_from_spec(tuple(spec), leaf.mesh)
     return shardings
 
