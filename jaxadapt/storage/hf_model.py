@@ -272,7 +272,7 @@ def read_other_files(source: location.Location, dtype: str | None, untie: bool) 
         and location.is_file(path)
     ]
     config = (source if is_folder else source.parent) / CONFIG
-    if untie and config not in copied and read_model_config(config) is not None:
+    if untie and read_model_config(config) is not None and config not in copied:
         copied.append(config)  # also if the base is a single file
     files: dict[str, bytes] = {}
     for path in copied:
