@@ -487,13 +487,14 @@ def _renamed_config(
     config, values = tensors.config, _renamed_fields(tensors.config, changed, beginning)
     targets = {name: to for name, to in modules.items() if matching.is_target(config, name)}
     renamed = Config.from_dict(values)
-    is_narrower = not all(matching.is_target(renamed, to) for to in targets.values())
-    if is_narrower:
+    keeps = all(matching.is_target(renamed, to) for to in targets.values())
+    names_all = bool(targets) and (not keeps or _excludes_old_names(config, values))
+    if names_all:
         narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
         values |= {name: None for name in narrowing if name in values} | {"target_modules": sorted(targets.values())}
     if config.get("feedforward_modules") is not None:
         inputs = {to for name, to in targets.items() if matching.is_feedforward(config, name)}
-        if is_narrower or inputs != {to for to in targets.values() if matching.is_feedforward(renamed, to)}:
+        if names_all or inputs != {to for to in targets.values() if matching.is_feedforward(renamed, to)}:
             values |= {"target_modules": sorted(targets.values()), "feedforward_modules": sorted(inputs)}
     for field in ("rank_pattern", "alpha_pattern"):
         wanted = _pattern_values(config, field, modules)
@@ -501,13 +502,29 @@ def _renamed_config(
             values[field] = {to: x for to, x in zip(modules.values(), wanted, strict=True) if x is not None}
     result = Config.from_dict(values)
     lost = [to for to in targets.values() if not matching.is_target(result, to)]
-    lost += [
-        f"those of {field}"
-        for field in ("rank_pattern", "alpha_pattern")
-        if _pattern_values(config, field, modules) != _pattern_values(result, field, modules.values())
-    ]
+    lost += _lost_beside_targets(config, result, modules, changed)
     raise_listed(MismatchError, f"{tensors.source}: no configuration selects these modules by their new names:", lost)
     return result
+
+
+def _lost_beside_targets(
+    config: Config, renamed: Config, modules: Mapping[str, str], changed: Mapping[str, str]
+) -> list[str]:
+    """Return the copied modules that `modules_to_save` lacks after the renaming, and the patterns that say less."""
+    saved = {name: to for name, to in changed.items() if matching.is_saved(config, name)}
+    return [to for to in saved.values() if not matching.is_saved(renamed, to)] + [
+        f"those of {field}"
+        for field in ("rank_pattern", "alpha_pattern")
+        if _pattern_values(config, field, modules) != _pattern_values(renamed, field, modules.values())
+    ]
+
+
+def _excludes_old_names(config: Config, values: Mapping[str, Any]) -> bool:
+    """Return True if `exclude_modules` of the renamed fields may have old names, those of modules without tensors."""
+    excluded = config.get("exclude_modules") or ()
+    if isinstance(excluded, str):
+        return bool(excluded)
+    return any("." in name for name in set(excluded).intersection(values.get("exclude_modules") or ()))
 
 
 def _renamed_fields(config: Config, changed: Mapping[str, str], beginning: tuple[str, str]) -> dict[str, Any]:

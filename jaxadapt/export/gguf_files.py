@@ -433,7 +433,7 @@ def gguf_base(file: File) -> Base:
     """Return the facts of a base model in a GGUF file. Raises `ConfigError` for other architectures."""
     name = file.value("general.architecture")
     by_name = {each.name: each for each in ARCHITECTURES.values()}
-    architecture = _find_architecture(by_name.get(name), name, file.path)
+    architecture = _find_architecture(by_name.get(str(name)), name, file.path)
     if file.value("general.type", "model") != "model":
         raise FormatError(f"{file.path}: expected a whole model, found general.type {file.value('general.type')!r}")
     if (parts := file.value("split.count", 1)) != 1:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
+from jaxadapt.configs import matching
 from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays, specimens
@@ -187,6 +188,32 @@ def test_another_spelling_renames_the_modules_of_the_configuration(tmp_path):
     name = module.replace("model.", "model.language_model.", 1)
     assert (dict(new.config.alpha_pattern), new.config.scale_of(name)) == ({name: 20}, 20 / config.r)
     assert not [found for found in jaxadapt.verify(tmp_path / "vl") if found.severity == "error"]
+
+
+@pytest.mark.parametrize("excluded", [["model.layers.1.self_attn.q_proj"], r"model\.layers\.1\..*", ["lm_head"]])
+def test_another_spelling_adapts_no_module_that_was_excluded(excluded, tmp_path):
+    module = "model.layers.0.self_attn.q_proj"
+    pair = {f"base_model.model.{module}.lora_{side}.weight": np.ones((4, 4), "float32") for side in "AB"}
+    config = jaxadapt.LoraConfig(r=4, target_modules=["q_proj"], exclude_modules=excluded)
+    jaxadapt.write(jaxadapt.PeftTensors(config, pair), tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", TreeOptions(from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl"))
+    new = jaxadapt.read_config(tmp_path / "b")
+    names = [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert [matching.is_target(new, name) for name in names] == [True, excluded == ["lm_head"]]
+
+
+def test_another_spelling_loses_no_module_that_was_saved(tmp_path):
+    key, copied = "base_model.model.model.layers.0", np.ones((4, 4), "float32")
+    arrays = {f"{key}.self_attn.q_proj.lora_{side}.weight": copied for side in "AB"}
+    arrays |= {f"{key}.mlp.{name}_proj.weight": copied for name in ("gate", "up", "down")}
+    config = jaxadapt.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["model.layers.0.mlp"])
+    jaxadapt.write(jaxadapt.PeftTensors(config, arrays), tmp_path / "a")
+    names = TreeOptions(from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/bare")
+    with pytest.raises(jaxadapt.MismatchError, match=r"by their new names:\n  layers\.0\.mlp"):
+        convert(tmp_path / "a", tmp_path / "b", names)
+    convert(tmp_path / "a", tmp_path / "vl", TreeOptions(from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl"))
+    kept = jaxadapt.read(tmp_path / "vl").tensors
+    assert {name.replace("language_model.", "") for name in kept} == set(arrays)
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,12 @@ def write_gguf(path: Path, fields: list[bytes], tensors: tuple[bytes, ...] = ())
     [
         ([text(b"general.architecture") + STRING + text(b"\xff\xfe")], (), "expected a GGUF file"),
         ([text(b"\xff\xfe") + STRING + text(b"x")], (), "expected a GGUF file"),
+        ([text(b"general.architecture") + ARRAY + struct.pack("<IQ", 8, 0)], (), "for the architecture []"),
         ([ARCHITECTURE, BLOCKS, HEADS], (NO_AXES,), "a tensor of 0 axes"),
         ([ARCHITECTURE, BLOCKS, number("llama.attention.head_count", 7, "?", True)], (), "head_count=True"),
         ([ARCHITECTURE, number("llama.block_count", 10, "Q", 4 * 10**9), HEADS], (), "tensors of 4000000000 layers"),
     ],
-    ids="value name axes bool layers".split(),
+    ids="value name list axes bool layers".split(),
 )
 def test_a_damaged_gguf_file_is_an_error_that_names_it(fields, tensors, says, tmp_path, monkeypatch):
     monkeypatch.setattr(pytest.importorskip("gguf"), "get_tensor_name_map", lambda *_: pytest.fail("as many layers"))
