@@ -358,8 +358,9 @@ class LlamaModel(nnx.Module):
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.param_dtype, rngs=rngs)
         self.layers: Any
         if config.scan:
-            create = nnx.vmap(lambda keys: Block(config, rngs=keys), out_axes=self._axes())
-            self.layers = create(rngs.split(config.num_layers))
+            self.layers = nnx.vmap(lambda keys: Block(config, rngs=keys), out_axes=self._axes())(
+                rngs.split(config.num_layers)
+            )
         else:
             self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config)

@@ -42,8 +42,9 @@ def token_scores(tokens: Sequence[int], scores: Scores, top: int, first: int = 0
     """Yield the scores of tokens that stand at the places from `first` on, each with `top` others."""
     for place, token in enumerate(tokens, first):
         others = zip(scores.ids[place, :top].tolist(), scores.top[place, :top].tolist(), strict=True)
-        likely = tuple((i, max(x, _LEAST)) for i, x in others)
-        yield TokenScore(token, max(float(scores.logprobs[place]), _LEAST), likely)
+        yield TokenScore(
+            token, max(float(scores.logprobs[place]), _LEAST), tuple((i, max(x, _LEAST)) for i, x in others)
+        )
 
 
 def completion_logprobs(scores: Sequence[TokenScore], spell: Spell, offset: int) -> dict[str, Any]:

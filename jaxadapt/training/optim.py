@@ -283,8 +283,9 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         for tensors in sites.values():
             a, b = tensors["lora_A"], tensors["lora_B"]
             (a_value,), (grad,) = jax.tree.leaves(values[a]), jax.tree.leaves(grads[b])
-            new = _correct_gradient(flat[a].site, flat[a].config, a_value, grad)
-            grads[b] = jax.tree.unflatten(jax.tree.structure(grads[b]), [new])
+            grads[b] = jax.tree.unflatten(
+                jax.tree.structure(grads[b]), [_correct_gradient(flat[a].site, flat[a].config, a_value, grad)]
+            )
         return split.update(structure.unflatten(grads), state, params)
 
     return optax.GradientTransformation(split.init, update)
@@ -359,8 +360,9 @@ def per_slot(tx: optax.GradientTransformation, bank: Bank) -> optax.GradientTran
         for place, values, grads in zip(places, new, updates.arrays, strict=True):
             kept = {name: select(active, x, jnp.zeros_like(x), place.layers) for name, x in values.items()}
             arrays.append({name: kept[name] if name in kept else jnp.zeros_like(x) for name, x in grads.items()})
-        shared = jax.tree.map(jnp.zeros_like, tuple(updates.shared))
-        return dataclasses.replace(updates, arrays=tuple(arrays), shared=shared), changed
+        return dataclasses.replace(
+            updates, arrays=tuple(arrays), shared=jax.tree.map(jnp.zeros_like, tuple(updates.shared))
+        ), changed
 
     init: Any = jax.vmap(tx.init, in_axes=(axes,))
     functions: Any = (lambda bank: init(choose(bank)), update)
