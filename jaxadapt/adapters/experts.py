@@ -324,8 +324,7 @@ def fuse_experts(
         arrays, growth = _stack_factors(parameter, factors, ranks[name], on_shared, f"{tensors.source}: {name}")
         outer = (each for each in candidates if each.owner == parameter.owner and each.order > parameter.order)
         owner = name.rpartition(".")[0]
-        depth = sum(each.in_module(owner) in fused for each in outer)
-        place = f"{keymap.prefix}{owner}{'.base_layer' * depth}"
+        place = f"{keymap.prefix}{owner}" + ".base_layer" * sum(each.in_module(owner) in fused for each in outer)
         new_tensors |= {f"{place}.lora_{side}.weight{bracket}": array for (side, bracket), array in arrays.items()}
         ranks[name], alphas[name] = ranks[name] * growth, alphas[name] * config.scale_divisor(growth)
     config = _with_target_parameters(config, _lora_modules(rest, keymap), ranks, alphas, others)

@@ -149,8 +149,11 @@ def _make_context(sites: Sequence[Site], whole: Sites | None) -> _Context:
         targets = {module: site.target for site in whole if not site.method.copies for module in site.modules}
         return {name: (targets[name].in_size, targets[name].out_size) for name in sort_modules(whole.keymap, targets)}
 
-    shared = {each.tensor.name: each.entry.shape for each in shared_tensors(sites)}
-    return {"modules": tuple(adapted_modules(sites)), "shared": shared, "order_modules": order_modules}
+    return {
+        "modules": tuple(adapted_modules(sites)),
+        "shared": {each.tensor.name: each.entry.shape for each in shared_tensors(sites)},
+        "order_modules": order_modules,
+    }
 
 
 def init_values(
@@ -198,8 +201,7 @@ def init_values(
             return w.dtype if w is not None else dtype
         if each.tensor.dtype is not None:
             return jnp.dtype(each.tensor.dtype)
-        is_float = w is not None and jnp.issubdtype(w.dtype, jnp.floating)
-        return w.dtype if use_base_dtype and w is not None and is_float else dtype
+        return w.dtype if use_base_dtype and w is not None and jnp.issubdtype(w.dtype, jnp.floating) else dtype
 
     if abstract:
         return dict(given) | {
@@ -296,9 +298,12 @@ def _scales_by_tensor(config: Config, each: _Wanted) -> list[float] | None:
 def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> Start:
     """Return the circumstances of the values of one entry, or of the whole leaf if the method sees the model's."""
     site, form = each.site, each.entry.form
-    word = zlib.crc32(each.entry.path.encode())
     common: dict[str, Any] = {
-        "make_key": lambda: None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i),
+        "make_key": lambda: (
+            None
+            if key is None
+            else random_draws.fold_in(random_draws.fold_in(key, zlib.crc32(each.entry.path.encode())), i)
+        ),
         **context,
         **more,
     }
@@ -366,8 +371,9 @@ def _weight_rows(site: Site, form: FileLayout, w: Any) -> Any:
         w = jnp.take(w, jnp.array(site.match.parts), left.index(site.match.roles["fused"][0]))
     split = tuple(left.index(form.left[axis]) for axis in form.split)
     factor = site.match.weight.factor(dict(zip(left, w.shape, strict=True)))
-    whole = FileLayout(tuple(w.shape), left, layout.right, split, factor, layout.sizes, layout.shift, form.file_entries)
-    return whole.to_rows(w)
+    return FileLayout(
+        tuple(w.shape), left, layout.right, split, factor, layout.sizes, layout.shift, form.file_entries
+    ).to_rows(w)
 
 
 def has_value(leaf: Any, abstract: bool) -> bool:

@@ -85,9 +85,8 @@ def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
     if isinstance(targets, str):
         (embedding,) = set(tied.values())
         suffix = f"|^{re.escape(embedding)}$)"
-        if not any(re.fullmatch(targets, name) for name in (*NAMES, embedding)) or targets.endswith(suffix):
-            return config
-        return config.replace(target_modules=f"(?:{targets}{suffix}")
+        names_one = any(re.fullmatch(targets, name) for name in (*NAMES, embedding)) and not targets.endswith(suffix)
+        return config.replace(target_modules=f"(?:{targets}{suffix}") if names_one else config
     if config.get("trainable_token_indices") is None:
         warn(
             "ensure_weight_tying=True has no effect: neither target_modules nor modules_to_save names the embeddings",
@@ -97,8 +96,7 @@ def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
 
 def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]:
     """Return these names with the token embeddings in place of the heads."""
-    replaced = list(names)
-    replaced += [embedding for embedding in dict.fromkeys(tied.values()) if embedding not in replaced]
+    replaced = [*names, *(embedding for embedding in dict.fromkeys(tied.values()) if embedding not in names)]
     for head in tied:
         first = next((name for name in replaced if re.match(rf"(^|.*\.){name}($|\..*)", head)), None)
         replaced = [name for name in replaced if name != first]
@@ -400,8 +398,11 @@ def add_embeddings(
         )
     if base is None or not mode:
         return tensors
-    found = [match for match in map(keymap.match, base) if match is not None and is_embedding(keymap, match)]
-    modules = {match.module({}): match for match in found if len(match.weight.left) == base[match.leaf].ndim}
+    modules = {
+        match.module({}): match
+        for leaf, match in zip(base, map(keymap.match, base), strict=True)
+        if match is not None and is_embedding(keymap, match) and len(match.weight.left) == base[leaf].ndim
+    }
     adapted = set(adapted_modules(sites))
     targeted = _targets_embedding(config, list(modules))
     if mode == "auto" and (not targeted or config.get("trainable_token_indices") is not None):

@@ -403,8 +403,7 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
 def _leaf_suffixes(keymap: KeyMap, scanned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what follows the last hole in each leaf: for the entries that identify a family, and for all entries."""
     suffixes = [((w.scanned_leaf if scanned else w.leaf).rpartition("}")[2], w) for w in keymap.weights]
-    identifying = {suffix for suffix, weight in suffixes if weight.is_layer_matrix}
-    return tuple(identifying), tuple({suffix for suffix, _ in suffixes})
+    return tuple({suffix for suffix, w in suffixes if w.is_layer_matrix}), tuple({suffix for suffix, _ in suffixes})
 
 
 def _first_name(leaf: str) -> str:

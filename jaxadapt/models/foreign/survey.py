@@ -50,11 +50,6 @@ class PackedLayout(FileLayout):
         """The position of the rank's axis in the file's tensors."""
         return self.right.index((RANK,))
 
-    @functools.cached_property
-    def expected_shape(self) -> tuple[int | None, ...]:
-        """The shape of each file tensor; None for the rank, which may be smaller than the tree's."""
-        return tuple(None if axis == self.file_rank else size for axis, size in enumerate(self.file_shape))
-
 
 @dataclasses.dataclass(frozen=True)
 class FactorArray(plan.PlanEntry):
@@ -107,11 +102,6 @@ class ForeignSites:
     base: Mapping[str, Shape]
     real: KeyMap | None = None
     unread: Sequence[str] = ()
-
-    @property
-    def own_keymap(self) -> KeyMap:
-        """The keymap of the tree, with one name for all experts of a layer if it has them in one array."""
-        return self.real or self.keymap
 
     @functools.cached_property
     def arrays(self) -> list[FactorArray]:
@@ -531,8 +521,10 @@ def _why_known(dialect: Dialect) -> str:
 def _unsupported(config: LoraConfig, dialect: Dialect) -> list[str]:
     """Return the settings of a configuration for which no tree of the dialect has tensors."""
     tokens = [f"{name}, but {dialect.name} adapts every token" for name in fields_set(config, "token")]
-    others = fields_set(config, "tensor", "copy").items()
-    return tokens + [f"{name}={value!r}, but {dialect.name} has no tensors for it" for name, value in others]
+    return tokens + [
+        f"{name}={value!r}, but {dialect.name} has no tensors for it"
+        for name, value in fields_set(config, "tensor", "copy").items()
+    ]
 
 
 def _factor_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -540,12 +532,10 @@ def _factor_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     counts = collections.Counter(values.values())
     most_common = max(counts, key=lambda value: (counts[value], value))
     patterns: dict[str, Any] = {}
-    for value in counts:
-        if value != most_common:
-            modules = sorted(m for m, v in values.items() if v == value)
-            patterns |= dict.fromkeys(
-                matching.shortest_suffixes(modules, [m for m, v in values.items() if v != value]), value
-            )
+    for value in counts.keys() - {most_common}:
+        modules = sorted(m for m, v in values.items() if v == value)
+        others = [m for m, v in values.items() if v != value]
+        patterns |= dict.fromkeys(matching.shortest_suffixes(modules, others), value)
     return most_common, dict(sorted(patterns.items()))
 
 

@@ -25,7 +25,7 @@ from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import regions
-from jaxadapt.arrays.layout import Array, with_rank
+from jaxadapt.arrays.layout import RANK, Array, with_rank
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -60,8 +60,10 @@ class Placement(NamedTuple):
     @property
     def need(self) -> dict[str, int]:
         """The rank that each array needs: 0 if the file has no tensor for it."""
-        contents = ((path, content.values()) for path, (_, content) in self.placed.items())
-        return {path: max((rows.stop for _, rows, _ in own), default=0) for path, own in contents}
+        return {
+            path: max((rows.stop for _, rows, _ in content.values()), default=0)
+            for path, (_, content) in self.placed.items()
+        }
 
 
 def place_tensors(
@@ -118,9 +120,20 @@ def check_tensors(
 
     Tensors of other modules may be missing: their B becomes zero.
     """
-    expected = {key: Spec(half.form.expected_shape) for half in sites.arrays for key in half.keys}
-    module_of = {key: m for half in sites.arrays for key, m in zip(half.keys, half.modules, strict=True)}
-    optional = {key for key, module in module_of.items() if module not in modules}
+    expected = {
+        key: Spec(
+            tuple(None if group == (RANK,) else size for group, size in zip(form.right, form.file_shape, strict=True))
+        )
+        for half in sites.arrays
+        for form in (half.form,)
+        for key in half.keys
+    }
+    optional = {
+        key
+        for half in sites.arrays
+        for key, module in zip(half.keys, half.modules, strict=True)
+        if module not in modules
+    }
     parts = group_findings(
         compare(expected, {key: Spec(tuple(shape)) for key, shape in shapes.items()}, optional),
         f"missing from {source} (its configuration names their modules)",
@@ -334,8 +347,7 @@ def describe_unknown(tree: Any) -> str:
     """Return a message about leaves that look like LoRA leaves but match no dialect; "" if there are none."""
     if not (like := [path for path in open_tree(tree)[0] if _NEARLY.search(path)]):
         return ""
-    known = ", ".join(DIALECTS)
-    return f"\nThese leaves look like LoRA leaves, but match no known dialect ({known}):\n{bullets(like)}"
+    return f"\nThese leaves look like LoRA leaves, but match no known dialect ({', '.join(DIALECTS)}):\n{bullets(like)}"
 
 
 def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> ForeignSites:
@@ -375,8 +387,10 @@ def _find_heads(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> list[
 
 def _with_leaves(foreign_tree: ForeignTree, new: Leaves) -> ForeignTree:
     """Return the tree with leaves of other ranks."""
-    paths = {leaf: claim.a for leaf, (claim, *_) in foreign_tree.claimed.items()}
-    growth = {leaf: new[a].shape[-1] / foreign_tree.leaves[a].shape[-1] for leaf, a in paths.items()}
+    growth = {
+        leaf: new[claim.a].shape[-1] / foreign_tree.leaves[claim.a].shape[-1]
+        for leaf, (claim, *_) in foreign_tree.claimed.items()
+    }
     return dataclasses.replace(foreign_tree, leaves=new, growth=growth)
 
 
@@ -422,8 +436,9 @@ def extract_adapter(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> A
         [site.match.leaf for site in sites.sites if site.base_shape is None],
     )
     shapes = {site.match.leaf: site.base_shape for site in sites.sites if site.base_shape is not None}
-    leaves = make_file_plan(selection.select_sites(peft.config, sites.own_keymap, shapes)).decode(peft.tensors)
-    return Adapter(peft.config, unflatten(leaves), sites.own_keymap)
+    own_keymap = sites.real or sites.keymap  # with one name for all experts of a layer if they are in one array
+    leaves = make_file_plan(selection.select_sites(peft.config, own_keymap, shapes)).decode(peft.tensors)
+    return Adapter(peft.config, unflatten(leaves), own_keymap)
 
 
 # ---------------------------------------------------------------- import
@@ -459,7 +474,12 @@ def fill_tree(
         new |= forms.narrow_leaves(dialect, pairs, leaves, new, given.on_shared == "concat")
     new = {path: place_like(leaves[path], x) for path, x in new.items()}
     if given.slot is not None:
-        new = forms.with_slot(dialect, leaves, given.slot, new, _used_ranks(sites, placed))
+        used = {  # the ranks and scales of the modules that the file adapts
+            site.a.path: (max(rows.stop for _, rows, _ in contents.values()), (site.alpha or 0.0) / site.a.rank)
+            for site in sites.sites
+            if (contents := placed[site.a.path][1])
+        }
+        new = forms.with_slot(dialect, leaves, given.slot, new, used)
     return foreign_tree.put(new)
 
 
@@ -557,12 +577,3 @@ def _with_scales(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> 
         dtype = tree.leaves[tree.claimed[site.match.leaf][0].scale].dtype
         out.append(dataclasses.replace(site, alpha=float(np.asarray(next(adapted, 0.0), dtype)) * site.a.rank))
     return dataclasses.replace(sites, sites=tuple(out))
-
-
-def _used_ranks(sites: ForeignSites, placed: Mapping[str, tuple[FactorArray, Placed]]) -> dict[str, tuple[int, float]]:
-    """Return `{path of A: (used rank, scale)}` of the arrays that a file fills."""
-    return {
-        site.a.path: (max(rows.stop for _, rows, _ in contents.values()), (site.alpha or 0.0) / site.a.rank)
-        for site in sites.sites
-        if (contents := placed[site.a.path][1])
-    }
