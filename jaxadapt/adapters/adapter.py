@@ -459,8 +459,9 @@ def bind_site(
     existing = {} if found is None else found.of(modules)
     if shapes is not None:
         existing = entry_shapes(match, shapes)
-        known = method_tensors(config, method, Target(match, modules, {}, existing))
-        sizes = sizes | plan.axis_sizes_from_tensors(match, known, shapes)
+        sizes = sizes | plan.axis_sizes_from_tensors(
+            match, method_tensors(config, method, Target(match, modules, {}, existing)), shapes
+        )
     target = Target(match, modules, sizes, existing, has_bias)
     own = METHODS[config.peft_type].key_prefix
     prefix = keymap.prefix if own == PEFT_PREFIX else own
@@ -477,8 +478,9 @@ def _targeted_entries(
     fused = match.roles["fused"]
     if fused:
         parts = tuple(sorted({index[-1] for index in targeted}))
-        count = math.prod(single_entry_sizes(match)[axis] for axis in fused)
-        match = dataclasses.replace(match, parts=parts if len(parts) < count else None)
+        match = dataclasses.replace(
+            match, parts=parts if len(parts) < math.prod(single_entry_sizes(match)[axis] for axis in fused) else None
+        )
     kept = {index: name for index, name in names.items() if match.parts is None or index[-1] in match.parts}
     inner = match.braced[len(match.stack) :]
     adapted = {**sizes, **(dict.fromkeys(fused, len(match.parts)) if match.parts else {})}

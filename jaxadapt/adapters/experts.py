@@ -368,8 +368,9 @@ def _checked_ranks(
     alphas: dict[str, float] = {}
     problems: list[str] = []
     for name, (parameter, factors) in fused.items():
-        numbers = pytorch.expert_numbers([expert for _, expert in factors])
-        places = itertools.product(range(len(parameter.modules)), numbers)
+        places = itertools.product(
+            range(len(parameter.modules)), pytorch.expert_numbers([expert for _, expert in factors])
+        )
         modules = {place: parameter.module(name, *place) for place in places}
         complete = {place: each for place in modules if len(each := factors.get(place, {})) == len(_SIDES)}
         problems += [f"{modules[place]}: missing" for place in modules if place not in complete]
@@ -516,8 +517,7 @@ def _find_parameter(
         for each in parameters
         if (name := each.in_module(owner)) is not None and matching.is_parameter(config, name)
     ]
-    is_known = suffix in _SIDES and depth < len(adapted)
-    return (*adapted[len(adapted) - 1 - depth], _SIDES[suffix]) if is_known else None
+    return (*adapted[len(adapted) - 1 - depth], _SIDES[suffix]) if suffix in _SIDES and depth < len(adapted) else None
 
 
 def _with_target_modules(

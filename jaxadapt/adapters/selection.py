@@ -139,10 +139,13 @@ def unmatched_targets(config: Config, names: Sequence[str]) -> tuple[str, ...]:
     chosen = [name for name in names if matching.is_target(config, name)]
     if isinstance(targets, str):
         return () if chosen else (targets,)
-    in_layers = (name for name in chosen if matching.in_layers(config, name))
-    ends = (name[i + 1 :] for name in in_layers for i, letter in enumerate(name) if letter == ".")
-    matched = {*chosen, *ends}  # an entry may be the full name, or its end
+    matched = {*chosen, *_with_ends(name for name in chosen if matching.in_layers(config, name))}
     return tuple(entry for entry in targets if entry not in matched)
+
+
+def _with_ends(names: Iterable[str]) -> set[str]:
+    """Return names and their ends after each dot: all that an entry of a list may be."""
+    return {name[start:] for name in names for start in (0, *(i + 1 for i, letter in enumerate(name) if letter == "."))}
 
 
 def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[str]) -> list[str]:
@@ -189,7 +192,7 @@ def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
     """Return a warning for each entry of `target_parameters` that names none of the parameters `names`."""
     names = list(names)
     entries: tuple[str, ...] = config.get("target_parameters") or ()
-    ends = {*names, *(name[i + 1 :] for name in names for i, letter in enumerate(name) if letter == ".")}
+    ends = _with_ends(names)
     return [
         f"target_parameters: {entry!r} matches no parameter" + _near_misses(entry, names)
         for entry in entries
@@ -379,8 +382,9 @@ def _select_sites(
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
     selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
-    by_name = config.get("target_parameters")
-    parameter_sites, unmatched = _bind_parameters(config, method, keymap, shapes) if by_name else ([], [])
+    parameter_sites, unmatched = (
+        _bind_parameters(config, method, keymap, shapes) if config.get("target_parameters") else ([], [])
+    )
     warnings = doubtful_selection(config, names, (*selected, *adapted_modules(parameter_sites)))
     if unmatched and not parameter_sites and not selected:
         raise TargetError("\n".join(unmatched))

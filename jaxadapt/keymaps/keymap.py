@@ -334,8 +334,7 @@ def max_coverage(keymap: KeyMap, leaves: Collection[str], scanned: bool) -> int:
     It compares only the ends of names, so it is much cheaper.
     """
     identifying, countable = _leaf_suffixes(keymap, scanned)
-    is_candidate = any(leaf.endswith(identifying) for leaf in leaves)
-    return sum(leaf.endswith(countable) for leaf in leaves) if is_candidate else 0
+    return sum(leaf.endswith(countable) for leaf in leaves) if any(leaf.endswith(identifying) for leaf in leaves) else 0
 
 
 def coverage(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> int:

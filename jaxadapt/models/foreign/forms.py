@@ -267,8 +267,7 @@ def _share_rows(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, b
     new_a = np.zeros((*a.shape[:2], len(kept)), a.dtype)
     for (head, number), column in columns.items():
         new_a[head, :, number] = column
-    shared = np.stack(kept) if kept else np.zeros((0, b.shape[-1]), b.dtype)
-    return new_a, shared, len(columns) == len(a) * len(kept)
+    return new_a, np.stack(kept) if kept else np.zeros((0, b.shape[-1]), b.dtype), len(columns) == len(a) * len(kept)
 
 
 # ---------------------------------------------------------------- scales and slots

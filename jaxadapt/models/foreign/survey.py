@@ -103,6 +103,11 @@ class ForeignSites:
     real: KeyMap | None = None
     unread: Sequence[str] = ()
 
+    @property
+    def own_keymap(self) -> KeyMap:
+        """The keymap of the tree, with one name for all experts of a layer if it has them in one array."""
+        return self.real or self.keymap
+
     @functools.cached_property
     def arrays(self) -> list[FactorArray]:
         """The arrays of all sites, A before B."""
@@ -177,8 +182,9 @@ def survey_sites(
             problems.append(f"{', '.join(names)}: the keymap {keymap.name!r} has no entry for {leaf!r}")
             continue
         try:
-            known = _known_sizes(match, base.get(leaf), sizes)
-            site = _bind_site(dialect, keymap, match, candidates, arrays, base.get(leaf), known)
+            site = _bind_site(
+                dialect, keymap, match, candidates, arrays, base.get(leaf), _known_sizes(match, base.get(leaf), sizes)
+            )
         except KeyMapError as error:
             problems.append(str(error))
             continue

@@ -361,8 +361,9 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
     if foreign_tree.walked is not None:
         owners = foreign_tree.walked.leaves
         shapes = {leaf: tuple(x.shape) for leaf, x in graph.base_values(owners).items()}
-        entries = planning.class_entries(owners, shapes, bound_keymap)
-        bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
+        bound_keymap = bound_keymap.with_entries(
+            entry for entry in planning.class_entries(owners, shapes, bound_keymap) if entry.leaf in leaves
+        )
     tree = foreign_tree
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.leaves.items()}
     known = survey.survey_sites(tree.dialect, bound_keymap, shapes, tree.base, tree.stored, tree.sizes, tree.growth)
@@ -407,8 +408,9 @@ def read_tree(
     given, on_shared = foreign_tree.given, foreign_tree.given.on_shared
     foreign_tree = _select_slot(foreign_tree)
     if pairs := _find_heads(foreign_tree, keymap):
-        wide = forms.widen_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, on_shared == "concat")
-        foreign_tree = _with_leaves(foreign_tree, wide)
+        foreign_tree = _with_leaves(
+            foreign_tree, forms.widen_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, on_shared == "concat")
+        )
     sites = survey_tree(foreign_tree, keymap)
     config = survey.infer_config(sites, given.config, given.lora_alpha)
     warn_unproved(sites.keymap)
@@ -436,9 +438,8 @@ def extract_adapter(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> A
         [site.match.leaf for site in sites.sites if site.base_shape is None],
     )
     shapes = {site.match.leaf: site.base_shape for site in sites.sites if site.base_shape is not None}
-    own_keymap = sites.real or sites.keymap  # with one name for all experts of a layer if they are in one array
-    leaves = make_file_plan(selection.select_sites(peft.config, own_keymap, shapes)).decode(peft.tensors)
-    return Adapter(peft.config, unflatten(leaves), own_keymap)
+    leaves = make_file_plan(selection.select_sites(peft.config, sites.own_keymap, shapes)).decode(peft.tensors)
+    return Adapter(peft.config, unflatten(leaves), sites.own_keymap)
 
 
 # ---------------------------------------------------------------- import
@@ -486,8 +487,9 @@ def fill_tree(
 def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
     """Write an `Adapter` into the LoRA leaves of a tree, by the adapter's keymap if it has entries for all of them."""
     leaves = adapter.flat()
-    host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
-    tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
+    tensors = make_file_plan(sites_of(adapter)).encode(
+        leaves, host=not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+    )
     keymap = adapter.keymap if all(map(adapter.keymap.match, foreign_tree.claimed)) else None
     return fill_tree(foreign_tree, PeftTensors(adapter.config, tensors, "this adapter"), keymap)
 
