@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -263,7 +264,8 @@ def _check_base(
 
 def _promote(adapter: Adapter, present: Adapter) -> Adapter:
     """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
-    old, new = present.flat(), adapter.flat()
+    new = adapter.flat()
+    old = new | present.flat()  # a tensor that the attached adapter lacks keeps its dtype
     wider = {pair: jnp.promote_types(*pair) for pair in {(x.dtype, old[path].dtype) for path, x in new.items()}}
     if all(kept == pair[0] for pair, kept in wider.items()):
         return adapter
@@ -413,6 +415,10 @@ def bind(
     return rules.Expected(tensors, recipe, adapter_sites, base, options)
 
 
+_LAYER_NUMBER = re.compile(r"(?<![^._])\d+(?=\.)")
+"""A number in the path of a leaf that tells layers apart, as in "layers.0.q_proj" and "Block_0.Dense_1"."""
+
+
 def _bind_to_attached(
     tensors: PeftTensors, base: planning.BaseParams, options: rules.Options, present: Adapter | None
 ) -> rules.Expected | None:
@@ -427,9 +433,16 @@ def _bind_to_attached(
     # Equality ignores the task, and a task adds a head to the targets.
     if config != present.config or config.task_type != present.config.task_type:
         return None
-    adapter_sites = sites.sites_of(present)
+    try:
+        adapter_sites = sites.sites_of(present)
+    except AdapterError:
+        return None  # the file replaces an adapter whose tensors contradict its configuration
+    # A leaf of another layer may be a target, too: the model may have got layers since.
+    adapted = {site.leaf: _LAYER_NUMBER.sub("", site.leaf) for site in adapter_sites}
+    others, kinds = base.shapes.keys() - adapted.keys(), set(adapted.values())
     is_alike = (
         all(_is_for_weight(site, base.shapes.get(site.leaf, ())) for site in adapter_sites)
+        and not any(_LAYER_NUMBER.sub("", leaf) in kinds for leaf in others)
         and all(tensor.in_file for tensor, _ in tensor_entries(adapter_sites))
         and as_source(tensors.tensors).shapes == adapter_sites.file_plan.shapes
     )

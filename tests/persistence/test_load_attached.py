@@ -116,3 +116,51 @@ def test_another_base_is_planned_and_refused(tmp_path: Path) -> None:
     found, was_planned = outcome(tmp_path, {**variables, "params": adapted(out=8)["params"]})
     assert was_planned
     assert "q.lora_B.weight" in found
+
+
+def adapted_layers(count: int, api: str) -> Any:
+    """A model of so many layers, or its variables, with an adapter on each."""
+    config, names = jaxadapt.LoraConfig(r=2, target_modules=["q"]), [f"{i}" for i in range(count)]
+    if api == "nnx":
+        layers = {name: nnx.Dict(q=nnx.Linear(4, 6, rngs=nnx.Rngs(0))) for name in names}
+        return jaxadapt.adapt(nnx.Dict(layers=nnx.Dict(layers)), config, rngs=nnx.Rngs(1))
+    base = {"layers": {name: {"q": {"kernel": jnp.ones((4, 6))}} for name in names}}
+    return {"params": base, **jaxadapt.init(base, config, key=jax.random.key(0)).collection}
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_a_model_that_got_a_layer_since_is_planned_and_refused(api: str, tmp_path: Path) -> None:
+    held = adapted_layers(2, api)
+    jaxadapt.save(held, tmp_path)
+    if api == "nnx":
+        held.layers["2"] = nnx.Dict(q=nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    else:
+        held = {**held, "params": adapted_layers(3, api)["params"]}
+    found, was_planned = outcome(tmp_path, held)
+    assert was_planned
+    assert "layers.2.q.lora_A.weight" in found
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_a_file_replaces_an_adapter_that_contradicts_its_configuration(api: str, tmp_path: Path) -> None:
+    """Its arrays have another rank, as those of several adapters stacked by vmap have another axis."""
+    held = adapted_layers(2, api)
+    jaxadapt.save(held, tmp_path)
+    wanted = jaxadapt.extract(held).flat()
+    if api == "nnx":
+        variables = held.layers["0"]["q"].lora["default"]["kernel"]
+        variables["lora_A"].set_value(jnp.ones((5, 4)))
+    else:
+        held["lora"]["default"]["layers"]["0"]["q"]["kernel"]["lora_A"] = jnp.ones((5, 4))
+    found, _ = outcome(tmp_path, held)
+    assert {path: x.shape for path, x in found.flat().items()} == {path: x.shape for path, x in wanted.items()}
+    np.testing.assert_array_equal(found.flat()["layers.0.q.kernel.lora_A"], wanted["layers.0.q.kernel.lora_A"])
+
+
+def test_a_file_replaces_an_adapter_that_lacks_a_tensor(tmp_path: Path) -> None:
+    held = adapted_layers(2, "linen")
+    jaxadapt.save(held, tmp_path)
+    wanted = jaxadapt.extract(held).flat()
+    del held["lora"]["default"]["layers"]["0"]["q"]["kernel"]["lora_A"]
+    found, _ = outcome(tmp_path, held)
+    assert found.flat().keys() == wanted.keys()
