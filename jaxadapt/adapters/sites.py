@@ -491,8 +491,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
         " extract(model).keymap",
     )
     shared = bind_shared(config, method, sites, found_shared) if found_shared else ()
-    if shared:
-        _check_shared(shared, found_shared)
+    _check_shared(shared, found_shared)
     untargeted = (
         name
         for site in sites

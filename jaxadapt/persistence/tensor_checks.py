@@ -319,7 +319,9 @@ def _is_expected(key: str, module: str, config: Config) -> bool:
 def _check_layers(modules: Iterable[str], config: Config) -> list[Finding]:
     """Find layers that lack a module which nearly all other layers have."""
     layers: dict[tuple[str, str], set[int]] = {}
-    for match in (re.fullmatch(r"(\D*?)\.?(\d+)\.(.+)", module) for module in modules):
+    for module in modules:
+        # The number of a layer is a segment of the name ("text_encoder_2.layers.0.q"), or ends one ("layers_0.q").
+        match = re.fullmatch(r"((?:.*?\.)??)(\d+)\.(.+)", module) or re.fullmatch(r"(\D*?)(\d+)\.(.+)", module)
         if match is not None and len(match[2]) < _MAX_DIGITS:
             layers.setdefault((match[1], match[3]), set()).add(int(match[2]))
     gaps: list[str] = []
@@ -328,7 +330,7 @@ def _check_layers(modules: Iterable[str], config: Config) -> list[Finding]:
         every = set().union(*(found for (other, _), found in layers.items() if other == stack))
         absent = sorted({*every, *range(min(every), max(every) + 1)} - numbers)
         if len(absent) * 5 <= len(numbers) + len(absent):
-            gaps += [f"{stack}.{number}.{name}".lstrip(".") for number in absent]
+            gaps += [f"{stack}{number}.{name}" for number in absent]
     return with_subjects(warning(
         "layers", [] if is_chosen else gaps,
         f"not adapted: {count(gaps, 'module')} that nearly all other layers have, such as {first(gaps)}",

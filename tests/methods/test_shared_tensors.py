@@ -51,6 +51,14 @@ def test_a_shared_tensor_cannot_start_from_the_base(monkeypatch):
         jaxadapt.init(BASE, config, key=jax.random.key(0))
 
 
+def test_a_shared_tensor_that_the_method_does_not_have_is_refused():
+    """A file would lose it."""
+    adapter = jaxadapt.init(BASE, jaxadapt.LoraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+    params = {**adapter.params, "~shared": {"x": jnp.ones(3)}}
+    with pytest.raises(MismatchError, match=r"shared tensors contradict its configuration:\n  x: unexpected"):
+        jaxadapt.to_peft(dataclasses.replace(adapter, params=params))
+
+
 def randlora() -> Any:
     config = jaxadapt.RandLoraConfig(r=3, target_modules=["q", "up"], init_weights=False)
     return jaxadapt.to_peft(jaxadapt.init(BASE, config, key=jax.random.key(0)))

@@ -367,6 +367,13 @@ def test_other_damage_is_found_and_not_repaired(case: str, folder: Path):
         assert jaxadapt.repair(found).path is None
 
 
+@pytest.mark.parametrize("stack", ["text_encoder_2.layers.", "layers_", ""])
+def test_the_layer_that_lacks_a_module_is_named_whatever_comes_before_its_number(stack: str, folder: Path):
+    tensors = renamed(lambda k: k.replace("model.layers.", stack))(without("layers.3.mlp")(sound()))
+    (found,) = (f for f in jaxadapt.verify(damaged(folder, tensors)) if f.code == "layers")
+    assert list(found.subjects) == [f"{stack}3.mlp.up_proj"]
+
+
 def test_a_second_tensor_of_a_dtype_that_numpy_lacks_is_found_too(folder: Path):
     name = next(iter(sound())).replace(".weight", ".default.weight")
     found = damaged(folder, sound() | {name: np.zeros(12, "uint8")})
