@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.configs import matching
-from jaxadapt.export.conversion import TreeOptions, convert
+from jaxadapt.export.conversion import TreeOptions, convert, rename_files
 from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays, specimens
 from tests.keymaps.families.specimens import values
@@ -200,6 +200,26 @@ def test_another_spelling_adapts_no_module_that_was_excluded(excluded, tmp_path)
     new = jaxadapt.read_config(tmp_path / "b")
     names = [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
     assert [matching.is_target(new, name) for name in names] == [True, excluded == ["lm_head"]]
+
+
+def test_another_spelling_renames_as_rename_does(tmp_path):
+    """DoRA's magnitudes, an adapted embedding and a module that was trained in full."""
+    module, square = "base_model.model.model.layers.0.self_attn.q_proj", np.ones((4, 4), "float32")
+    arrays = {f"{module}.lora_{side}.weight": square for side in "AB"}
+    arrays |= {f"base_model.model.model.embed_tokens.lora_embedding_{side}": square for side in "AB"}
+    arrays |= {f"{module}.lora_magnitude_vector": square[0], "base_model.model.model.norm.weight": square[0]}
+    arrays |= {"base_model.model.model.embed_tokens.lora_magnitude_vector": square[0]}
+    config = jaxadapt.LoraConfig(
+        r=4, target_modules=["q_proj", "model.embed_tokens"], alpha_pattern={"^model.layers.*": 3}, use_dora=True,
+        modules_to_save=["norm"], inference_mode=True,
+    )  # fmt: skip
+    jaxadapt.write(jaxadapt.PeftTensors(config, arrays), tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", TreeOptions(from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl"))
+    rename_files(tmp_path / "a", tmp_path / "c", old="model.", new="model.language_model.")
+    names = {key.replace(".model.model.", ".model.model.language_model.") for key in arrays}
+    assert set(jaxadapt.read(tmp_path / "b").tensors) == names
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
 
 
 def test_another_spelling_loses_no_module_that_was_saved(tmp_path):
