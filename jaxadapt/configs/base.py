@@ -216,7 +216,7 @@ class Config:
         check_fields(problems, self)
         if not isinstance(self.extra, FrozenDict):
             problems.add("extra", "an object of unknown keys", self.extra)
-            return
+            object.__setattr__(self, "extra", FrozenDict())  # for the rules; the problem is raised after them
         for key in sorted(set(self.extra) & _defaults(type(self)).keys() - {"extra"}):
             problems.add(f"extra[{key!r}]", f"no key that is a field of {type(self).__name__}", self.extra[key])
         for key in sorted(set(self.extra) & COMMON.keys()):  # read from any configuration, also without the field

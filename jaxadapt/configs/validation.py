@@ -584,7 +584,7 @@ def _rules_of(cls: type[Any]) -> tuple[Rule, ...]:
 def check_rules(problems: Problems, config: Any) -> None:
     """Add the problems of a configuration that breaks rules of its class."""
     for rule in _rules_of(type(config)):
-        if not any(name in problems for name in (rule.field, *rule.reads, "extra")) and rule.broken(config):
+        if not any(name in problems for name in (rule.field, *rule.reads)) and rule.broken(config):
             expected = rule.expected if isinstance(rule.expected, str) else rule.expected(config)
             found = config.get(rule.field) if rule.found is None else rule.found(config)
             problems.add(rule.field, expected, found, rule.way_out)

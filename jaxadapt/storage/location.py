@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import re
@@ -23,10 +22,10 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jaxadapt.core.errors import FileError, FormatError
-from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error, file_errors, read_errors, start
+from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error, file_errors, read_errors
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -419,6 +418,9 @@ def _kind(place: Location, shown: Location | None = None) -> str | None:
     return {stat.S_IFDIR: "directory", stat.S_IFREG: "file"}.get(stat.S_IFMT(mode), "other")
 
 
+_CHUNK = 1 << 20
+
+
 def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
     """Read a whole text file. It must be a regular file (a pipe or a device may never end).
 
@@ -429,15 +431,36 @@ def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
     Raises:
         FileError: missing, not permitted, not a regular file, or too large.
     """
-    with read_errors(place), contextlib.closing(open_source(place)) as source:
-        if source.size > max_bytes:
-            raise FileError(
-                f"{place}: cannot read: expected text of at most {max_bytes} bytes, found {source.size};"
-                " check that it is the right file"
-            )
-        data = source.read_exactly("text", source.size, 0)
-        source.check()
+    with read_errors(place), contextlib.ExitStack() as stack:
+        if isinstance(place, Address):
+            info = place.info()
+            size, data = info.get("size") or 0, b""
+            if not size and info["type"] == "file":  # a server may not state the size
+                data = place.run(
+                    "read", lambda fs, inner: _read_to_end(stack.enter_context(fs.open(inner, "rb")), max_bytes)
+                )
+            elif size <= max_bytes:
+                data = place.read_bytes()
+        else:
+            local = stack.enter_context(contextlib.closing(LocalFile(os.fspath(place))))
+            size, data = local.size, b""
+            if size <= max_bytes:
+                data = _read_to_end(local.file, max_bytes)
+    if max(size, len(data)) > max_bytes:
+        actual = size if size > max_bytes else "more"
+        raise FileError(
+            f"{place}: cannot read: expected text of at most {max_bytes} bytes, found {actual};"
+            " check that it is the right file"
+        )
     return data
+
+
+def _read_to_end(file: IO[bytes], max_bytes: int) -> bytes:
+    """Read a file to its end, whatever its size is said to be (0 in /proc); stop beyond `max_bytes`."""
+    data = bytearray()
+    while len(data) <= max_bytes and (part := file.read(_CHUNK)):
+        data += part
+    return bytes(data)
 
 
 def read_json(place: Location, max_bytes: int = MAX_TEXT) -> Any:
@@ -473,7 +496,7 @@ class RemoteObject(ByteSource):
         self.size = int(info["size"])
         self._stamp = object_stamp(info)
         self._fetched = False
-        self._block = functools.lru_cache(_MAX_BLOCKS)(self._fetch_block)
+        self._blocks: dict[int, Future[bytes]] = {}
         self._lock = threading.Lock()
         self._head = self._fetch(0, min(self.size, _HEAD)) if self.size else b""
 
@@ -486,15 +509,29 @@ class RemoteObject(ByteSource):
             return
         while len(view):
             number, within = divmod(offset, _BLOCK)
-            with self._lock:
-                block = self._block(number)
-            piece = block.result()[within : within + len(view)]
+            piece = self._block(number)[within : within + len(view)]
             view[: len(piece)] = piece
             view, offset = view[len(piece) :], offset + len(piece)
 
-    def _fetch_block(self, number: int) -> Future[bytes]:
-        """Fetch a block in a thread of its own, so that threads that read other blocks do not wait."""
-        return start(functools.partial(self._fetch, number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
+    def _block(self, number: int) -> bytes:
+        """Return a block, fetched by the first thread that asks: no thread can be started while a program ends."""
+        from concurrent.futures import Future
+
+        with self._lock:
+            block = self._blocks.get(number)
+            is_new = block is None
+            if block is None:
+                block = self._blocks[number] = Future[bytes]()
+                while len(self._blocks) > _MAX_BLOCKS:
+                    self._blocks.pop(next(iter(self._blocks)))
+        if is_new:
+            try:
+                block.set_result(self._fetch(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
+            except BaseException as error:
+                block.set_exception(error)
+                with self._lock:  # the next read tries again
+                    self._blocks.pop(number, None)
+        return block.result()
 
     def _fetch(self, start: int, stop: int) -> bytes:
         self._fetched = self._fetched or start > 0 or stop < self.size
@@ -512,7 +549,7 @@ class RemoteObject(ByteSource):
 
     def close(self) -> None:
         self.closed = True
-        self._block.cache_clear()
+        self._blocks.clear()
 
 
 def open_source(place: Location) -> ByteSource:

@@ -108,13 +108,12 @@ def _translate_errors(place: location.Location, write: bool = False) -> Generato
 
 
 def _write_error(place: location.Location, error: Exception) -> FileError:
-    known = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None:  # tensorstore's errors have only the text
-        number = next((each for each in known if os.strerror(each) in str(error)), None)
-    if number is None:
-        return FileError(f"{place}: Orbax cannot write it: {type(error).__name__}: {error}")
-    return file_error("write", str(place), OSError(number, os.strerror(number)))
+    if isinstance(error, OSError) and error.errno is not None:
+        return file_error("write", str(place), error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+        if os.strerror(number) in str(error):  # tensorstore's errors have no errno
+            return file_error("write", str(place), OSError(number, os.strerror(number)))
+    return FileError(f"{place}: Orbax cannot write it: {type(error).__name__}: {error}")
 
 
 def _check_names(place: location.Location, trees: Mapping[str, Tree]) -> None:

@@ -454,6 +454,16 @@ def test_all_problems_stand_in_one_error():
     assert [line.split(":")[0] for line in lines[1:]] == ["  r", "  bias", "  rank_pattern"]
 
 
+def test_an_extra_that_is_no_object_hides_no_other_problem():
+    with pytest.raises(ConfigError, match="3 problems") as caught:
+        LoraConfig(extra=cast("Any", 3), layers_pattern="h", use_dora=True, megatron_config={"a": 1})
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "  extra",
+        "  layers_pattern",
+        "  use_dora",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

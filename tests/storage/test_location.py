@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import http.server
 import itertools
 import json
 import subprocess
@@ -268,6 +269,28 @@ def test_many_threads_share_a_block(requests: list[tuple[int, int]], monkeypatch
     assert (wrong, len(requests)) == ([], 1)
 
 
+def test_a_block_is_fetched_by_its_reader_and_again_after_an_error(
+    requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    """No thread can be started while a program ends, and an error must not stay in the cache."""
+    value = np.arange(40_000, dtype="f4").reshape(100, 400)
+    safetensors.write(f"memory://again/{WEIGHTS}", {"x": ("F32", value.shape)}, lambda _: value)
+    with safetensors.TensorFile(f"memory://again/{WEIGHTS}") as held:
+        fetch, threads = location.Address.run, list[threading.Thread]()
+
+        def fail_once(self: location.Address, action: str, call: Callable[[Any, str], Any]) -> Any:
+            threads.append(threading.current_thread())
+            if len(threads) == 1:
+                raise jaxadapt.FileError("the connection is gone")
+            return fetch(self, action, call)
+
+        monkeypatch.setattr(location.Address, "run", fail_once)
+        with pytest.raises(jaxadapt.FileError, match="the connection is gone"):
+            held.read_slice("x", [slice(70, 71), slice(0, 100)])
+        assert np.array_equal(held.read_slice("x", [slice(70, 71), slice(0, 100)]), value[70:71, :100])
+        assert threads[:2] == [threading.current_thread()] * 2
+
+
 @pytest.mark.usefixtures("requests")
 def test_an_object_that_is_replaced_while_it_is_read():
     """Of the same size, so that nothing but what the store says of it tells."""
@@ -529,3 +552,48 @@ def test_a_configuration_that_cannot_be_read_is_not_a_missing_one(tmp_path: Path
     (tmp_path / "config.json").symlink_to("config.json")
     with pytest.raises(jaxadapt.FileError, match="links of the path form a loop"):
         hf_model.read_tied(tmp_path / "config.json")
+
+
+# ---------------------------------------------------------------- texts of unknown size
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """A server that states no size. Its texts have 3000 bytes, or no end."""
+    pytest.importorskip("aiohttp")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            with contextlib.suppress(OSError):  # the reader hangs up
+                for _ in itertools.count() if self.path.endswith("endless") else range(3):
+                    self.wfile.write(b"x" * 1000)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_text_whose_size_no_server_states(silent_server: str):
+    assert location.read_text_bytes(location.to_location(f"{silent_server}/text")) == b"x" * 3000
+    for name in ("text", "endless"):
+        with pytest.raises(jaxadapt.FileError, match="expected text of at most 2999 bytes, found more; check"):
+            location.read_text_bytes(location.to_location(f"{silent_server}/{name}"), 2999)
+
+
+def test_a_text_whose_size_the_system_states_as_0():
+    place = Path("/proc/self/status")
+    if not place.exists():
+        pytest.skip("needs /proc")
+    assert place.stat().st_size == 0
+    assert location.read_text_bytes(place).startswith(b"Name:")
+    with pytest.raises(jaxadapt.FileError, match="expected text of at most 9 bytes, found more"):
+        location.read_text_bytes(place, 9)
