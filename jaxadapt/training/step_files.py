@@ -234,30 +234,58 @@ def _plain_structure(tree: Any) -> Any:
 # ---------------------------------------------------------------- writing
 
 
-def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Copy the current values off the device.
+def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
+    """Copy the current values off the device, and return functions that assemble each array.
 
-    On the CPU, arrays without shards are views. This is safe, because JAX copies a donated array if a view of it exists
+    They join the shards of one array at a time, in the background. `np.asarray` of a sharded array would do this in the
+    training loop, and JAX would keep the second copy as long as the array lives.
+
+    On the CPU, JAX arrays are views. This is safe, because JAX copies a donated array if a view of it exists
     (tests/training/test_checkpoint.py checks this). Numpy arrays are copied, because the caller may write to them.
     """
-    for leaf in arrays.values():  # start all transfers before waiting for the first
-        if isinstance(leaf, jax.Array) and next(iter(leaf.sharding.device_set)).platform != "cpu":
-            leaf.copy_to_host_async()
-    return {name: np.asarray(x) if isinstance(x, jax.Array) else np.array(x) for name, x in arrays.items()}
+    shards: dict[str, list[tuple[Any, Any]]] = {}
+    for name, leaf in arrays.items():  # start all transfers before waiting for the first
+        if not isinstance(leaf, jax.Array):
+            shards[name] = [(None, np.array(leaf))]
+            continue
+        devices = leaf.sharding.device_set
+        shards[name] = [(None, leaf)] if len(devices) == 1 else _unique_shards(leaf)
+        if next(iter(devices)).platform != "cpu":
+            for _, shard in shards[name]:
+                shard.copy_to_host_async()
+    on_host = {name: [(region, np.asarray(shard)) for region, shard in parts] for name, parts in shards.items()}
+    return {name: functools.partial(_assemble, arrays[name].shape, parts) for name, parts in on_host.items()}
+
+
+def _unique_shards(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
+    """Return shards that cover an array, each with its region; None is the full region."""
+    if leaf.is_fully_replicated:
+        return [(None, leaf.addressable_data(0))]
+    indices = save_adapter.addressable_indices(leaf.sharding, leaf.shape)
+    return [(region, leaf.addressable_data(index)) for region, index in indices.items()]
+
+
+def _assemble(shape: tuple[int, ...], shards: list[tuple[Any, np.ndarray]]) -> np.ndarray:
+    if shards[0][0] is None:
+        return shards[0][1]
+    array = np.empty(shape, shards[0][1].dtype)
+    for region, shard in shards:
+        array[regions.to_slices(region)] = shard
+    return array
 
 
 def write_step(
     path: location.Location,
     taken: Snapshot,
     record: run_folder.StepRecord,
-    values: Mapping[str, np.ndarray],
+    values: Mapping[str, Callable[[], np.ndarray]],
     report: Report,
 ) -> None:
-    """Write a step as one file, durably and atomically. `values` are its arrays on the host."""
+    """Write a step as one file, durably and atomically. The functions in `values` return the arrays."""
     specs, document = _describe_file(taken, record)
 
     def get(name: str) -> np.ndarray:
-        return _as_bytes(values[name]) if name in document["odd"] else values[name]
+        return _as_bytes(values[name]()) if name in document["odd"] else values[name]()
 
     crcs = local_files.start(lambda: {n: local_files.checksum(safetensors.little_bits(get(n))) for n in specs})
     count = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
@@ -326,13 +354,15 @@ def prepare_shared_write(
     def finish(report: Report) -> None:
         specs, document = _describe_file(taken, record)
         shares: dict[str, int] = {}
-        digests = {name: sharded_write.digest(value) for name, value in local.items()} | {
+        digests = {name: sharded_write.digest(value()) for name, value in local.items()} | {
             f"{part} {name}".strip(): sharded_write.digest(json.dumps(value))
             for part, values in document.items()
             for name, value in (values if isinstance(values, dict) else {"": values}).items()
         }
         if group.index == 0:
-            owned.update({name: {regions.full_region(value.shape): value} for name, value in local.items()})
+            owned.update(
+                {name: {regions.full_region(taken.arrays[name].shape): value()} for name, value in local.items()}
+            )
 
         def pieces() -> Iterator[sharded_write.TensorPart]:
             for name in sorted(owned):

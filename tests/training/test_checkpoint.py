@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,24 @@ def test_saved_on_one_mesh_restored_on_another(tmp_path: Path, abstract: bool):
             assert np.array_equal(*(np.asarray(jax.random.key_data(k)) for k in (back[name], leaf)))
         else:
             assert np.array_equal(np.asarray(back[name]), np.asarray(values))
+
+
+def test_a_save_assembles_one_sharded_array_at_a_time(tmp_path: Path):
+    """One for the writer and one for its CRC; the training loop waits for none, and none is kept."""
+    sharding = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
+    state = {str(n): jax.device_put(jnp.full((512, 512), n, jnp.float32), sharding) for n in range(16)}
+    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager.save(1, small.adapter(), opt_state={"0": state["0"]})
+    manager.wait()
+    tracemalloc.start()
+    try:
+        manager.save(2, small.adapter(), opt_state=state)
+        manager.wait()
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < state["0"].nbytes / 2
+    assert peak < 4 * state["0"].nbytes
 
 
 # ---------------------------------------------------------------- what does not fit
