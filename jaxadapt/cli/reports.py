@@ -135,7 +135,7 @@ def _print_norms(norms: Norms) -> None:
     if scale is not None and rank is not None:
         click.echo(f"\nrank {rank:g} and scale {scale:.4g} in all modules")
     output.print_list("modules with a NaN or an infinity", norms.not_finite, 8)
-    output.print_list("left out", norms.left_out, 8)
+    output.print_list("left out, because these tensors alone do not tell the change", norms.left_out, 8)
 
 
 # ---------------------------------------------------------------- verify

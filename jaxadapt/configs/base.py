@@ -97,8 +97,8 @@ def release_of(version: str | None) -> tuple[int, ...]:
     >>> release_of("0.18.0.dev0"), release_of(None)
     ((0, 18, 0), ())
     """
-    found = re.match(r"\d{1,9}(\.\d{1,9})*", version or "")
-    return tuple(map(int, found[0].split("."))) if found else ()
+    found = re.match(r"v?(\d{1,9}(\.\d{1,9})*)", version or "")
+    return tuple(map(int, found[1].split("."))) if found else ()
 
 
 # Lists whose order has no meaning (PEFT turns them into sets). They are kept as given and compared as sets.

@@ -176,7 +176,9 @@ class MatrixMethod(Method):
         raise AttachError(f"{self.peft_type}: its effect changes the layer's bias, so the method must define `shift`")
 
     def describe_change(self, config: Any) -> str | None:
-        return None if type(self).delta is MatrixMethod.delta else "‖ΔW‖"
+        # A module's part of the tensors that all modules share depends on its sizes in the base.
+        has_change = type(self).delta is not MatrixMethod.delta and type(self).shared is Method.shared
+        return "‖ΔW‖" if has_change else None
 
     def measure_change(self, config: Any, module: str, arrays: Mapping[str, Any]) -> Change | None:
         """Return the size of `delta`, if it does not read the weight and the file tensors determine its shape."""

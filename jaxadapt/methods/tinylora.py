@@ -114,9 +114,6 @@ class TinyLora(FactoredMethod, peft_type="TINYLORA"):
         rows, columns = params["tinylora_B"].T, (_middle(params) @ params["tinylora_A"]).T
         return (y + products.low_rank_delta(use, 1.0, 1, rows, columns, x, y)).astype(y.dtype)
 
-    def describe_change(self, config: TinyLoraConfig) -> None:
-        return None
-
 
 def _groups(config: TinyLoraConfig, modules: int) -> int:
     """Return the number of groups of modules, as PEFT rounds it."""

@@ -72,9 +72,6 @@ class UniLora(FactoredMethod, peft_type="UNILORA"):
     def factors(self, own: OwnHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
         return _factor(params, "A"), _factor(params, "B")
 
-    def describe_change(self, config: UniLoraConfig) -> None:
-        return None
-
 
 @functools.lru_cache(maxsize=2)  # each module takes its own part
 def deal_indices(total: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

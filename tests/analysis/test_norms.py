@@ -122,6 +122,14 @@ def test_ia3_and_methods_that_need_the_base():
         measure_norms(tensors(other, **{"q.hada_w1_a": l}))
 
 
+@pytest.mark.parametrize("peft_type", ["VERA", "PVERA", "RANDLORA", "VBLORA", "UNILORA", "TINYLORA"])
+def test_shared_tensors_do_not_tell_the_change_of_a_module(peft_type):
+    """A module's part of them depends on its sizes in the base, so no norm would be known."""
+    config = jaxadapt.Config.from_dict({"peft_type": peft_type, "target_modules": ["q"]})
+    with pytest.raises(jaxadapt.ConfigError, match=f"norms for {peft_type}.* Compare the weights before and after"):
+        measure_norms(tensors(config, **{"q.x": array(6)}))
+
+
 def test_a_scale_of_zero_and_factors_without_a_product():
     factors = {"q.lora_A.weight": array(3, 5), "q.lora_B.weight": array(4, 3)}
     off, on = (jaxadapt.LoraConfig(r=3, lora_alpha=alpha, target_modules=["q"]) for alpha in (0, 3))

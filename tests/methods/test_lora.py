@@ -288,7 +288,7 @@ def test_dora_cannot_be_undone():
 
 @pytest.mark.parametrize(
     ("version", "newer"),
-    [("0.21.2", False), ("0.21.3", True), ("0.22.0", True), ("1.0.0", True), ("0.20.9", False), (None, False)],
+    [("0.21.2", False), ("0.21.3", True), ("v0.22.0", True), ("1.0.0", True), ("0.20.9", False), (None, False)],
 )
 def test_a_file_of_a_newer_peft(version, newer):
     known = lora.PEFT_VERSION
