@@ -310,9 +310,8 @@ def _draw_map(figure: Any, axis: Any, grid: Grid[Any], heat_map: HeatMap, width:
     (low, high), rows, columns = heat_map.limits, grid.rows, grid.columns
     values = np.array([[np.nan if v is None else v for v in row] for row in heat_map.cells], float)
     axis.set_facecolor(_FAINT)
-    image = axis.imshow(
-        values, aspect="auto", cmap="viridis" if low == 0 else "RdBu", vmin=low, vmax=high, interpolation="nearest"
-    )
+    colors = "viridis" if low == 0 else "RdBu"
+    image = axis.imshow(values, aspect="auto", cmap=colors, vmin=low, vmax=high, interpolation="nearest")
     axis.set_title(heat_map.title, fontsize=9, color=_INK)
     axis.set_xticks(range(len(columns)), columns, fontsize=8, rotation=40, ha="right", rotation_mode="anchor")
     ticks = range(0, len(rows), max(1, round(len(rows) / 32)))
@@ -324,7 +323,8 @@ def _draw_map(figure: Any, axis: Any, grid: Grid[Any], heat_map: HeatMap, width:
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
                 share = (min(value, high) - low) / (high - low)
-                color = _INK if (share > 0.6 if low == 0 else 0.2 < share < 0.8) else "white"
+                is_light = share > 0.6 if low == 0 else 0.2 < share < 0.8
+                color = _INK if is_light else "white"
                 axis.text(x, y, number_text(value, 2), ha="center", va="center", fontsize=5.5, color=color)
     bar = figure.colorbar(image, cax=axis.inset_axes((1 + 0.06 / width, 0, 0.13 / width, 1)))
     bar.outline.set_visible(False)
