@@ -494,6 +494,15 @@ def test_a_head_is_exported_for_llama_cpp_only_if_the_base_surely_has_one(inner,
         assert export_adapter(tmp_path / "in", tmp_path / "out.gguf", "gguf", **options).rank == 2
 
 
+def test_a_dora_without_its_magnitudes_is_refused_for_mlx(tmp_path):
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], use_dora=True)
+    tensors = {f"base_model.model.q.lora_{s}.weight": np.ones(n, "f4") for s, n in (("A", (2, 4)), ("B", (6, 2)))}
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path / "in")
+    with pytest.raises(jaxadapt.MismatchError, match="q: expected its magnitudes"):
+        export_adapter(tmp_path / "in", tmp_path / "out", "mlx")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_initial_adapter_is_not_overwritten(tmp_path):
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
     tensors = {f"base_model.model.q.lora_{s}.weight": np.ones(n, "f4") for s, n in (("A", (2, 4)), ("B", (6, 2)))}

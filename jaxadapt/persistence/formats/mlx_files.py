@@ -310,6 +310,9 @@ def _refuse_modules(
                 tied is not False and _TABLES.search(module) is not None
             ),
             "mlx-lm normalizes the rows of a DoRA embedding, PEFT its columns": dora and "lora_embedding" in keys.a,
+            "expected its magnitudes, since use_dora is true, found none": (
+                dora and f"{PEFT_PREFIX}{module}{MAGNITUDE}" not in arrays
+            ),
         }
         problems += [f"{module}: {text}" for text, is_met in obstacles.items() if is_met][:1]
     raise_listed(
