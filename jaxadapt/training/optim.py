@@ -247,7 +247,8 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
             state for A.
 
     Raises:
-        ConfigError: the tree contains LoRA on embeddings or convolutions, DoRA, KaSA, or MiCA, which freezes B.
+        ConfigError: the tree contains LoRA on embeddings or convolutions, DoRA, KaSA, or a method that freezes tensors,
+            such as MiCA and VeRA.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -259,7 +260,8 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     flat, structure = jax.tree.flatten(_leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
     indices: dict[tuple[str, str], dict[str, int]] = {}
     for i, leaf in enumerate(flat):
-        indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
+        if leaf.site is not None:
+            indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
     sites = {
         key: tensors
         for key, tensors in indices.items()
@@ -270,7 +272,12 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         for (name, leaf), tensors in sites.items()
         if tensors.keys() ^ {"lora_A", "lora_B"} or not factors.has_one_pair(flat[tensors["lora_A"]].site)
     ]
-    problems += [f"{leaf.adapter}: {leaf.site.leaf}: its B is frozen" for leaf in flat if leaf.role == "frozen"]
+    problems += [
+        f"{leaf.adapter}: "
+        + (f"{leaf.tensor} is frozen" if leaf.site is None else f"{leaf.site.leaf}: its B is frozen")
+        for leaf in flat
+        if leaf.role == "frozen"
+    ]
     raise_listed(ConfigError, "LoRA-FA supports only plain pairs of matrices, not:", problems)
 
     labels = structure.unflatten(["A" if leaf.role == "A" else "rest" for leaf in flat])

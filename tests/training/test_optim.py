@@ -247,6 +247,19 @@ def test_bad_input():
         tx.update(adapter, tx.init(adapter))
 
 
+def test_lora_fa_and_tensors_of_the_whole_adapter():
+    """They belong to no site: trained ones follow the inner optimizer, frozen ones are refused by name."""
+    base = {"q": {"kernel": jnp.ones((8, 8))}}
+    vera = jaxadapt.init(base, jaxadapt.VeraConfig(r=2, target_modules=["q"]), key=jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"default: vera_A is frozen\n  default: vera_B is frozen"):
+        optim.lora_fa(vera, optax.sgd(1.0))
+    config = jaxadapt.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, target_modules=["q"])
+    bank = jaxadapt.init(base, config, key=jax.random.key(0))
+    tx = optim.lora_fa(bank, optax.sgd(1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, bank), tx.init(bank), bank)
+    assert all((x == -1).all() for x in jax.tree.leaves(updates))
+
+
 def test_a_rank_of_nothing_is_no_reference():
     with pytest.raises(ConfigError, match="reference: expected a positive rank, found 0"):
         optim.scale_by_rank({}, reference=0)
