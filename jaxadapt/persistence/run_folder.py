@@ -219,7 +219,7 @@ def list_steps(folder: location.Location) -> dict[int, location.Location]:
         return {}
     except OSError as error:
         raise file_error("read", str(folder), error) from error
-    return dict(sorted((number, folder / name) for name in names if (number := number_in(name)) is not None))
+    return dict(sorted({n: folder / name for name in names if (n := number_in(name)) is not None}.items()))
 
 
 def head_crc(document: str, layout: Mapping[str, tuple[str, Sequence[int]]]) -> str:

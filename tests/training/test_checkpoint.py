@@ -447,6 +447,14 @@ def test_going_back(tmp_path: Path):
         empty.restore(small.host_adapter())
 
 
+def test_two_files_of_one_step_in_a_store_are_one_step():
+    """As a copy under a name with more zeros; an address has no order."""
+    files = pytest.importorskip("fsspec").filesystem("memory")
+    for name in ("step-000000001", "step-0000000001"):
+        files.pipe(f"/twice/{name}.safetensors", b"")
+    assert jaxadapt.CheckpointManager("memory://twice").steps == [1]
+
+
 def test_other_files_in_the_folder_are_left_alone(tmp_path: Path):
     for name in ("notes.txt", "step-1.safetensors", "step-000000001.bin"):
         (tmp_path / name).write_text("mine")
