@@ -28,7 +28,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import jaxadapt  # noqa: E402
 from jaxadapt.models import LoraTree  # noqa: E402
-from jaxadapt.models.foreign import tree  # noqa: E402
+from jaxadapt.models.carriers import lora_carrier  # noqa: E402
 from tests.models.foreign import others  # noqa: E402
 
 PACKAGES = {"skyrl": "skyrl-tx", "easydel": "easydel"}
@@ -41,7 +41,7 @@ def crcs(leaves: dict[str, Any]) -> dict[str, int]:
 def main(name: str) -> None:
     library = name.partition("-")[0]
     made = getattr(others, library)()
-    found = tree.find_lora(LoraTree(made.model))
+    found = lora_carrier(made.model).foreign
     assert found is not None
     flat = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(made.model))}
     base = {p: tuple(v.shape) for p, v in flat.items() if isinstance(v, nnx.Param) and p not in found.leaves}
@@ -56,7 +56,7 @@ def main(name: str) -> None:
         others.write_peft(name, unwrapped, folder)
         target = LoraTree(made.model, slot=others.INTO) if library == "skyrl" else made.model
         jaxadapt.load(folder, target, keymap="llama")
-    after = tree.find_lora(LoraTree(made.model))
+    after = lora_carrier(made.model).foreign
     assert after is not None
     done = {
         "versions": {package: importlib.metadata.version(package) for package in ("jax", "flax", PACKAGES[library])},
