@@ -108,7 +108,7 @@ def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
         else {
             "dialect": tree.dialect.name,
             "base": {path: list(shape) for path, shape in tree.base.items()},
-            "stored": tree.stored,
+            "stored": {leaf: float(number) for leaf, number in tree.stored.items()},
         },
         values={},
         keys={},

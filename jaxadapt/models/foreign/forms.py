@@ -32,7 +32,7 @@ from jax.core import Tracer
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.models.foreign import Dialect
+from jaxadapt.models.foreign import Dialect, Pair
 
 Array = Any
 Leaves = Mapping[str, Array]
@@ -273,27 +273,42 @@ def _share_rows(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, b
 # ---------------------------------------------------------------- scales and slots
 
 
-def read_alphas(
+def read_stored(
     dialect: Dialect, leaves: Leaves, numbers: Mapping[str, Any], known: Collection[str] = ()
-) -> tuple[dict[str, float], list[str]]:
-    """Return `{base leaf: alpha}` of the sites that store a scale, and why those of other sites cannot be read.
+) -> tuple[dict[str, Any], list[str]]:
+    """Return `{base leaf: the alpha or scale beside its arrays}`, and why those of other base leaves cannot be read.
 
     Args:
         leaves: the leaves of the tree.
         numbers: the arrays and numbers to read, by path.
-        known: the base leaves whose alpha is known already.
+        known: the base leaves whose number is known already.
+
+    Raises `MismatchError` for an array with several numbers, which no alpha expresses.
     """
-    alphas: dict[str, float] = {}
+    stored: dict[str, Any] = {}
     problems: list[str] = []
+    several: list[str] = []
     for leaf, (claim, *_) in dialect.claim(leaves).items():
         path = claim.alpha or claim.scale
         found, unread = _read_numbers(numbers, [path] if path and leaf not in known else ())
-        problems += unread
         if found and not unread:
-            alphas[leaf] = (
-                float(found[path]) if claim.alpha else _shortest_alpha(found[path], leaves[claim.a].shape[-1])
-            )
-    return alphas, problems
+            stored[leaf] = found[path]
+        elif found:
+            several += unread
+        else:
+            problems += unread
+    raise_listed(
+        MismatchError,
+        f"cannot use this {dialect.name} tree, because PEFT has one scale for each of its matrices:",
+        several,
+        "\nMultiply B by these numbers, and set all of them to 1",
+    )
+    return stored, problems
+
+
+def stored_alpha(pair: Pair, number: Any, rank: int) -> float:
+    """Return the alpha of a site whose arrays have this rank, by the number that `read_stored` found."""
+    return float(number) if pair.alpha_leaf else _shortest_alpha(np.asarray(number), rank)
 
 
 def _read_numbers(
@@ -313,7 +328,9 @@ def _read_numbers(
             values = set(np.asarray(leaves[path])[... if slot is None else (..., slot)].flat)
             found[path] = next(iter(values), None)
             if len(values) != 1:
-                problems.append(f"{path}: expected one number for all stacked layers, found {sorted(values)}")
+                problems.append(
+                    f"{path}: expected one number for all stacked layers, found {[x.item() for x in sorted(values)]}"
+                )
     return found, problems
 
 

@@ -25,7 +25,7 @@ from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, with_layout
 from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight
 from jaxadapt.methods.base import Target, get_method
 from jaxadapt.models.foreign import Claim, Dialect, Dims, Pair, layouts
-from jaxadapt.models.foreign.forms import head_axes
+from jaxadapt.models.foreign.forms import head_axes, stored_alpha
 
 # ---------------------------------------------------------------- sites
 
@@ -158,7 +158,7 @@ def survey_sites(
     keymap: KeyMap,
     arrays: Mapping[str, Shape],
     base: Mapping[str, Shape],
-    stored: Mapping[str, float] = MappingProxyType({}),
+    stored: Mapping[str, Any] = MappingProxyType({}),
     sizes: Mapping[str, int] = MappingProxyType({}),
     growth: Mapping[str, float] = MappingProxyType({}),
 ) -> ForeignSites:
@@ -166,7 +166,7 @@ def survey_sites(
 
     Args:
         base: `{the family's path of a base leaf: shape}`; empty if the tree has only LoRA leaves.
-        stored: `{base leaf: alpha}`, if the tree stores it.
+        stored: `{base leaf: alpha or scale}`, if the tree stores it.
         sizes: `{letter of the keymap's patterns: size}` of axes, if `base` is empty.
         growth: `{base leaf: `ForeignSite.growth`}` where it is not 1.
 
@@ -188,9 +188,11 @@ def survey_sites(
         except KeyMapError as error:
             problems.append(str(error))
             continue
-        grown = growth.get(leaf, 1)
-        is_unscaled = dialect.unscaled or candidates[0].pair.unscaled
-        alpha = site.a.rank if is_unscaled else stored[leaf] * grown if leaf in stored else None
+        pair, grown, alpha = candidates[0].pair, growth.get(leaf, 1), None
+        if dialect.unscaled or pair.unscaled:
+            alpha = site.a.rank
+        elif leaf in stored:
+            alpha = stored_alpha(pair, stored[leaf], round(site.a.rank / grown)) * grown
         out.append(dataclasses.replace(site, alpha=alpha, growth=grown))
     raise_listed(
         KeyMapError,
@@ -492,7 +494,8 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
             f"expected a LoraConfig, because {sites.dialect.name} trains LoRA, found {type(config).__name__}"
         )
     dialect, given = sites.dialect, _resolve_alpha(config, lora_alpha)
-    _require_alpha(sites, config is not None or lora_alpha is not None)
+    # A scale that is there but cannot be read is not the default of a configuration.
+    _require_alpha(sites, given is not None or (config is not None and not sites.unread))
     config = config or _DEFAULT
     problems = _unsupported(config, dialect)
     if config.use_rslora:

@@ -276,7 +276,7 @@ class ForeignTree:
     """A tree with LoRA leaves of a known dialect: the leaves, a function that replaces them, and the base's shapes.
 
     Attributes:
-        stored: the alpha of each base leaf, if the tree has it as a number and not as an array.
+        stored: the alpha or scale of each base leaf, if the tree has it as a number and not as an array.
         sizes: the axis sizes that the caller passed.
         walked: the walk over an NNX model.
         unread: why the scales of other base leaves cannot be read.
@@ -288,7 +288,7 @@ class ForeignTree:
     leaves: Leaves
     put: Put
     base: dict[str, tuple[int, ...]]
-    stored: dict[str, float]
+    stored: dict[str, Any]
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     walked: graph.ModelWalk | None = None
     unread: Sequence[str] = ()
@@ -320,12 +320,12 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     arrays = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, numbers.Real)}
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in arrays.items() if path not in lora}
     own = {path: leaf for path, leaf in arrays.items() if path in lora}
-    stored, _ = forms.read_alphas(dialect, own, {path: leaves[path] for path in leaves.keys() - arrays.keys()})
+    stored, _ = forms.read_stored(dialect, own, {path: leaves[path] for path in leaves.keys() - arrays.keys()})
     return ForeignTree(given, dialect, own, put, base, stored, walked=walked)
 
 
 def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
-    """Return the tree with only the arrays of its slot, if there are slots, and with the alphas that it stores."""
+    """Return the tree with only the arrays of its slot, if there are slots, and with the numbers that it stores."""
     dialect, slot = foreign_tree.dialect, foreign_tree.given.slot
     if dialect.has_slots and slot is None:
         raise AttachError(
@@ -339,8 +339,8 @@ def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
         )
     leaves, stored = foreign_tree.leaves, foreign_tree.stored
     leaves = leaves if slot is None else forms.slot_arrays(dialect, leaves, slot, room)
-    alphas, unread = forms.read_alphas(dialect, leaves, leaves, stored)
-    return dataclasses.replace(foreign_tree, leaves=leaves, stored={**alphas, **stored}, unread=unread)
+    beside, unread = forms.read_stored(dialect, leaves, leaves, stored)
+    return dataclasses.replace(foreign_tree, leaves=leaves, stored={**beside, **stored}, unread=unread)
 
 
 def describe_unknown(tree: Any) -> str:
