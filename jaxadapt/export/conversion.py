@@ -211,8 +211,7 @@ def convert_several(
     """
     place = location.to_location(target)
     names = list(map(_last_name, sources))
-    twice = repeated(names)
-    if twice:
+    if twice := repeated(names):
         raise FileError(f"{os.fspath(target)}: several sources are called {', '.join(twice)}; convert them one by one")
     ending = ".safetensors" if options.get("format") in FILES else ""
     done: list[Written] = []
@@ -335,7 +334,8 @@ def _convert_layout(
     if to_tree:
         return _write_tree(tensors, target, options)
     tensors = _under_other_names(tensors, options, from_tree)
-    config = _require_lora(tensors.config, "a folder").replace(inference_mode=True)
+    reason = "only LoRA's names follow --from and --to; `jaxadapt rename` renames the modules of every method"
+    config = _require_lora(tensors.config, "other names", reason).replace(inference_mode=True)
     with reporter(progress) as report:
         tensors = dataclasses.replace(tensors, config=config)
         number = formats.writer(style).write(tensors, location.to_location(target), formats.Wanted(style), report)
@@ -521,10 +521,8 @@ def _lost_beside_targets(
 
 def _excludes_old_names(config: Config, values: Mapping[str, Any]) -> bool:
     """Return True if `exclude_modules` of the renamed fields may have old names, those of modules without tensors."""
-    excluded = config.get("exclude_modules") or ()
-    if isinstance(excluded, str):
-        return bool(excluded)
-    return any("." in name for name in set(excluded).intersection(values.get("exclude_modules") or ()))
+    excluded, kept = (each.get("exclude_modules") or () for each in (config, values))
+    return isinstance(excluded, str) or any("." in name and name in kept for name in excluded)
 
 
 def _renamed_fields(config: Config, changed: Mapping[str, str], beginning: tuple[str, str]) -> dict[str, Any]:
@@ -606,9 +604,9 @@ def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]
     return {path.replace("/", "."): leaf for path, leaf in leaves.items()}
 
 
-def _require_lora(config: Config, target: str) -> LoraConfig:
+def _require_lora(config: Config, target: str, reason: str) -> LoraConfig:
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"cannot convert {config.peft_type} to {target}: trees of other libraries support LoRA only")
+        raise ConfigError(f"cannot convert {config.peft_type} to {target}: {reason}")
     return config
 
 
@@ -618,7 +616,8 @@ def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: Tre
         raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
     keymap = families.resolve_keymap(options.to_keymap, {})
     sizes, on_shared = options.sizes, options.on_shared
-    config, dialect = _require_lora(tensors.config, "a tree"), _target_dialect(keymap, options.dialect)
+    config = _require_lora(tensors.config, "a tree", "trees of other libraries support LoRA only")
+    dialect = _target_dialect(keymap, options.dialect)
     known_shapes = _base_shapes(options.like, dialect)
     leaves = known_shapes or [w.leaf.replace("{l}", "0") for w in keymap.weights]
     keymap = keymap.spelling_for([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)

@@ -202,6 +202,23 @@ def test_another_spelling_adapts_no_module_that_was_excluded(excluded, tmp_path)
     assert [matching.is_target(new, name) for name in names] == [True, excluded == ["lm_head"]]
 
 
+def test_another_spelling_that_is_refused_names_rename(tmp_path):
+    names = TreeOptions(from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl")
+    module = "base_model.model.model.layers.0.self_attn.k_proj"
+    pair = {f"{module}.lora_{side}.weight": np.ones((4, 4), "float32") for side in "AB"}
+    head = {"base_model.model.lm_head.weight": np.ones((4, 4), "float32")}
+    config = jaxadapt.LoraConfig(r=4, target_modules=["k_proj"], modules_to_save=["lm_head"])
+    jaxadapt.write(jaxadapt.PeftTensors(config, pair | head), tmp_path / "head")
+    vector = {f"{module}.ia3_l": np.ones((4, 1), "float32")}
+    ia3 = jaxadapt.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    jaxadapt.write(jaxadapt.PeftTensors(ia3, vector), tmp_path / "ia3")
+    for name, says in (("head", "lm_head\n`jaxadapt rename`"), ("ia3", "cannot convert IA3 to other names: only LoRA")):
+        with pytest.raises(jaxadapt.AdapterError, match="jaxadapt rename") as caught:
+            convert(tmp_path / name, tmp_path / "out", names)
+        assert says in str(caught.value)
+        rename_files(tmp_path / name, tmp_path / f"{name}-vl", old="model.", new="model.language_model.")
+
+
 def test_another_spelling_renames_as_rename_does(tmp_path):
     """DoRA's magnitudes, an adapted embedding and a module that was trained in full."""
     module, square = "base_model.model.model.layers.0.self_attn.q_proj", np.ones((4, 4), "float32")

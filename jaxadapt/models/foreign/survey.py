@@ -446,6 +446,7 @@ def respell_modules(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> d
         KeyMapError,
         f"cannot rename these modules: no entry of {source.name!r} matches them, or {target.name!r} is another family:",
         [module for module in modules if module not in names],
+        "\n`jaxadapt rename` renames them by the beginning of their names, or as in a base",
     )
     return names
 
