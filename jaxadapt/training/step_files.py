@@ -582,6 +582,12 @@ def _find_targets(held: Carrier, stored: Snapshot) -> tuple[Mapping[str, Any], d
         if dialect == stored_dialect
         else [f"{_describe_lora(stored_dialect)} saved, the target has {_describe_lora(dialect)}"]
     )
+    numbers = {} if tree is None else tree.stored  # of the tree's structure, so that only arrays can be put back
+    problems += [
+        f"{leaf}: the alpha or scale {saved:g} is saved, the target has {numbers[leaf]:g}"
+        for leaf, saved in stored.guest.get("stored", {}).items()
+        if numbers.get(leaf, saved) != saved
+    ]
     for name, text in stored.recipes.items():
         if name not in adapter_names(held):
             problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(held)}: attach it first")

@@ -69,6 +69,15 @@ def test_lorax(tmp_path):
         jaxadapt.save(LoraTree(tree, lora_alpha=3), tmp_path, keymap=TABLE)
 
 
+def test_a_checkpoint_is_not_restored_beside_another_alpha(tmp_path):
+    """alpha is no leaf: the same arrays beside it would compute something else."""
+    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager.save(1, lorax())
+    np.testing.assert_array_equal(manager.restore(lorax(1)).model["up"]["kernel"].a, lorax()["up"]["kernel"].a)
+    with pytest.raises(jaxadapt.MismatchError, match=r"up\.kernel: the alpha or scale 14 is saved, the target has 28"):
+        manager.restore(lorax(1, alpha=28.0))
+
+
 def test_lorax_weights_of_different_alphas():
     other = LoraWeight(np.zeros((F, D)), np.ones((R, D)), np.ones((F, R)), 3.0)
     tree = {**lorax(), "down": {"kernel": other}}
