@@ -216,7 +216,7 @@ def convert_variant(tensors: PeftTensors) -> PeftTensors:
         arrays |= {
             key: np.repeat(np.asarray(a) * np.asarray(a.shape[1] / size, a.dtype), size, axis=1)
             for key, a in arrays.items()
-            if key.endswith(".lora_A.weight")
+            if key.endswith(".lora_A.weight") and len(a.shape) == 2  # `pair_keys` refuses others
         }
     config = config.replace(use_bdlora=None, use_qalora=False, **dict.fromkeys(_ONLY_IN_TRAINING))
     return dataclasses.replace(tensors, config=config, tensors=arrays)

@@ -503,6 +503,14 @@ def test_a_dora_without_its_magnitudes_is_refused_for_mlx(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_qalora_whose_a_is_no_matrix_is_refused(tmp_path):
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], use_qalora=True)
+    tensors = {f"base_model.model.q.lora_{s}.weight": np.ones(n, "f4") for s, n in (("A", (4,)), ("B", (6, 2)))}
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path / "in")
+    with pytest.raises(jaxadapt.MismatchError, match=r"q: expected rank 2, found A \[4\] and B \[6, 2\]"):
+        export_adapter(tmp_path / "in", tmp_path / "out")
+
+
 def test_the_initial_adapter_is_not_overwritten(tmp_path):
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
     tensors = {f"base_model.model.q.lora_{s}.weight": np.ones(n, "f4") for s, n in (("A", (2, 4)), ("B", (6, 2)))}
