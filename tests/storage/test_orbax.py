@@ -307,6 +307,17 @@ def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     jaxadapt.save(small.adapter(), tmp_path / "out", format="orbax")
 
 
+def test_an_error_keeps_the_text_of_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import orbax.checkpoint as ocp
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "the second shard is gone")
+
+    monkeypatch.setattr(ocp.v1, "save_checkpointables_async", fail)
+    with pytest.raises(jaxadapt.FileError, match="cannot write: the second shard is gone"):
+        jaxadapt.save(small.adapter(), tmp_path / "out", format="orbax")
+
+
 def test_no_sites_are_lost(tmp_path: Path):
     adapter = small.adapter(seed=3)
     jaxadapt.save(adapter, tmp_path / "out", format="orbax")
