@@ -402,11 +402,11 @@ def _stack_factors(
     """Return `{(side, suffix of the part): array}`, and the factor by which the rank has grown."""
     count = len(parameter.modules)
     xp = factors[0, 0]["A"].__array_namespace__()
-    numbers, out_size = range(len(factors) // count), factors[0, 0]["B"].shape[0]
+    numbers = range(len(factors) // count)
     a = [xp.concatenate([factors[part, e]["A"] for e in numbers]) for part in range(count)]
     # (expert, out, rank) -> (out, rank, expert)
     stacked = [xp.stack([factors[part, e]["B"] for e in numbers], axis=-1) for part in range(count)]
-    b = [array.reshape(out_size, -1) for array in stacked]
+    b = [array.reshape(array.shape[0], -1) for array in stacked]
     keys_a, keys_b = parameter.keys("A"), parameter.keys("B")
     if parameter.split or count == 1:
         sides = {"A": zip(keys_a, a, strict=True), "B": zip(keys_b, b, strict=True)}

@@ -183,8 +183,9 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
 
 def _selected_containers(config: Config, names: Sequence[str]) -> list[str]:
     """Return the modules that contain `names` and that an expression selects."""
-    is_expression = isinstance(config.get("target_modules"), str)
-    parents = {name[:i] for name in names if is_expression for i, letter in enumerate(name) if letter == "."}
+    if not isinstance(config.get("target_modules"), str):
+        return []
+    parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
     return [name for name in sorted(parents.difference(names)) if matching.is_target(config, name)]
 
 

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxadapt.adapters.adapter import (
@@ -307,7 +307,7 @@ def _check_token_indices(
     if given is None:
         return
     problems: list[str] = []
-    with_rows = _modules_with_rows(config, matches, inputs)
+    with_rows = [*_modules_with_rows(config, matches, inputs)]
     for module, indices, size in with_rows:
         if matching.is_saved(config, module):
             problems.append(f"{module}: modules_to_save already trains all its rows")
@@ -332,15 +332,14 @@ def _check_token_indices(
 
 def _modules_with_rows(
     config: Config, matches: Iterable[tuple[Match, Mapping[str, int]]], inputs: str | None
-) -> list[tuple[str, tuple[int, ...], int]]:
-    """Return each module that trains some rows only, with their tokens and the size of the vocabulary."""
-    return [
-        (module, indices, sizes[axes[0]] if axes else 0)
-        for match, sizes in matches
-        for axes in (match.roles["in" if match.weight.kind == "embedding" else "out"],)
-        for module, parameter in match.parameters(sizes).values()
-        if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None
-    ]
+) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Yield each module that trains some rows only, with their tokens and the size of the vocabulary."""
+    for match, sizes in matches:
+        axes = match.roles["in" if match.weight.kind == "embedding" else "out"]
+        for module, parameter in match.parameters(sizes).values():
+            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
+            if indices is not None:
+                yield module, indices, sizes[axes[0]] if axes else 0
 
 
 # ---------------------------------------------------------------- embeddings of the base

@@ -172,7 +172,8 @@ def state_dict_keymap(
         if module in lookups or (module in row_modules and not own):
             kind = "embedding"
         elif len(shape) > 2:
-            kind, channels = "conv" if own else "other", sizes(module, own, shape)[1] if own else None
+            kind = "conv" if own else "other"
+            channels = sizes(module, own, shape)[1] if own else None
             groups = channels // shape[1] if channels and channels % shape[1] == 0 else 1
         entries.append(
             Weight(leaf, key, f"{axes} -> {axes}", kind=kind, fan_in_fan_out=turned.get(module, False), groups=groups)

@@ -184,11 +184,9 @@ class Dialect:
         """
         claims = [claim for claims in self.claim(paths).values() for claim in claims]
         beside = {path for claim in claims for path in (claim.alpha, claim.scale, claim.rank) if path in paths}
-        return (
-            {path for claim in claims for path in (claim.a, claim.b)} | beside
-            if beside or not self.has_slots
-            else set()
-        )
+        if self.has_slots and not beside:
+            return set()
+        return {path for claim in claims for path in (claim.a, claim.b)} | beside
 
     def base(self, path: str) -> str:
         """Return the family's path of a base leaf.

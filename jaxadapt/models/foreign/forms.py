@@ -373,10 +373,10 @@ def with_slot(
         used: `{path of A: (used rank, scale)}`.
     """
     out: dict[str, Any] = {}
-    for (_, a, b, _, scales, ranks), *_ in dialect.claim(leaves).values():
-        index = (*[slice(None)] * (leaves[ranks].ndim - 1), slot)
-        rank, scale = used.get(a, (0, 0.0))
-        values = {a: new[a], b: new[b], ranks: rank, scales: scale}
+    for claim, *_ in dialect.claim(leaves).values():
+        index = (*[slice(None)] * (leaves[claim.rank].ndim - 1), slot)
+        rank, scale = used.get(claim.a, (0, 0.0))
+        values = {claim.a: new[claim.a], claim.b: new[claim.b], claim.rank: rank, claim.scale: scale}
         out |= {path: _replace_slot(leaves[path], index, value) for path, value in values.items()}
     return out
 

@@ -25,7 +25,7 @@ from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import regions
-from jaxadapt.arrays.layout import RANK, Array, with_rank
+from jaxadapt.arrays.layout import Array, with_rank
 from jaxadapt.arrays.tensor_source import as_source
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -120,14 +120,7 @@ def check_tensors(
 
     Tensors of other modules may be missing: their B becomes zero.
     """
-    expected = {
-        key: Spec(
-            tuple(None if group == (RANK,) else size for group, size in zip(form.right, form.file_shape, strict=True))
-        )
-        for half in sites.arrays
-        for form in (half.form,)
-        for key in half.keys
-    }
+    expected = {key: Spec(half.form.expected_shape) for half in sites.arrays for key in half.keys}
     optional = {
         key
         for half in sites.arrays
