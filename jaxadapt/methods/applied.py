@@ -78,6 +78,8 @@ class AppliedMethod:
         return function(self)
 
     def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
+        w = w if self.axes.parts is None else w[self._parts]
+
         def changed(x: Array) -> Array:
             return self.method.input(self.hparams, self.params, use, x, w)
 

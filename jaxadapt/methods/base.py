@@ -423,7 +423,10 @@ class Method(abc.ABC):
         """
 
     def input(self, hparams: Any, params: Params, use: Use | Operation, x: Array, w: Array) -> Array:
-        """Return the input that a product, or an operation of a primitive in `follows`, should get in place of `x`."""
+        """Return the input that a product, or an operation of a primitive in `follows`, should get in place of `x`.
+
+        `w` is the base weight; of a fused one the adapted parts.
+        """
         return x
 
     def warnings(self, sites: Mapping[str, Any]) -> list[str]:

@@ -241,6 +241,27 @@ def test_unweight_inverts_weight(config, line):
     np.testing.assert_allclose(hook.unweight(changed), w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fused", "one part", "two parts", "plain"])
+def test_the_input_and_the_output_get_the_adapted_parts_of_the_weight(name):
+    seen = []
+
+    class Sees(type(methods.METHODS["LORA"])):
+        def input(self, hparams, params, use, x, w):
+            seen.append(w)
+            return x
+
+        def output(self, hparams, params, use, x, y, drop, w):
+            seen.append(w)
+            return y
+
+    hook, w = applied(config_of("LORA", LINES[name][2]), LINES[name]), near_one(LINES[name][1], 1)
+    use = use_of(hook.axes)
+    through(dataclasses.replace(hook, method=Sees()), use, x_of(use, w), w)
+    for found in seen:
+        np.testing.assert_array_equal(found, hook.part(w))
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("peft_type", TYPES)
 def test_unbias_inverts_bias(peft_type):
     for config in variants(peft_type, ["q"]):
