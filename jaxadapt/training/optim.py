@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +21,16 @@ import optax
 from jaxadapt.adapters.adapter import Adapter, Site
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.merging import factors
+from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.base import at_least_float32, get_method
 from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
 from jaxadapt.serving.bank import Bank
 
-__all__ = ["decay_mask", "kasa_loss", "lora_fa", "lora_plus", "per_slot", "roles", "scale_by_rank"]
+__all__ = ["decay_mask", "kasa_loss", "lora_fa", "lora_plus", "per_slot", "riemannian", "roles", "scale_by_rank"]
 
 Array = Any
 Make = Callable[..., optax.GradientTransformation]
@@ -258,13 +260,9 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     >>> state = tx.init(adapter.collection)
     """
     flat, structure = jax.tree.flatten(_leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
-    indices: dict[tuple[str, str], dict[str, int]] = {}
-    for i, leaf in enumerate(flat):
-        if leaf.site is not None:
-            indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
     sites = {
         key: tensors
-        for key, tensors in indices.items()
+        for key, tensors in _tensors_by_site(flat).items()
         if {flat[i].role for i in tensors.values()} & {"A", "B", "embedding"}
     }
     problems = [
@@ -290,28 +288,135 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         for tensors in sites.values():
             a, b = tensors["lora_A"], tensors["lora_B"]
             (a_value,), (grad,) = jax.tree.leaves(values[a]), jax.tree.leaves(grads[b])
-            grads[b] = jax.tree.unflatten(
-                jax.tree.structure(grads[b]), [_correct_gradient(flat[a].site, flat[a].config, a_value, grad)]
-            )
+            grads[b] = _rewrap(grads[b], _correct_gradient(flat[a].site, flat[a].config, a_value, grad))
         return split.update(structure.unflatten(grads), state, params)
 
     return optax.GradientTransformation(split.init, update)
 
 
+def _tensors_by_site(flat: Sequence[_Leaf]) -> dict[tuple[str, str], dict[str, int]]:
+    """Return `{(adapter, base leaf): {tensor: index}}`, without the tensors of a whole adapter."""
+    indices: dict[tuple[str, str], dict[str, int]] = {}
+    for i, leaf in enumerate(flat):
+        if leaf.site is not None:
+            indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
+    return indices
+
+
+def _rewrap(old: Any, value: Array) -> Any:
+    """Return an array in the variable or box that held another."""
+    return jax.tree.unflatten(jax.tree.structure(old), [value])
+
+
 def _correct_gradient(site: Site, config: Config, a: Array, grad: Array) -> Array:
     """Return B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
-    leaf_a, leaf_b = (paths.join(site.leaf, name) for name in ("lora_A", "lora_B"))
-    pairs = factors.site_pairs(config, [site], {leaf_a: at_least_float32(a), leaf_b: at_least_float32(grad)})
-    r = max(pair.rank for pair in pairs.values())
-    padded = [factors.pad_rank(pair.a, pair.b, r) for pair in pairs.values()]
+    pairs, rows, grads = _stack_pairs(site, config, a, grad)
     with jax.default_matmul_precision("highest"):
-        rows, grads = (jnp.stack(side) for side in zip(*padded, strict=True))
-        inverse = jnp.linalg.pinv(rows @ jnp.swapaxes(rows, 1, 2) + 1e-8 * jnp.eye(r)[None])
+        inverse = jnp.linalg.pinv(rows @ jnp.swapaxes(rows, 1, 2) + 1e-8 * jnp.eye(rows.shape[1])[None])
         corrected = {
             name: dataclasses.replace(pair, b=x[:, : pair.rank] / pair.scale**2)
             for (name, pair), x in zip(pairs.items(), grads @ inverse, strict=True)
         }
-    return factors.pair_leaves([site], corrected)[leaf_b].astype(grad.dtype)
+    return factors.pair_leaves([site], corrected)[paths.join(site.leaf, "lora_B")].astype(grad.dtype)
+
+
+def _stack_pairs(site: Site, config: Config, a: Array, b: Array) -> tuple[dict[str, Pair], Array, Array]:
+    """Return the pairs of a site's modules, and their As and Bs, padded to one rank, as (modules, r, in), (…, out, r).
+
+    The values are float32 at least.
+    """
+    leaf_a, leaf_b = (paths.join(site.leaf, name) for name in ("lora_A", "lora_B"))
+    pairs = factors.site_pairs(config, [site], {leaf_a: at_least_float32(a), leaf_b: at_least_float32(b)})
+    r = max(pair.rank for pair in pairs.values())
+    padded = [factors.pad_rank(pair.a, pair.b, r) for pair in pairs.values()]
+    rows, columns = (jnp.stack(side) for side in zip(*padded, strict=True))
+    return pairs, rows, columns
+
+
+def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1e-2) -> optax.GradientTransformation:
+    """Make a Riemannian-preconditioned optimizer (Zhang and Pilanci 2024, arXiv:2402.02347).
+
+    The gradients of LoRA's matrices become (BᵀB + reg·I)⁻¹·g_A and g_B·(AAᵀ + reg·I)⁻¹, module by module, in float32 at
+    least, before `inner` sees them. This follows PEFT's `create_riemannian_optimizer`: the pairs of embeddings,
+    convolutions and MiCA, and all other parameters, keep their gradients.
+
+    Args:
+        tree: the trained tree.
+        inner: the optimizer, such as `optax.adamw(1e-3)`.
+        reg: the damping, added to the diagonal of the r × r matrices.
+
+    Raises:
+        ConfigError: the tree has no pair to precondition, or pairs of experts in one array, of an
+            `nn.MultiheadAttention` or of AdaLoRA.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
+    >>> tx = riemannian(adapter.collection, optax.adamw(1e-3))
+    >>> state = tx.init(adapter.collection)
+    """
+    if reg < 0:
+        raise ConfigError(f"reg: expected a number of at least 0, found {reg!r}")
+    flat, structure = jax.tree.flatten(_leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
+    pairs = {
+        (name, leaf): (tensors["lora_A"], tensors["lora_B"], _matrices_of(flat[tensors["lora_A"]].site))
+        for (name, leaf), tensors in _tensors_by_site(flat).items()
+        if tensors.keys() >= {"lora_A", "lora_B"} and flat[tensors["lora_B"]].role == "B"
+    }
+    pairs = {key: pair for key, pair in pairs.items() if pair[2].match.weight.kind != "conv"}
+    raise_listed(
+        ConfigError,
+        "the Riemannian preconditioner is for LoRA with one pair of matrices a module, not for experts in one array, an"
+        " nn.MultiheadAttention or AdaLoRA:",
+        [
+            f"{name}: {leaf}"
+            for (name, leaf), (a, _, site) in pairs.items()
+            if not isinstance(flat[a].config, LoraConfig) or not factors.has_one_pair(site)
+        ],
+    )
+    if not pairs:
+        raise ConfigError("riemannian: expected LoRA's matrices lora_A and lora_B on linear layers, found none")
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ConfigError("riemannian needs the parameters: call tx.update(grads, state, params)")
+        grads, values = structure.flatten_up_to(updates), structure.flatten_up_to(params)
+        for a, b, site in pairs.values():
+            (a_value,), (b_value,) = jax.tree.leaves(values[a]), jax.tree.leaves(values[b])
+            (a_grad,), (b_grad,) = jax.tree.leaves(grads[a]), jax.tree.leaves(grads[b])
+            new_a, new_b = _precondition(site, flat[a].config, (a_value, b_value), (a_grad, b_grad), reg)
+            grads[a], grads[b] = _rewrap(grads[a], new_a), _rewrap(grads[b], new_b)
+        return inner.update(structure.unflatten(grads), state, params)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _matrices_of(site: Site) -> Site:
+    """Return a site with its A and B only, without tensors such as DoRA's magnitude."""
+    kept = [bound for bound in site.bound if bound.tensor.name in ("lora_A", "lora_B")]
+    tensors, entries = zip(*kept, strict=True)
+    return dataclasses.replace(site, tensors=tensors, entries=entries)
+
+
+def _precondition(
+    site: Site, config: Config, values: tuple[Array, Array], grads: tuple[Array, Array], reg: float
+) -> tuple[Array, Array]:
+    """Return the preconditioned gradients of A and B, in their dtypes."""
+    _, a, b = _stack_pairs(site, config, *values)
+    pairs, grad_a, grad_b = _stack_pairs(site, config, *grads)
+    damping = reg * jnp.eye(a.shape[1], dtype=a.dtype)[None]
+    rtol = float(a.shape[1] * jnp.finfo(a.dtype).eps)  # torch's
+    with jax.default_matmul_precision("highest"):
+        new_a = jnp.linalg.pinv(jnp.swapaxes(b, 1, 2) @ b + damping, rtol=rtol) @ grad_a
+        new_b = grad_b @ jnp.linalg.pinv(a @ jnp.swapaxes(a, 1, 2) + damping, rtol=rtol)
+    new = {
+        name: dataclasses.replace(pair, a=x[: pair.rank], b=y[:, : pair.rank])
+        for (name, pair), x, y in zip(pairs.items(), new_a, new_b, strict=True)
+    }
+    leaves = factors.pair_leaves([site], new)
+    found_a, found_b = (leaves[paths.join(site.leaf, name)] for name in ("lora_A", "lora_B"))
+    return found_a.astype(grads[0].dtype), found_b.astype(grads[1].dtype)
 
 
 # ---------------------------------------------------------------- many adapters at once

@@ -162,7 +162,7 @@ def test_no_public_name_is_also_a_module(root: Path, package: str):
 
 def test_names_of_modules_that_are_public():
     assert set(jaxadapt.optim.__all__) == {
-        "decay_mask", "kasa_loss", "lora_fa", "lora_plus", "per_slot", "roles", "scale_by_rank"
+        "decay_mask", "kasa_loss", "lora_fa", "lora_plus", "per_slot", "riemannian", "roles", "scale_by_rank"
     }  # fmt: skip
     assert set(adalora.__all__) == {"Allocation", "allocate_ranks", "orthogonality_loss", "prune"}
 

@@ -25,25 +25,27 @@ def nnx_loss(model, ids=IDS):
 
 
 @functools.cache
-def torch_side(kind):
+def torch_side(kind, steps=STEPS):
     """PEFT's adapter before, its gradients, and the adapter after some steps."""
     import torch
-    from peft.optimizers import create_loraplus_optimizer, lorafa
+    from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimizer, lorafa
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     from tests.support import peft_pairs
 
-    fields = {**FIELDS, "rank_pattern": {}} if kind == "fa" else FIELDS
+    fields = {**FIELDS, **{"fa": {"rank_pattern": {}}, "riemannian": {"use_dora": True}}.get(kind, {})}
     model = peft_pairs.model_with({"default": fields})
     before = peft_pairs.tensors_of(model, "default")
     if kind == "plus":
         optimizer = create_loraplus_optimizer(
             model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8, loraplus_weight_decay=0.1, eps=1e-6
         )
+    elif kind == "riemannian":
+        optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, eps=1e-6)
     else:
         optimizer = lorafa.create_lorafa_optimizer(model, r=3, lora_alpha=5, lr=1e-2, weight_decay=0.1)
     grads = None
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         logits = model(torch.from_numpy(IDS)).logits
         (torch.log_softmax(logits, -1)[..., 3] ** 2).mean().backward()
@@ -65,7 +67,7 @@ def nnx_side(before, scan=False):
     return model
 
 
-def train(model, tx):
+def train(model, tx, steps=STEPS):
     optimizer = nnx.Optimizer(model, tx, wrt=jaxadapt.AdapterParam)
 
     @nnx.jit
@@ -73,7 +75,7 @@ def train(model, tx):
         grads = nnx.grad(nnx_loss, argnums=nnx.DiffState(0, jaxadapt.AdapterParam))(model)
         optimizer.update(model, grads)
 
-    for _ in range(STEPS):
+    for _ in range(steps):
         step(model, optimizer)
     return jaxadapt.to_peft(model).tensors, optimizer
 
@@ -111,7 +113,7 @@ def same(found, expected, before):
         np.testing.assert_allclose(found[key], value, rtol=0, atol=5e-3 * moved + 1e-7, err_msg=key)
 
 
-def linen_steps(before, make_tx):
+def linen_steps(before, make_tx, steps=STEPS):
     from tests.support import peft_pairs
     from tests.support.twins import llama
 
@@ -127,7 +129,7 @@ def linen_steps(before, make_tx):
         updates, state = tx.update(grads, state, lora)
         return optax.apply_updates(lora, updates), state
 
-    for _ in range(STEPS):
+    for _ in range(steps):
         lora, state = step(lora, state)
     return jaxadapt.to_peft(lora).tensors
 
@@ -151,6 +153,20 @@ def test_lora_fa_takes_pefts_steps(api, monkeypatch):
     for key in expected:
         if key.endswith("lora_A.weight"):
             np.testing.assert_array_equal(found[key], before.tensors[key])
+    same(found, expected, before)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("api", ["nnx", "scan", "linen"])
+def test_riemannian_takes_pefts_steps(api):
+    """Ten steps, with DoRA, whose magnitudes keep their gradients, and modules of two ranks."""
+    before, _, expected = torch_side("riemannian", 10)
+    inner = optax.adamw(1e-2, eps=1e-6, weight_decay=0.1)
+    if api == "linen":
+        found = linen_steps(before, lambda lora: optim.riemannian(lora, inner), 10)
+    else:
+        model = nnx_side(before, api == "scan")
+        found, _ = train(model, optim.riemannian(model, inner), 10)
     same(found, expected, before)
 
 
@@ -258,6 +274,21 @@ def test_lora_fa_and_tensors_of_the_whole_adapter():
     tx = optim.lora_fa(bank, optax.sgd(1.0))
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, bank), tx.init(bank), bank)
     assert all((x == -1).all() for x in jax.tree.leaves(updates))
+
+
+def test_what_the_riemannian_preconditioner_is_not_for():
+    base, key = {"q": {"kernel": jnp.ones((4, 6))}}, jax.random.key(0)
+    with pytest.raises(ConfigError, match="reg: expected a number of at least 0, found -1"):
+        optim.riemannian(small.adapter(), optax.sgd(1.0), reg=-1)
+    vera = jaxadapt.init(base, jaxadapt.VeraConfig(r=2, target_modules=["q"]), key=key)
+    with pytest.raises(ConfigError, match="expected LoRA's matrices"):
+        optim.riemannian(vera, optax.sgd(1.0))
+    adalora = jaxadapt.init(base, jaxadapt.AdaLoraConfig(target_modules=["q"], total_step=9), key=key)
+    with pytest.raises(ConfigError, match="not for experts in one array.*\\n.*default: q.kernel"):
+        optim.riemannian(adalora, optax.sgd(1.0))
+    tx = optim.riemannian(small.adapter(), optax.sgd(1.0))
+    with pytest.raises(ConfigError, match="needs the parameters"):
+        tx.update(small.adapter(), tx.init(small.adapter()))
 
 
 def test_a_rank_of_nothing_is_no_reference():
