@@ -281,17 +281,35 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     labels = structure.unflatten(["A" if leaf.role == "A" else "rest" for leaf in flat])
     split = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, labels)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is None:
-            raise ConfigError("LoRA-FA needs the parameters: call tx.update(grads, state, params)")
-        grads, values = structure.flatten_up_to(updates), structure.flatten_up_to(params)
+    def correct(values: list[Array], grads: list[Array]) -> None:
         for tensors in sites.values():
             a, b = tensors["lora_A"], tensors["lora_B"]
-            (a_value,), (grad,) = jax.tree.leaves(values[a]), jax.tree.leaves(grads[b])
-            grads[b] = _rewrap(grads[b], _correct_gradient(flat[a].site, flat[a].config, a_value, grad))
-        return split.update(structure.unflatten(grads), state, params)
+            grads[b] = _correct_gradient(flat[a].site, flat[a].config, values[a], grads[b])
 
-    return optax.GradientTransformation(split.init, update)
+    return _correct_first("LoRA-FA", correct, structure, split)
+
+
+def _correct_first(
+    name: str, correct: Callable[[list[Array], list[Array]], None], structure: Any, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Make an optimizer that corrects gradients, by `correct(parameters, gradients)` of arrays, before `inner`."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ConfigError(f"{name} needs the parameters: call tx.update(grads, state, params)")
+        held = structure.flatten_up_to(updates)
+        values, grads = ([*map(_array_in, each)] for each in (structure.flatten_up_to(params), held))
+        correct(values, grads)
+        wrapped = [jax.tree.unflatten(jax.tree.structure(old), [x]) for old, x in zip(held, grads, strict=True)]
+        return inner.update(structure.unflatten(wrapped), state, params)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _array_in(held: Any) -> Array:
+    """Return the array in a variable or a box, or the array itself."""
+    (array,) = jax.tree.leaves(held)
+    return array
 
 
 def _tensors_by_site(flat: Sequence[_Leaf]) -> dict[tuple[str, str], dict[str, int]]:
@@ -301,11 +319,6 @@ def _tensors_by_site(flat: Sequence[_Leaf]) -> dict[tuple[str, str], dict[str, i
         if leaf.site is not None:
             indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
     return indices
-
-
-def _rewrap(old: Any, value: Array) -> Any:
-    """Return an array in the variable or box that held another."""
-    return jax.tree.unflatten(jax.tree.structure(old), [value])
 
 
 def _correct_gradient(site: Site, config: Config, a: Array, grad: Array) -> Array:
@@ -378,30 +391,23 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
     if not pairs:
         raise ConfigError("riemannian: expected LoRA's matrices lora_A and lora_B on linear layers, found none")
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is None:
-            raise ConfigError("riemannian needs the parameters: call tx.update(grads, state, params)")
-        grads, values = structure.flatten_up_to(updates), structure.flatten_up_to(params)
+    def correct(values: list[Array], grads: list[Array]) -> None:
         for a, b, site in pairs.values():
-            (a_value,), (b_value,) = jax.tree.leaves(values[a]), jax.tree.leaves(values[b])
-            (a_grad,), (b_grad,) = jax.tree.leaves(grads[a]), jax.tree.leaves(grads[b])
-            new_a, new_b = _precondition(site, flat[a].config, (a_value, b_value), (a_grad, b_grad), reg)
-            grads[a], grads[b] = _rewrap(grads[a], new_a), _rewrap(grads[b], new_b)
-        return inner.update(structure.unflatten(grads), state, params)
+            given = (values[a], values[b]), (grads[a], grads[b])
+            grads[a], grads[b] = _precondition(site, flat[a].config, *given, reg)
 
-    return optax.GradientTransformation(inner.init, update)
+    return _correct_first("riemannian", correct, structure, inner)
 
 
 def _matrices_of(site: Site) -> Site:
     """Return a site with its A and B only, without tensors such as DoRA's magnitude."""
-    kept = [bound for bound in site.bound if bound.tensor.name in ("lora_A", "lora_B")]
-    tensors, entries = zip(*kept, strict=True)
+    tensors, entries = zip(*(x for x in site.bound if x.tensor.name in ("lora_A", "lora_B")), strict=True)
     return dataclasses.replace(site, tensors=tensors, entries=entries)
 
 
 def _precondition(
     site: Site, config: Config, values: tuple[Array, Array], grads: tuple[Array, Array], reg: float
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """Return the preconditioned gradients of A and B, in their dtypes."""
     _, a, b = _stack_pairs(site, config, *values)
     pairs, grad_a, grad_b = _stack_pairs(site, config, *grads)
@@ -415,8 +421,8 @@ def _precondition(
         for (name, pair), x, y in zip(pairs.items(), new_a, new_b, strict=True)
     }
     leaves = factors.pair_leaves([site], new)
-    found_a, found_b = (leaves[paths.join(site.leaf, name)] for name in ("lora_A", "lora_B"))
-    return found_a.astype(grads[0].dtype), found_b.astype(grads[1].dtype)
+    found = (leaves[paths.join(site.leaf, name)] for name in ("lora_A", "lora_B"))
+    return tuple(x.astype(grad.dtype) for x, grad in zip(found, grads, strict=True))
 
 
 # ---------------------------------------------------------------- many adapters at once
