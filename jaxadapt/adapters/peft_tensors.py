@@ -16,6 +16,7 @@ from jaxadapt.arrays.tensor_source import TensorSource, is_float, rename
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config, class_of
 from jaxadapt.configs.table import FACTS
+from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
@@ -361,10 +362,7 @@ def find_duplicates(names: Mapping[str, str | None]) -> dict[str, tuple[str, ...
     >>> find_duplicates({"a": "q", "b": "q", "c": None})
     {'q': ('a', 'b')}
     """
-    groups: dict[str, list[str]] = {}
-    for key, name in names.items():
-        if name is not None:
-            groups.setdefault(name, []).append(key)
+    groups = paths.group((name, key) for key, name in names.items() if name is not None)
     return {name: tuple(keys) for name, keys in groups.items() if len(keys) > 1}
 
 

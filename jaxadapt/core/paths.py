@@ -9,7 +9,7 @@ give the same leaf the same path. `flatten` raises if two leaves would share one
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jaxadapt.core.errors import AdapterError, bullets
 
@@ -17,6 +17,8 @@ from jaxadapt.core.errors import AdapterError, bullets
 
 
 SEPARATOR = "."
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 def join(*parts: str) -> str:
@@ -177,6 +179,18 @@ def shapes_of(arrays: Mapping[str, Any]) -> dict[str, Spec]:
 _TITLES = {"shape": "wrongly shaped", "dtype": "of another dtype"}
 
 
+def group(pairs: Iterable[tuple[_K, _V]]) -> dict[_K, list[_V]]:
+    """Return `{key: its values}` of (key, value) pairs, in their order.
+
+    >>> group([("a", 1), ("b", 2), ("a", 3)])
+    {'a': [1, 3], 'b': [2]}
+    """
+    groups: dict[_K, list[_V]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
 def group_findings(findings: Iterable[Finding], missing: str = "missing", unexpected: str = "unexpected") -> list[str]:
     """Return one text for each kind of findings: their number, the kind and the tensors.
 
@@ -188,8 +202,7 @@ def group_findings(findings: Iterable[Finding], missing: str = "missing", unexpe
       a
     """
     titles = {"missing": missing, "unexpected": unexpected, **_TITLES}
-    groups: dict[str, list[str]] = {}
-    for finding in findings:
-        both = finding.expected is not None and finding.found is not None
-        groups.setdefault(titles[finding.kind], []).append(str(finding) if both else finding.name)
-    return [f"{len(lines)} {title}:\n{bullets(lines)}" for title, lines in groups.items()]
+    lines_by_title = group(
+        (titles[x.kind], x.name if x.expected is None or x.found is None else str(x)) for x in findings
+    )
+    return [f"{len(lines)} {title}:\n{bullets(lines)}" for title, lines in lines_by_title.items()]

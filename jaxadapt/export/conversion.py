@@ -451,9 +451,7 @@ def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterabl
 def _renamed_keys(tensors: PeftTensors, changed: Mapping[str, str]) -> dict[str, str]:
     """Return {new key: key}. Raises `MismatchError` if several tensors would get one key."""
     prefixed = {PEFT_PREFIX + name: PEFT_PREFIX + to for name, to in changed.items()}
-    keys: dict[str, list[str]] = {}
-    for key in tensors.tensors:
-        keys.setdefault(_rename(key, prefixed), []).append(key)
+    keys = paths.group((_rename(key, prefixed), key) for key in tensors.tensors)
     raise_listed(
         MismatchError,
         f"{tensors.source}: several tensors would get one name; choose another beginning:",

@@ -96,9 +96,7 @@ def group_by_file_key(keys: Iterable[str]) -> dict[str, list[str]]:
     >>> group_by_file_key(["w[10/12]", "w[2/12]", "b"])
     {'w': ['w[2/12]', 'w[10/12]'], 'b': ['b']}
     """
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(file_key(key), []).append(key)
+    groups = paths.group((file_key(key), key) for key in keys)
     return {name: sorted(parts, key=lambda part: parse_part_key(part).i) for name, parts in groups.items()}
 
 
@@ -529,10 +527,7 @@ def make_plan(entries: Sequence[PlanEntry]) -> Plan:
 
 def contested_keys(entries: Iterable[PlanEntry]) -> list[str]:
     """Return the keys that several leaves claim, each with these leaves."""
-    owners: dict[str, list[str]] = {}
-    for entry in entries:
-        for key in entry.keys:
-            owners.setdefault(key, []).append(entry.path)
+    owners = paths.group((key, entry.path) for entry in entries for key in entry.keys)
     return [f"{key}: {', '.join(sorted(leaves))}" for key, leaves in owners.items() if len(leaves) > 1]
 
 

@@ -212,9 +212,7 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
     Raises `AttachError` inside jit, where shared factors cannot be compared.
     """
     shared = {name: pair.shared for pairs in adapters for name, pair in pairs.items()}
-    groups: dict[str, list[str]] = {}
-    for name, side in shared.items():
-        groups.setdefault(name.partition("[")[0] if side else name, []).append(name)
+    groups = paths.group((name.partition("[")[0] if side else name, name) for name, side in shared.items())
     for matrix, parts in [*groups.items()]:
         side = shared[parts[0]]
         if not side:

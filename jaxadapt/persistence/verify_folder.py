@@ -24,7 +24,7 @@ from typing import Any, cast
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.core import errors
+from jaxadapt.core import errors, paths
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks
@@ -461,10 +461,10 @@ def _describe_tensors(kind: str, shapes: tensor_checks.Shapes) -> Finding:
 
 def _describe_scales(modules: tensor_checks.Modules, config: Config) -> Iterator[Finding]:
     """Yield one note for each pair of rank and scale."""
-    groups: dict[tuple[int, float], list[str]] = {}
-    for module, setting in tensor_checks.module_settings(modules, config).items():
-        groups.setdefault(setting, []).append(module)
-    for (rank, scale), members in sorted(groups.items()):
+    settings = tensor_checks.module_settings(modules, config)
+    for (rank, scale), members in sorted(
+        paths.group((setting, module) for module, setting in settings.items()).items()
+    ):
         ends = ", ".join(sorted({name.rpartition(".")[2] for name in members}))
         yield note("scale", members, f"rank {rank} and scale {scale:.6g} in {count(members, 'module')} ({ends})")
 

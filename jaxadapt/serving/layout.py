@@ -284,10 +284,7 @@ class Layout:
     @functools.cached_property
     def by_leaf(self) -> dict[str, list[Place]]:
         """`{base leaf: its places}`."""
-        places: dict[str, list[Place]] = {}
-        for place in self.places:
-            places.setdefault(place.row.leaf, []).append(place)
-        return places
+        return paths.group((place.row.leaf, place) for place in self.places)
 
     @functools.cached_property
     def slot_bytes(self) -> int:

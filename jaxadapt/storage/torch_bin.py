@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from jaxadapt.arrays.tensor_source import NAMES, Whole, aligned_empty, numpy_dtype
+from jaxadapt.core import paths
 from jaxadapt.core.errors import FormatError, problems_text
 from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.local_files import LocalFile, file_error, flat_bytes
@@ -502,9 +503,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Whole:
 
 
 def _to_arrays(reader: _Zip | _Legacy, tensors: Mapping[str, _Tensor], path: str) -> dict[str, np.ndarray]:
-    users: dict[str, list[str]] = {}
-    for key, tensor in tensors.items():
-        users.setdefault(tensor.storage.key, []).append(key)
+    users = paths.group((tensor.storage.key, key) for key, tensor in tensors.items())
     arrays: dict[str, np.ndarray] = {}
     for shared in users.values():  # each storage is read once, and released before the next
         raw = reader.storage(tensors[shared[0]].storage)
