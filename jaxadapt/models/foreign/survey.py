@@ -18,6 +18,7 @@ from typing import Any
 from jaxadapt.arrays.layout import RANK, Array, FileLayout, axis_parts
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import ConfigError, KeyMapError, bullets, raise_listed
 from jaxadapt.keymaps import plan
@@ -512,6 +513,11 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
     problems += _contradictions("rank", sites.ranks, config.rank_of)
     config = config.replace(lora_alpha=_DEFAULT.lora_alpha if given is None else given)
     alphas = sites.alphas(config.alpha_of)
+    patterns = config.alpha_pattern
+    defined = {m: site.alpha for site in sites.sites if site.alpha is not None for m in site.a.modules}
+    if not sites.defines_alpha:  # a pattern names modules, unlike lora_alpha, which is for the others
+        named = _contradictions("lora_alpha", defined, lambda m: find_pattern_value(patterns, m, defined[m]))
+        problems += [f"{each} ({dialect.name} defines it; leave it out of alpha_pattern)" for each in named]
     if differences := _contradictions("lora_alpha", alphas, config.alpha_of):
         if sites.defines_alpha and (given is not None or config.alpha_pattern):
             problems += [f"{each} ({dialect.name} {_why_known(dialect)}; leave it out)" for each in differences]

@@ -99,6 +99,25 @@ def test_heads_that_differ_ask(tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:.*not been verified")
+def test_a_pattern_gives_alpha_to_the_heads_and_not_to_the_feed_forward():
+    """A pattern for modules that openpi scales is multiplied with their rank; one for others is refused."""
+
+    module = f"{P}0.self_attn.q_proj".removeprefix("base_model.model.")
+
+    def scale(patterns: dict[str, float]) -> float:
+        config = jaxadapt.LoraConfig(lora_alpha=ALPHA, alpha_pattern=patterns)
+        tree = LoraTree(leaves(), config=config, on_shared="concat")
+        return jaxadapt.to_peft(tree, keymap="openpi:pi0").config.scale_of(module)
+
+    assert (scale({}), scale({"q_proj": 3 * ALPHA})) == (ALPHA / R, 3 * ALPHA / R)
+    says = (
+        r"0\.mlp\.up_proj: lora_alpha 2 in the tree, 9 in the configuration .openpi defines it; leave it out of alpha_p"
+    )
+    with pytest.raises(jaxadapt.ConfigError, match=says):
+        scale({"up_proj": 9.0})
+
+
+@pytest.mark.filterwarnings("ignore:.*not been verified")
 def test_there_and_back(tmp_path: Path):
     """The same bits, but for the output projection, of whose heads only the sum of the Bs matters."""
     tree = leaves()
