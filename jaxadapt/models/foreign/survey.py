@@ -513,13 +513,10 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
     problems += _contradictions("rank", sites.ranks, config.rank_of)
     config = config.replace(lora_alpha=_DEFAULT.lora_alpha if given is None else given)
     alphas = sites.alphas(config.alpha_of)
-    patterns = config.alpha_pattern
-    defined = {m: site.alpha for site in sites.sites if site.alpha is not None for m in site.a.modules}
-    if not sites.defines_alpha:  # a pattern names modules, unlike lora_alpha, which is for the others
-        named = _contradictions("lora_alpha", defined, lambda m: find_pattern_value(patterns, m, defined[m]))
-        problems += [f"{each} ({dialect.name} defines it; leave it out of alpha_pattern)" for each in named]
     if differences := _contradictions("lora_alpha", alphas, config.alpha_of):
-        if sites.defines_alpha and (given is not None or config.alpha_pattern):
+        if not sites.defines_alpha:
+            problems += _named_in_vain(sites, config)
+        elif given is not None or config.alpha_pattern:
             problems += [f"{each} ({dialect.name} {_why_known(dialect)}; leave it out)" for each in differences]
         alpha, pattern = _factor_patterns(alphas)
         config = config.replace(lora_alpha=alpha, alpha_pattern=pattern)
@@ -567,6 +564,16 @@ def _contradictions(field: str, values: Mapping[str, float], wanted: Callable[[s
         for module, found in values.items()
         if wanted(module) != found
     ]
+
+
+def _named_in_vain(sites: ForeignSites, config: LoraConfig) -> list[str]:
+    """Return the modules whose alpha the library defines and the configuration's patterns contradict.
+
+    (Its `lora_alpha` is for the others.)
+    """
+    defined = {m: site.alpha for site in sites.sites if site.alpha is not None for m in site.a.modules}
+    named = _contradictions("lora_alpha", defined, lambda m: find_pattern_value(config.alpha_pattern, m, defined[m]))
+    return [f"{each} ({sites.dialect.name} defines it; leave it out of alpha_pattern)" for each in named]
 
 
 def _complete_targets(sites: ForeignSites, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
