@@ -404,15 +404,6 @@ def _names(given: Collection[str]) -> list[str]:
     return [path.removesuffix(".value") for path in dotted] if all(p.endswith(".value") for p in dotted) else dotted
 
 
-def _find_lorax(tree: Any) -> dict[str, Any]:
-    """Return `{path: lorax.LoraWeight}`, nodes of a weight and its LoRA whose three arrays have ambiguous paths."""
-    return {
-        _node_path(keys): node
-        for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_lorax)
-        if _is_lorax(node)
-    }
-
-
 def _is_lorax(node: Any) -> bool:
     return type(node).__name__ == "LoraWeight" and type(node).__module__.partition(".")[0] == "lorax"
 
@@ -430,7 +421,9 @@ def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
         return is_box(node)
 
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    lorax = _find_lorax(tree) if lorax_nodes else {}
+    # The nodes of a weight and its LoRA, whose three arrays have ambiguous paths.
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_lorax) if lorax_nodes else ()
+    lorax = {_node_path(keys): node for keys, node in nodes if _is_lorax(node)}
     names = _names([_node_path(keys) for keys, _ in flat])
     for number, (keys, _) in enumerate(flat if lorax else ()):
         if _node_path(keys[:-1]) in lorax:

@@ -291,12 +291,9 @@ def read_stored(
     for leaf, (claim, *_) in dialect.claim(leaves).items():
         path = claim.alpha or claim.scale
         found, unread = _read_numbers(numbers, [path] if path and leaf not in known else ())
+        (several if found else problems).extend(unread)
         if found and not unread:
             stored[leaf] = found[path]
-        elif found:
-            several += unread
-        else:
-            problems += unread
     raise_listed(
         MismatchError,
         f"cannot use this {dialect.name} tree, because PEFT has one scale for each of its matrices:",

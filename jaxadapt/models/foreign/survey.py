@@ -51,11 +51,6 @@ class PackedLayout(FileLayout):
         """The position of the rank's axis in the file's tensors."""
         return self.right.index((RANK,))
 
-    @functools.cached_property
-    def expected_shape(self) -> tuple[int | None, ...]:
-        """The shape of each file tensor; None for the rank, which may be smaller than the tree's."""
-        return tuple(None if axis == self.file_rank else size for axis, size in enumerate(self.file_shape))
-
 
 @dataclasses.dataclass(frozen=True)
 class FactorArray(plan.PlanEntry):

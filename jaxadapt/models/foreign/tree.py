@@ -120,7 +120,11 @@ def check_tensors(
 
     Tensors of other modules may be missing: their B becomes zero.
     """
-    expected = {key: Spec(half.form.expected_shape) for half in sites.arrays for key in half.keys}
+    expected = {
+        key: Spec(tuple(None if axis == half.form.file_rank else n for axis, n in enumerate(half.form.file_shape)))
+        for half in sites.arrays
+        for key in half.keys
+    }
     optional = {
         key
         for half in sites.arrays
