@@ -543,7 +543,7 @@ def _renamed_fields(config: Config, changed: Mapping[str, str], beginning: tuple
 
 _NAMING = frozenset({
     "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters", "rank_pattern",
-    "alpha_pattern", "trainable_token_indices",
+    "alpha_pattern", "block_size_pattern", "lambda_pattern", "n_frequency_pattern", "trainable_token_indices",
 })  # fmt: skip
 """Fields that name modules: lists, or dicts by name."""
 

@@ -239,6 +239,16 @@ def test_another_spelling_renames_as_rename_does(tmp_path):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "c" / file).read_bytes()
 
 
+def test_a_pattern_of_any_method_is_renamed_with_its_module(tmp_path):
+    """FOURIERFT's numbers decide which values count."""
+    config = jaxadapt.FourierFTConfig(target_modules=["q"], n_frequency=2, n_frequency_pattern={"a.q": 3})
+    spectra = {f"base_model.model.{m}.q.fourierft_spectrum": np.ones(n, "float32") for m, n in (("a", 3), ("b", 2))}
+    jaxadapt.write(jaxadapt.PeftTensors(config, spectra), tmp_path / "old")
+    rename_files(tmp_path / "old", tmp_path / "new", old="a.", new="c.")
+    base = {name: {"q": {"kernel": np.ones((4, 4), "float32")}} for name in "bc"}
+    assert jaxadapt.from_peft(jaxadapt.read(tmp_path / "new"), base).config.n_frequency_pattern == {"c.q": 3}
+
+
 def test_another_spelling_loses_no_module_that_was_saved(tmp_path):
     key, copied = "base_model.model.model.layers.0", np.ones((4, 4), "float32")
     arrays = {f"{key}.self_attn.q_proj.lora_{side}.weight": copied for side in "AB"}
