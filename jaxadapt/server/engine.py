@@ -258,7 +258,7 @@ def _different(adapters: Sequence[jaxadapt.Adapter]) -> list[jaxadapt.Adapter]:
         if known is None:
             groups.append((adapter, modules))
         else:
-            known |= modules
+            known.update(modules)
     return [dataclasses.replace(first, config=first.config.with_targets(sorted(own))) for first, own in groups]
 
 

@@ -325,9 +325,8 @@ class CheckpointManager(run_folder.RunFolder):
         self.keep_best = len(self._own_objective) if keep_best is None else keep_best
         self.asynchronous, self.timeout, self.progress = asynchronous, timeout, progress
         self._saving = Background()
-        self._last: run_folder.StepRecord | None = (
-            None  # unless its write failed or it was rolled back; alike in all processes
-        )
+        # The last step passed to `save`, unless its write failed or it was rolled back; alike in all processes.
+        self._last: run_folder.StepRecord | None = None
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self.folder)!r}, steps {self.steps})"

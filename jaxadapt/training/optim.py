@@ -266,9 +266,9 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         if {flat[i].role for i in tensors.values()} & {"A", "B", "embedding"}
     }
     problems = [
-        f"{name}: {leaf}" + (f" {sorted(tensors)}" if tensors.keys() ^ {"lora_A", "lora_B"} else "")
+        f"{name}: {leaf}" + (f" {sorted(tensors)}" if tensors.keys() != {"lora_A", "lora_B"} else "")
         for (name, leaf), tensors in sites.items()
-        if tensors.keys() ^ {"lora_A", "lora_B"} or not factors.has_one_pair(flat[tensors["lora_A"]].site)
+        if tensors.keys() != {"lora_A", "lora_B"} or not factors.has_one_pair(flat[tensors["lora_A"]].site)
     ]
     problems += [
         f"{leaf.adapter}: "

@@ -478,7 +478,7 @@ def _read_file(
     on_device = jax.device_put([host[n] for n in names], shardings) if names else []
     arrays: dict[str, Any] = {**host, **dict(zip(names, on_device, strict=True))}
     for name, like in sharded.items():
-        if name in host:
+        if name in host:  # stored as bytes, so it was read whole
             arrays[name], _ = _read_shards(like, host[name].__getitem__)
             continue
         arrays[name], crc = _read_shards(like, functools.partial(file.read_slice, name))
