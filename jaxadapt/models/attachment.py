@@ -121,6 +121,7 @@ def init(
     >>> {path: x.shape for path, x in adapter.flat().items()}
     {'q.kernel.lora_A': (2, 4), 'q.kernel.lora_B': (6, 2)}
     """
+    get_method(config)  # raises if the arguments are exchanged
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     base = base_params(model)

@@ -130,6 +130,7 @@ def select(
     LORA on 1 modules in 1 weights, 20 parameters (keymap 'generic'):
       q_proj: q_proj.kernel (4, 6); lora_A (2, 4), lora_B (6, 2)
     """
+    get_method(config)  # raises if the arguments are exchanged
     base = carrier(model).base()
     recipe, sites = planning.plan_adapter(base, config, keymap, stack_axes, example)
     return Selection(
