@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,6 @@ from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.merging import factors
-from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.base import at_least_float32, get_method
 from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
 from jaxadapt.serving.bank import Bank
@@ -281,69 +280,11 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     labels = structure.unflatten(["A" if leaf.role == "A" else "rest" for leaf in flat])
     split = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, labels)
 
-    def correct(values: list[Array], grads: list[Array]) -> None:
-        for tensors in sites.values():
-            a, b = tensors["lora_A"], tensors["lora_B"]
-            grads[b] = _correct_gradient(flat[a].site, flat[a].config, values[a], grads[b])
+    def formula(a: Array, b: Array, grad_a: Array, grad_b: Array, scales: Array) -> tuple[Array, Array]:
+        return grad_a, grad_b @ _damped_inverse(a @ _turn(a), 1e-8) / scales**2
 
-    return _correct_first("LoRA-FA", correct, structure, split)
-
-
-def _correct_first(
-    name: str, correct: Callable[[list[Array], list[Array]], None], structure: Any, inner: optax.GradientTransformation
-) -> optax.GradientTransformation:
-    """Make an optimizer that corrects gradients, by `correct(parameters, gradients)` of arrays, before `inner`."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is None:
-            raise ConfigError(f"{name} needs the parameters: call tx.update(grads, state, params)")
-        held = structure.flatten_up_to(updates)
-        values, grads = ([*map(_array_in, each)] for each in (structure.flatten_up_to(params), held))
-        correct(values, grads)
-        wrapped = [jax.tree.unflatten(jax.tree.structure(old), [x]) for old, x in zip(held, grads, strict=True)]
-        return inner.update(structure.unflatten(wrapped), state, params)
-
-    return optax.GradientTransformation(inner.init, update)
-
-
-def _array_in(held: Any) -> Array:
-    """Return the array in a variable or a box, or the array itself."""
-    (array,) = jax.tree.leaves(held)
-    return array
-
-
-def _tensors_by_site(flat: Sequence[_Leaf]) -> dict[tuple[str, str], dict[str, int]]:
-    """Return `{(adapter, base leaf): {tensor: index}}`, without the tensors of a whole adapter."""
-    indices: dict[tuple[str, str], dict[str, int]] = {}
-    for i, leaf in enumerate(flat):
-        if leaf.site is not None:
-            indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
-    return indices
-
-
-def _correct_gradient(site: Site, config: Config, a: Array, grad: Array) -> Array:
-    """Return B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
-    pairs, rows, grads = _stack_pairs(site, config, a, grad)
-    with jax.default_matmul_precision("highest"):
-        inverse = jnp.linalg.pinv(rows @ jnp.swapaxes(rows, 1, 2) + 1e-8 * jnp.eye(rows.shape[1])[None])
-        corrected = {
-            name: dataclasses.replace(pair, b=x[:, : pair.rank] / pair.scale**2)
-            for (name, pair), x in zip(pairs.items(), grads @ inverse, strict=True)
-        }
-    return factors.pair_leaves([site], corrected)[paths.join(site.leaf, "lora_B")].astype(grad.dtype)
-
-
-def _stack_pairs(site: Site, config: Config, a: Array, b: Array) -> tuple[dict[str, Pair], Array, Array]:
-    """Return the pairs of a site's modules, and their As and Bs, padded to one rank, as (modules, r, in), (…, out, r).
-
-    The values are float32 at least.
-    """
-    leaf_a, leaf_b = (paths.join(site.leaf, name) for name in ("lora_A", "lora_B"))
-    pairs = factors.site_pairs(config, [site], {leaf_a: at_least_float32(a), leaf_b: at_least_float32(b)})
-    r = max(pair.rank for pair in pairs.values())
-    padded = [factors.pad_rank(pair.a, pair.b, r) for pair in pairs.values()]
-    rows, columns = (jnp.stack(side) for side in zip(*padded, strict=True))
-    return pairs, rows, columns
+    pairs = [(tensors["lora_A"], tensors["lora_B"]) for tensors in sites.values()]
+    return _correct_first("LoRA-FA", flat, structure, pairs, formula, split)
 
 
 def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1e-2) -> optax.GradientTransformation:
@@ -372,57 +313,106 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
     if reg < 0:
         raise ConfigError(f"reg: expected a number of at least 0, found {reg!r}")
     flat, structure = jax.tree.flatten(_leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
-    pairs = {
-        (name, leaf): (tensors["lora_A"], tensors["lora_B"], _matrices_of(flat[tensors["lora_A"]].site))
-        for (name, leaf), tensors in _tensors_by_site(flat).items()
+    pairs = [
+        (tensors["lora_A"], tensors["lora_B"])
+        for tensors in _tensors_by_site(flat).values()
         if tensors.keys() >= {"lora_A", "lora_B"} and flat[tensors["lora_B"]].role == "B"
-    }
-    pairs = {key: pair for key, pair in pairs.items() if pair[2].match.weight.kind != "conv"}
+    ]
+    pairs = [pair for pair in pairs if _matrices_of(flat[pair[0]]).match.weight.kind != "conv"]
     raise_listed(
         ConfigError,
         "the Riemannian preconditioner is for LoRA with one pair of matrices a module, not for experts in one array, an"
         " nn.MultiheadAttention or AdaLoRA:",
         [
-            f"{name}: {leaf}"
-            for (name, leaf), (a, _, site) in pairs.items()
-            if not isinstance(flat[a].config, LoraConfig) or not factors.has_one_pair(site)
+            f"{leaf.adapter}: {leaf.site.leaf}"
+            for leaf in (flat[a] for a, _ in pairs)
+            if not isinstance(leaf.config, LoraConfig) or not factors.has_one_pair(_matrices_of(leaf))
         ],
     )
     if not pairs:
         raise ConfigError("riemannian: expected LoRA's matrices lora_A and lora_B on linear layers, found none")
 
-    def correct(values: list[Array], grads: list[Array]) -> None:
-        for a, b, site in pairs.values():
-            given = (values[a], values[b]), (grads[a], grads[b])
-            grads[a], grads[b] = _precondition(site, flat[a].config, *given, reg)
+    def formula(a: Array, b: Array, grad_a: Array, grad_b: Array, scales: Array) -> tuple[Array, Array]:
+        return _damped_inverse(_turn(b) @ b, reg) @ grad_a, grad_b @ _damped_inverse(a @ _turn(a), reg)
 
-    return _correct_first("riemannian", correct, structure, inner)
+    return _correct_first("riemannian", flat, structure, pairs, formula, inner)
 
 
-def _matrices_of(site: Site) -> Site:
-    """Return a site with its A and B only, without tensors such as DoRA's magnitude."""
-    tensors, entries = zip(*(x for x in site.bound if x.tensor.name in ("lora_A", "lora_B")), strict=True)
-    return dataclasses.replace(site, tensors=tensors, entries=entries)
+def _tensors_by_site(flat: Sequence[_Leaf]) -> dict[tuple[str, str], dict[str, int]]:
+    """Return `{(adapter, base leaf): {tensor: index}}`, without the tensors of a whole adapter."""
+    indices: dict[tuple[str, str], dict[str, int]] = {}
+    for i, leaf in enumerate(flat):
+        if leaf.site is not None:
+            indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
+    return indices
 
 
-def _precondition(
-    site: Site, config: Config, values: tuple[Array, Array], grads: tuple[Array, Array], reg: float
-) -> tuple[Array, ...]:
-    """Return the preconditioned gradients of A and B, in their dtypes."""
-    _, a, b = _stack_pairs(site, config, *values)
-    pairs, grad_a, grad_b = _stack_pairs(site, config, *grads)
-    damping = reg * jnp.eye(a.shape[1], dtype=a.dtype)[None]
-    rtol = float(a.shape[1] * jnp.finfo(a.dtype).eps)  # torch's
-    with jax.default_matmul_precision("highest"):
-        new_a = jnp.linalg.pinv(jnp.swapaxes(b, 1, 2) @ b + damping, rtol=rtol) @ grad_a
-        new_b = grad_b @ jnp.linalg.pinv(a @ jnp.swapaxes(a, 1, 2) + damping, rtol=rtol)
-    new = {
-        name: dataclasses.replace(pair, a=x[: pair.rank], b=y[:, : pair.rank])
-        for (name, pair), x, y in zip(pairs.items(), new_a, new_b, strict=True)
-    }
-    leaves = factors.pair_leaves([site], new)
-    found = (leaves[paths.join(site.leaf, name)] for name in ("lora_A", "lora_B"))
-    return tuple(x.astype(grad.dtype) for x, grad in zip(found, grads, strict=True))
+def _matrices_of(leaf: _Leaf) -> Site:
+    """Return a leaf's site with its A and B only, without tensors such as DoRA's magnitude."""
+    assert leaf.site is not None
+    tensors, entries = zip(*(x for x in leaf.site.bound if x.tensor.name in ("lora_A", "lora_B")), strict=True)
+    return dataclasses.replace(leaf.site, tensors=tensors, entries=entries)
+
+
+def _turn(matrices: Array) -> Array:
+    return jnp.swapaxes(matrices, 1, 2)
+
+
+def _damped_inverse(matrices: Array, damping: float) -> Array:
+    """Return the pseudoinverses of (modules, r, r) with `damping` added to their diagonals."""
+    r = matrices.shape[1]
+    rtol = float(r * jnp.finfo(matrices.dtype).eps)  # torch's
+    return jnp.linalg.pinv(matrices + damping * jnp.eye(r, dtype=matrices.dtype)[None], rtol=rtol)
+
+
+def _correct_first(
+    name: str,
+    flat: Sequence[_Leaf],
+    structure: Any,
+    pairs: Sequence[tuple[int, int]],
+    formula: Callable[..., tuple[Array, Array]],
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Make an optimizer that corrects the gradients of A and B before `inner` sees them, in float32 at least.
+
+    Args:
+        name: the optimizer's name, for messages.
+        flat, structure: the leaves of the trained tree.
+        pairs: the indices of each A and its B.
+        formula: returns the gradients from A (modules, r, in), B (modules, out, r), their gradients, and the scales
+            (modules, 1, 1).
+        inner: the optimizer.
+    """
+
+    def correct(leaf: _Leaf, values: Sequence[Array], grads: Sequence[Array]) -> Iterator[Array]:
+        site = _matrices_of(leaf)
+        at = [paths.join(site.leaf, tensor) for tensor in ("lora_A", "lora_B")]
+        pairs, grad_pairs = (
+            factors.site_pairs(leaf.config, [site], dict(zip(at, map(at_least_float32, each), strict=True)))
+            for each in (values, grads)
+        )
+        r = max(pair.rank for pair in pairs.values())
+        sides = [[factors.pad_rank(x.a, x.b, r) for x in each.values()] for each in (pairs, grad_pairs)]
+        stacked = [jnp.stack(side) for each in sides for side in zip(*each, strict=True)]
+        scales = jnp.stack([jnp.asarray(pair.scale, jnp.float32) for pair in pairs.values()])[:, None, None]
+        with jax.default_matmul_precision("highest"):
+            new = zip(grad_pairs.items(), *formula(*stacked, scales), strict=True)
+        found = {n: dataclasses.replace(pair, a=x[: pair.rank], b=y[:, : pair.rank]) for (n, pair), x, y in new}
+        leaves = factors.pair_leaves([site], found)
+        return (leaves[path].astype(grad.dtype) for path, grad in zip(at, grads, strict=True))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ConfigError(f"{name} needs the parameters: call tx.update(grads, state, params)")
+        held = structure.flatten_up_to(updates)
+        # An array may be in a variable or in a box.
+        (values, grads) = ([jax.tree.leaves(x)[0] for x in each] for each in (structure.flatten_up_to(params), held))
+        for a, b in pairs:
+            grads[a], grads[b] = correct(flat[a], (values[a], values[b]), (grads[a], grads[b]))
+        wrapped = [jax.tree.unflatten(jax.tree.structure(old), [x]) for old, x in zip(held, grads, strict=True)]
+        return inner.update(structure.unflatten(wrapped), state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 # ---------------------------------------------------------------- many adapters at once
