@@ -281,7 +281,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     split = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, labels)
 
     def formula(a: Array, b: Array, grad_a: Array, grad_b: Array, scales: Array) -> tuple[Array, Array]:
-        return grad_a, grad_b @ _damped_inverse(a @ _turn(a), 1e-8) / scales**2
+        return grad_a, grad_b @ _damped_inverse(a @ a.mT, 1e-8) / scales**2
 
     pairs = [(tensors["lora_A"], tensors["lora_B"]) for tensors in sites.values()]
     return _correct_first("LoRA-FA", flat, structure, pairs, formula, split)
@@ -333,7 +333,7 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
         raise ConfigError("riemannian: expected LoRA's matrices lora_A and lora_B on linear layers, found none")
 
     def formula(a: Array, b: Array, grad_a: Array, grad_b: Array, scales: Array) -> tuple[Array, Array]:
-        return _damped_inverse(_turn(b) @ b, reg) @ grad_a, grad_b @ _damped_inverse(a @ _turn(a), reg)
+        return _damped_inverse(b.mT @ b, reg) @ grad_a, grad_b @ _damped_inverse(a @ a.mT, reg)
 
     return _correct_first("riemannian", flat, structure, pairs, formula, inner)
 
@@ -352,10 +352,6 @@ def _matrices_of(leaf: _Leaf) -> Site:
     assert leaf.site is not None
     tensors, entries = zip(*(x for x in leaf.site.bound if x.tensor.name in ("lora_A", "lora_B")), strict=True)
     return dataclasses.replace(leaf.site, tensors=tensors, entries=entries)
-
-
-def _turn(matrices: Array) -> Array:
-    return jnp.swapaxes(matrices, 1, 2)
 
 
 def _damped_inverse(matrices: Array, damping: float) -> Array:
