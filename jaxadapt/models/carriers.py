@@ -374,7 +374,12 @@ class Model(_Variables, Object):
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
     ) -> Any:
         values, changes = adapter.flat(), rngs is not None or bool(new)
-        if present is not None and not changes and is_same(present, adapter) and has_shapes(present, values):
+        if (
+            present is not None
+            and not changes
+            and is_same(present, adapter)
+            and paths.shapes_of(present.flat()) == paths.shapes_of(values)
+        ):
             graph.set_values(self._adapters[name], values)
             return self.tree if self.active() == [name] else self.activate((name,))
 
@@ -415,11 +420,6 @@ class Model(_Variables, Object):
 def is_same(present: Adapter, adapter: Adapter) -> bool:
     """Return True if two adapters have one configuration, and would be saved with the same origin."""
     return present.config == adapter.config and Recipe(present.config).origin == Recipe(adapter.config).origin
-
-
-def has_shapes(adapter: Adapter, values: Mapping[str, Any]) -> bool:
-    """Return True if an adapter has tensors of these paths and shapes, and no others."""
-    return paths.shapes_of(adapter.flat()) == paths.shapes_of(values)
 
 
 # ---------------------------------------------------------------- Linen, and other trees
@@ -568,7 +568,11 @@ class Variables(Params):
     ) -> Any:
         changed = Variables(self.replace(new) if new else self.tree)
         values = adapter.flat()
-        if present is not None and present.config == adapter.config and has_shapes(present, values):
+        if (
+            present is not None
+            and present.config == adapter.config
+            and paths.shapes_of(present.flat()) == paths.shapes_of(values)
+        ):
             recipe = None if is_same(present, adapter) else adapter.recipe
             return trees.replace_adapter_values(changed.tree, name, values, recipe)
         variables: Any = changed.tree if present is None else changed.delete(name)

@@ -455,9 +455,8 @@ def _bind_to_attached(
 
 def _warn_of_newer_attention(tensors: PeftTensors, adapter_sites: Sites) -> None:
     """Warn of a file with an attention's output projection that a newer PEFT wrote, which may add its product once."""
-    weights = [site.match.weight for site in adapter_sites if not site.method.copies]
-    outputs = [weight for weight in weights if weight.kind == "attention" and weight.products == 2]
-    if outputs and is_newer_lora_file(tensors.config):
+    weights = (site.match.weight for site in adapter_sites if not site.method.copies)
+    if any(w.kind == "attention" and w.products == 2 for w in weights) and is_newer_lora_file(tensors.config):
         warn(
             f"{tensors.source}: written by PEFT {tensors.config.peft_version}. PEFT up to {PEFT_VERSION} adds the"
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"
