@@ -177,8 +177,7 @@ class MatrixMethod(Method):
 
     def describe_change(self, config: Any) -> str | None:
         # A module's part of the tensors that all modules share depends on its sizes in the base.
-        has_change = type(self).delta is not MatrixMethod.delta and type(self).shared is Method.shared
-        return "‖ΔW‖" if has_change else None
+        return None if type(self).delta is MatrixMethod.delta or type(self).shared is not Method.shared else "‖ΔW‖"
 
     def measure_change(self, config: Any, module: str, arrays: Mapping[str, Any]) -> Change | None:
         """Return the size of `delta`, if it does not read the weight and the file tensors determine its shape."""
