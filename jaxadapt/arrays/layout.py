@@ -76,8 +76,7 @@ def parse_pattern(text: str) -> Pattern:
         f"axis {n!r} is only on the left (put an axis that PyTorch lacks in braces)" for n in sorted(plain - set(flat))
     ]
     problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
-    braced = frozenset(n.strip("{}") for n in names if n.startswith("{"))
-    return Pattern(left, right, plain, braced, tuple(problems))
+    return Pattern(left, right, plain, frozenset(n.strip("{}") for n in names if n.startswith("{")), tuple(problems))
 
 
 def _axes(text: str) -> list[tuple[str, tuple[str, ...]]]:

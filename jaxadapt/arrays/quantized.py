@@ -168,8 +168,9 @@ def _quantize_weight(
     even = code.shape[stack] % math.prod(sharding.mesh.shape[name] for name in axes) == 0
     by_block = NamedSharding(sharding.mesh, PartitionSpec(*spec[:stack], axes if axes and even else None))
     code, absmax = (jax.lax.with_sharding_constraint(x, by_block) for x in (code, absmax))
-    place = NamedSharding(sharding.mesh, PartitionSpec(*spec[stack:]))
-    return Quantized(code, absmax, kind, inner, order, jnp.dtype(w.dtype), place)
+    return Quantized(
+        code, absmax, kind, inner, order, jnp.dtype(w.dtype), NamedSharding(sharding.mesh, PartitionSpec(*spec[stack:]))
+    )
 
 
 def _axis_names(axis: Any) -> tuple[str, ...]:

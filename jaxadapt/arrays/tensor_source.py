@@ -341,8 +341,7 @@ def cut(tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]
     def read(key: str, slices: Sequence[slice]) -> np.ndarray:
         return tensors.read_slice(*parts[key])[tuple(slices)]
 
-    new = Derived(tensors.source, parts, spec, read)
-    return _replace(tensors, {name for name, _ in parts.values()}, new, {})
+    return _replace(tensors, {name for name, _ in parts.values()}, Derived(tensors.source, parts, spec, read), {})
 
 
 def stack(tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> View:

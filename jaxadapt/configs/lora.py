@@ -131,8 +131,10 @@ def merge_advice(config: Config) -> str:
     if config.get("target_parameters") or config.get("layer_replication") or not facts.merges_files:
         return "merge it into its model in memory (jaxadapt.export.export_base(model, folder, adapter))"
     if config.get("kasa_config") is not None:
-        loaded = "jaxadapt.load(jaxadapt.read(…, change_base=True), model)"
-        return f"merge it into its base in memory ({loaded}, jaxadapt.merge)"
+        return (
+            "merge it into its base in memory (jaxadapt.load(jaxadapt.read(…, change_base=True), model),"
+            " jaxadapt.merge)"
+        )
     merge = "merge the adapter (`jaxadapt merge BASE ADAPTER --out FOLDER`)"
     if config.get("lora_bias"):
         return f"{merge} if the adapted modules of the base have biases; else only PEFT and jaxadapt.load run it"

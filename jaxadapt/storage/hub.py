@@ -213,8 +213,10 @@ def _explain_offline(error: Any, action: str) -> tuple[str, str]:
     if isinstance(error, errors.OfflineModeIsEnabled) or (variable and action == "push to"):
         return f"{variable}=1 forbids access to the Hub", "unset it"
     if variable is not None:
-        why = f"it is not in the cache, and {variable}=1 forbids fetching it"
-        return why, "unset it, or pull the adapter while online"
+        return (
+            f"it is not in the cache, and {variable}=1 forbids fetching it",
+            "unset it, or pull the adapter while online",
+        )
     missing = "" if action == "push to" else ", and it is not in the cache"
     return f"the Hub cannot be reached{missing}", "check the network and try again"
 

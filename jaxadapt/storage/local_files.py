@@ -340,8 +340,10 @@ def write_region(
     data = flat_bytes(array)
     run = len(data) // math.prod(array.shape[:axis])
     for number, index in enumerate(itertools.product(*map(range, array.shape[:axis]))):
-        offset = sum(i * stride for i, stride in zip(index, strides, strict=False))
-        write_at(data[number * run : (number + 1) * run], start + offset)
+        write_at(
+            data[number * run : (number + 1) * run],
+            start + sum(i * stride for i, stride in zip(index, strides, strict=False)),
+        )
 
 
 def flat_bytes(array: np.ndarray) -> memoryview:

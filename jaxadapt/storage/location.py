@@ -73,8 +73,8 @@ _REASONS: Sequence[tuple[frozenset[str], str, str]] = (
 def _store_error(text: str, action: str, error: Exception) -> FileError:
     """Return the `FileError` for an error of a store's package: the reason, and advice where the cause is known."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    code = getattr(error, "code", None)  # an attribute of gcsfs' HttpError
-    if code in (401, 403, "401", "403") or str(error).startswith("Forbidden"):
+    # gcsfs' HttpError has a code.
+    if getattr(error, "code", None) in (401, 403, "401", "403") or str(error).startswith("Forbidden"):
         names.add("PermissionError")
     text_of_error = " ".join(str(error).split())[:300]
     cause = f"{type(error).__name__}: {text_of_error}" if text_of_error else type(error).__name__
@@ -123,8 +123,9 @@ def to_location(path: str | os.PathLike[str]) -> Location:
     if is_address(path):
         return Address(str(path))
     if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
-        found = type(path).__name__
-        raise FileError(f"expected a path, found {found}; the order is save(model, path) and load(path, model)")
+        raise FileError(
+            f"expected a path, found {type(path).__name__}; the order is save(model, path) and load(path, model)"
+        )
     text = os.fspath(path)
     if not text:  # often a variable of a shell that is not set
         raise FileError('expected a path, found an empty text; for the working directory write "."')
@@ -418,9 +419,6 @@ def _kind(place: Location, shown: Location | None = None) -> str | None:
     return {stat.S_IFDIR: "directory", stat.S_IFREG: "file"}.get(stat.S_IFMT(mode), "other")
 
 
-_CHUNK = 1 << 20
-
-
 def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
     """Read a whole text file. It must be a regular file (a pipe or a device may never end).
 
@@ -434,18 +432,17 @@ def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
     with read_errors(place), contextlib.ExitStack() as stack:
         if isinstance(place, Address):
             info = place.info()
-            size, data = info.get("size") or 0, b""
-            if not size and info["type"] == "file":  # a server may not state the size
+            size = info.get("size") or 0
+            if size or info["type"] != "file":
+                data = place.read_bytes() if size <= max_bytes else b""
+            else:  # a server may not state the size
                 data = place.run(
                     "read", lambda fs, inner: _read_to_end(stack.enter_context(fs.open(inner, "rb")), max_bytes)
                 )
-            elif size <= max_bytes:
-                data = place.read_bytes()
         else:
             local = stack.enter_context(contextlib.closing(LocalFile(os.fspath(place))))
-            size, data = local.size, b""
-            if size <= max_bytes:
-                data = _read_to_end(local.file, max_bytes)
+            size = local.size
+            data = _read_to_end(local.file, max_bytes) if size <= max_bytes else b""
     if max(size, len(data)) > max_bytes:
         actual = size if size > max_bytes else "more"
         raise FileError(
@@ -458,7 +455,7 @@ def read_text_bytes(place: Location, max_bytes: int = MAX_TEXT) -> bytes:
 def _read_to_end(file: IO[bytes], max_bytes: int) -> bytes:
     """Read a file to its end, whatever its size is said to be (0 in /proc); stop beyond `max_bytes`."""
     data = bytearray()
-    while len(data) <= max_bytes and (part := file.read(_CHUNK)):
+    while len(data) <= max_bytes and (part := file.read(1 << 20)):
         data += part
     return bytes(data)
 
@@ -518,12 +515,10 @@ class RemoteObject(ByteSource):
         from concurrent.futures import Future
 
         with self._lock:
-            block = self._blocks.get(number)
-            is_new = block is None
-            if block is None:
-                block = self._blocks[number] = Future[bytes]()
-                while len(self._blocks) > _MAX_BLOCKS:
-                    self._blocks.pop(next(iter(self._blocks)))
+            is_new = number not in self._blocks
+            block = self._blocks.setdefault(number, Future())
+            while len(self._blocks) > _MAX_BLOCKS:
+                self._blocks.pop(next(iter(self._blocks)))
         if is_new:
             try:
                 block.set_result(self._fetch(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))

@@ -368,8 +368,7 @@ class TensorFile(TensorSource):
             first = self._file.read_exactly("header length", min(size, 8), 0)
             if problem := _length_problem(first, size):
                 raise FormatError(f"{self.path}: not a valid safetensors file: {problem}")
-            header = self._file.read_exactly("header", int.from_bytes(first, "little"), 8)
-            self.header = parse(self.path, header, size)
+            self.header = parse(self.path, self._file.read_exactly("header", int.from_bytes(first, "little"), 8), size)
         except BaseException:
             self.close()
             raise

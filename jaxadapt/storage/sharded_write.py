@@ -87,8 +87,10 @@ class Group:
         except BaseException as error:
             if name is not None or self._pending:
                 with contextlib.suppress(FileError):  # the error itself is raised
-                    message = {"error": (str(error) or repr(error))[:_MAX_ERROR]}
-                    self._publish(self._pending.pop(0) if name is None else name, message)
+                    self._publish(
+                        self._pending.pop(0) if name is None else name,
+                        {"error": (str(error) or repr(error))[:_MAX_ERROR]},
+                    )
             raise
 
     def _publish(self, name: str, message: Any) -> None:

@@ -421,8 +421,7 @@ class _Legacy:
             storage = self._storages.get(key) if type(key) is str else None
             if storage is None:
                 raise FormatError(f"{self._source.path}: expected the keys of its storages, found other values")
-            raw = self._source.read_exactly(f"storage {key!r}", 8, offset)
-            count = int.from_bytes(raw, "little", signed=True)
+            count = int.from_bytes(self._source.read_exactly(f"storage {key!r}", 8, offset), "little", signed=True)
             if count != storage.total:
                 raise FormatError(
                     f"{self._source.path}: storage {key!r}: expected {storage.total} elements, found {count}"
