@@ -201,12 +201,15 @@ def attention(
     rate = float(dropout_rate) if dropout_rate and not deterministic else 0.0
     if rate and dropout_rng is None:
         raise AttachError("attention: dropout_rate is not 0, so pass dropout_rng, or deterministic=True")
-    arguments = {
-        "query": query, "key": key, "value": value, "bias": bias, "mask": mask, "dtype": dtype, "precision": precision,
-        "is_causal": is_causal, "dropout_rng": dropout_rng if rate else None,
-        "dropout": (rate, broadcast_dropout),
-    }  # fmt: skip
-    return _mark(_grouped_attention, arguments, prefix)
+    return _mark(
+        _grouped_attention,
+        {
+            "query": query, "key": key, "value": value, "bias": bias, "mask": mask, "dtype": dtype,
+            "precision": precision, "is_causal": is_causal, "dropout_rng": dropout_rng if rate else None,
+            "dropout": (rate, broadcast_dropout),
+        },
+        prefix,
+    )  # fmt: skip
 
 
 def _mark(function: Callable[..., Array], arguments: Mapping[str, Any], prefix: bool = True) -> Array:
