@@ -266,7 +266,9 @@ class FileLayout:
         """
         if self.split or self.ranks is not None:
             return self.part_layout(i).encode(leaf[self.index(i)], 0)
-        return self.to_torch(leaf)
+        # Not by `to_torch`, which takes several times as long: a save calls this for each tensor.
+        part = to_file_scale(leaf, self.factor, self.shift)
+        return part.reshape(tuple(self.inner.values())).transpose(self.orders[0]).reshape(self.file_shape)
 
     def locate(self, i: int, positions: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
         """Return the indices in the array of the elements at `positions` of tensor `i`; all ranks must be equal.
@@ -286,7 +288,8 @@ class FileLayout:
 
     def decode(self, tensor: Array) -> Array:
         """Return the part of the array for one tensor, as a view if its memory layout allows it."""
-        return self.single_layout.from_torch(tensor)
+        part = tensor.reshape(tuple(self.flat.values())).transpose(self.orders[1]).reshape(self._part_shape)
+        return to_model_scale(part, self.factor, self.shift)
 
     @functools.cached_property
     def count(self) -> int:
