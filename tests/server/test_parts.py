@@ -249,7 +249,7 @@ def test_closing_ends_requests(base):
     assert all(ended.is_set() and pieces[-1].error.status == 503 for pieces, ended in jobs)
 
 
-@pytest.mark.filterwarnings("ignore:the adapter '(inner|later)' contains links")  # other tests write them
+@pytest.mark.filterwarnings("ignore:the adapter '.*' contains links")  # other tests write them
 def test_scan_leaves_out_links_that_leave(root, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "gone").symlink_to(root / "fr", target_is_directory=True)
