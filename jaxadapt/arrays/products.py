@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -328,6 +328,48 @@ def expand_to_letters(vector: Array, letters: str, over: str) -> Array:
     order = sorted(range(len(letters)), key=lambda i: over.index(letters[i]))
     sizes = dict(zip(letters, vector.shape, strict=True))
     return vector.transpose(order).reshape([sizes.get(c, 1) for c in over])
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisLayout:
+    """The layout of a view of a weight: for each axis of the view, the axes of the weight merged in it.
+
+    Reshapes add and remove axes of size 1, so such weight axes are listed only if they can be tracked.
+    """
+
+    name: str
+    sizes: tuple[int, ...]  # the weight's own shape
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def identity(cls, name: str, shape: tuple[int, ...]) -> AxisLayout:
+        """Return the layout of the weight itself."""
+        return cls(name, shape, tuple((i,) for i in range(len(shape))))
+
+    def weight_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
+        """Return the weight's axes that these axes of the view contain."""
+        return tuple(a for i in axes for a in self.groups[i])
+
+    def spell(self, axes: Iterable[int], unit: bool = False) -> list[tuple[str, int]]:
+        """Return the letters and sizes of some of the weight's axes: of those of size 1, or of all others."""
+        return [(LETTERS[a], self.sizes[a]) for a in axes if (self.sizes[a] == 1) == unit]
+
+    def reshaped(self, shape: Sequence[int]) -> AxisLayout | None:
+        """Return the layout after a row-major reshape to `shape`; None if that splits an axis of the weight."""
+        rest = list(self.weight_axes(range(len(self.groups))))
+        groups: list[tuple[int, ...]] = []
+        for size in shape:
+            group: list[int] = []
+            if size == 1 and rest and self.sizes[rest[0]] == 1:
+                group.append(rest.pop(0))
+            while rest and math.prod(self.sizes[a] for a in group) < size:
+                axis = rest.pop(0)
+                if self.sizes[axis] != 1:
+                    group.append(axis)
+            if math.prod(self.sizes[a] for a in group) != size:
+                return None
+            groups.append(tuple(group))
+        return dataclasses.replace(self, groups=tuple(groups))
 
 
 def expand_over_outputs(use: Use | Operation, vector: Array, y_ndim: int) -> Array:

@@ -471,7 +471,13 @@ MAIN_WEIGHT_NAMES = ("kernel", "w", "weight", "embedding")
 
 
 def entry_from_axes(
-    leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = (), kind: Kind = "linear", groups: int = 1
+    leaf: str,
+    shape: Sequence[int],
+    axes: Axes,
+    stack: Sequence[int] = (),
+    kind: Kind = "linear",
+    groups: int = 1,
+    places: Sequence[int] | None = None,
 ) -> Weight:
     """Return a literal entry for a leaf whose axis roles come from its class or a trace, not from a keymap.
 
@@ -485,6 +491,7 @@ def entry_from_axes(
         stack: positions of the stacked axes.
         kind: the kind of the weight.
         groups: the groups of a convolution.
+        places: the number of names of the module's path before the number of each stacked axis; by default all but one.
 
     >>> entry_from_axes("blk.q.kernel", (3, 8, 2, 4), Axes((0,), (1, 2)), stack=(0,)).pattern
     '{s0} i0 o0 o1 -> (o0 o1) (i0)'
@@ -495,13 +502,26 @@ def entry_from_axes(
         names |= {unstacked[a]: name.format(n) for n, a in enumerate(role)}
     *head, last = leaf.split(".")
     module = head if last in MAIN_WEIGHT_NAMES else [*head, last]
-    numbered = [names[i] for i in sorted(names) if names[i].startswith("{")]
-    key = ".".join([*module[:-1], *numbered, *module[-1:], "weight"])
+    before = dict(zip(stack, places or [len(module) - 1] * len(stack), strict=True))
+    numbered = {i: names[i] for i in sorted(names) if names[i].startswith("{")}
+    key = ".".join([*_numbered_path(module, numbered, before), "weight"])
     left = " ".join(names[i] for i in range(len(shape)))
     out, inputs = (" ".join(names[unstacked[a]] for a in role) for role in (axes.out_axes, axes.in_axes))
     over: Any = {f"b{n}": [str(i) for i in range(shape[unstacked[a]])] for n, a in enumerate(axes.batch_axes)}
     right = {"embedding": f"({inputs}) ({out})", "conv": f"({out}) {inputs}"}.get(kind, f"({out}) ({inputs})")
     return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
+
+
+def _numbered_path(module: Sequence[str], numbers: Mapping[int, str], places: Mapping[int, int]) -> list[str]:
+    """Return a module's path with the numbers of axes before its last name, or at the places of some axes.
+
+    >>> _numbered_path(["layers", "attn", "q"], {0: "{s0}", 1: "{b0}"}, {0: 1})
+    ['layers', '{s0}', 'attn', '{b0}', 'q']
+    """
+    path = list(module)
+    for axis, number in reversed(numbers.items()):
+        path.insert(places.get(axis, len(module) - 1), number)
+    return path
 
 
 def keymap_from_paths(

@@ -36,7 +36,7 @@ from jaxadapt.keymaps.keymap import GENERIC, tied_heads
 from jaxadapt.methods.applied import AppliedMethod, weight_order
 from jaxadapt.methods.base import Effects, Method, as_computable, at_least_float32, require_weights
 from jaxadapt.models import nnx_adapters
-from jaxadapt.models.carriers import Carrier, Model, Module, Variables, carrier
+from jaxadapt.models.carriers import Carrier, Model, Module, Tree, Variables, carrier
 
 # ---------------------------------------------------------------- changed leaf
 
@@ -239,6 +239,8 @@ def merge(
     selected = _select_held(held, adapter) if held.has_base else {}
     if isinstance(held, Model) and selected:
         return _merge_and_detach(held, selected, options)
+    if isinstance(held, Tree):
+        return _merge_tree(held, selected, adapter, options)
     chosen = next(iter(selected.values()), None) if adapter is None else adapter
     if chosen is None:
         raise AttachError("cannot merge: these parameters contain no adapter; pass one: merge(params, adapter)")
@@ -257,7 +259,7 @@ def _select_held(held: Carrier, adapter: Adapter | None) -> dict[str, Adapter]:
     """
     found = {name: held.extract(name) for name in held.active()}
     selected = {name: each for name, each in found.items() if _is_selected(each, adapter)}
-    if held.in_place and not found and adapter is None:
+    if not isinstance(held, Variables) and not found and adapter is None:
         raise AttachError(
             "cannot merge: this model has no active adapter; it carries"
             f" {held.names() or 'none'}. Activate one, or pass an adapter"
@@ -268,7 +270,7 @@ def _select_held(held: Carrier, adapter: Adapter | None) -> dict[str, Adapter]:
             " selected; expected one. Call merge(variables, jaxadapt.extract(variables, name=name)), or pass"
             " variables['params'] and an adapter"
         )
-    return {} if held.in_place and len(selected) < len(found) else selected
+    return {} if not isinstance(held, Variables) and len(selected) < len(found) else selected
 
 
 def _is_selected(held: Adapter, adapter: Any) -> bool:
@@ -293,6 +295,19 @@ def _merge_and_detach(held: Model, adapters: Mapping[str, Adapter], options: Any
         raise
     nnx_adapters.delete(walked, *adapters)
     return held.tree
+
+
+def _merge_tree(held: Tree, selected: Mapping[str, Adapter], adapter: Adapter | None, options: Any) -> Any:
+    """Return a model that is a pytree with adapters merged: without a wrapper, if all adapters are in the weights."""
+    if len(selected) > 1:
+        refuse_dependent(selected)
+    chosen: tuple[Any, ...] = tuple(selected.values()) or (adapter,)
+    base = _apply_changes(held.params if selected else held.tree, chosen, *options)
+    left = [name for name in held.names() if name not in selected]
+    if not left or not selected:
+        return base
+    kept: Any = held.activate(())
+    return kept.clone(base=base, adapters={name: held.extract(name) for name in left})
 
 
 _unmerged_bias = functools.partial(AppliedMethod.merged_bias, sign=-1)  # each new function would be compiled again
@@ -378,12 +393,13 @@ def mergeable_leaves(params: Any, adapter: Any) -> dict[str, Any]:
     if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise not_an_adapter(adapter)
     held = carrier(params)
-    if held.in_place and held.active():
+    whole = held.in_place or isinstance(held, Tree)
+    if whole and held.active():
         raise AttachError(
             "cannot merge another adapter: this model has active adapters, which would count twice. Merge these with"
             " merge(model), or deactivate them with activate(model) or detach(model)"
         )
-    return held.leaves() if held.in_place else Carrier(params).leaves()  # variables are refused by their paths
+    return held.leaves() if whole else Carrier(params).leaves()  # variables are refused by their paths
 
 
 def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]) -> None:

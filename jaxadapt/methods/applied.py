@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.arrays.products import LETTERS, RANK, Operation, Use, einsum, expand_to_letters
+from jaxadapt.arrays.products import LAYER, LETTERS, RANK, Operation, Use, einsum, expand_to_letters
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.methods.base import CALL_KEY, Array, Axes, Drop, Effects, Method, Params, as_computable
 
@@ -53,6 +53,11 @@ class AppliedMethod:
     axes: Axes
     drop: Drop | None = None
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes of the weight that stack layers: none, as in `Stacked` there may be."""
+        return ()
+
     @classmethod
     def in_call(cls, site: Applicable, params: Params, drop: Drop | None) -> AppliedMethod:
         """Return a site's method for one call of its layer, with a key as a tensor if it drops parts of its change."""
@@ -76,6 +81,23 @@ class AppliedMethod:
 
     def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethod:
         return function(self)
+
+    def with_key(self) -> AppliedMethod:
+        """Return the method with its dropout's key drawn now, for a part of a call that cannot advance a stream."""
+        if self.drop is None:
+            return self
+        key = self.drop.make_key()
+        return dataclasses.replace(self, drop=dataclasses.replace(self.drop, make_key=lambda: key))
+
+    def in_step(self, step: Array) -> AppliedMethod:
+        """Return the method in one step of a loop, where it drops other parts than in the other steps."""
+        params, drop = self.params, self.drop
+        if CALL_KEY in params:
+            params = {**params, CALL_KEY: jax.random.fold_in(params[CALL_KEY], step)}
+        if drop is not None:
+            make_key = drop.make_key
+            drop = dataclasses.replace(drop, make_key=lambda: jax.random.fold_in(make_key(), step))
+        return dataclasses.replace(self, params=params, drop=drop)
 
     def input(self, use: Use | Operation, x: Array, w: Array) -> Array:
         w = w if self.axes.parts is None else w[self._parts]
@@ -193,6 +215,10 @@ class AppliedMethods:
     def axes(self) -> Axes:
         return self.hooks[0].axes
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return ()
+
     def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethods:
         return AppliedMethods(tuple(function(hook) for hook in self.hooks))
 
@@ -244,6 +270,89 @@ class AppliedMethods:
         return bias
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stacked:
+    """Active adapters on a weight that stacks layers. A scan over the layers takes those of one layer at a time.
+
+    Attributes:
+        hooks: the adapters. Their tensors are stacked on the axes on which the weight is.
+        stack: the axes of the weight that stack layers, in ascending order.
+        whole: of each adapter, the names of the tensors that all layers have in common.
+    """
+
+    hooks: tuple[AppliedMethod, ...]
+    stack: tuple[int, ...]
+    whole: tuple[frozenset[str], ...]
+
+    @property
+    def axes(self) -> Axes:
+        """The roles of the axes of one layer's weight."""
+        return self.hooks[0].axes
+
+    @property
+    def by_weight(self) -> bool:
+        return together(self.hooks).by_weight
+
+    @property
+    def forward(self) -> bool:
+        return together(self.hooks).forward
+
+    def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> Stacked:
+        return dataclasses.replace(self, hooks=tuple(map(function, self.hooks)))
+
+    def weight(self, w: Array) -> Array:
+        """Return the effective weight of all layers."""
+        return self._map_layers(lambda hook, w: hook.weight(w), w)
+
+    def bias(self, bias: Array) -> Array:
+        """Return the bias that the layers must use, which is stacked as the weight is."""
+        if all(hook.effects.bias is None for hook in self.hooks):
+            return bias
+        first = next(x for name, x in self.hooks[0].params.items() if name not in self.whole[0] and name != LAYER)
+        sizes = [first.shape[axis] for axis in self.stack]
+        if bias.ndim != 1 + len(sizes) or [bias.shape[axis] for axis in self.stack] != sizes:
+            raise AttachError(f"a bias of shape {list(bias.shape)} is not stacked as the weight is")
+        return self._map_layers(lambda hook, bias: hook.bias(bias), bias)
+
+    def tensors(self, axis: int) -> list[dict[str, Array]]:
+        """Return the tensors of each adapter for a scan over one of the stacked axes, which comes first in them."""
+        position = self.stack.index(axis)
+        return [
+            {
+                name: jnp.moveaxis(x, position if name == LAYER else axis, 0)
+                for name, x in hook.params.items()
+                if name not in whole
+            }
+            for hook, whole in zip(self.hooks, self.whole, strict=True)
+        ]
+
+    def layer(self, axis: int, tensors: Sequence[Params]) -> Hook | Stacked:
+        """Return the adapters of one step of a scan over an axis, with that step's slices of `tensors(axis)`."""
+        hooks = self._with(tensors)
+        rest = tuple(each - (each > axis) for each in self.stack if each != axis)
+        return Stacked(hooks, rest, self.whole) if rest else together(hooks)
+
+    def _with(self, tensors: Sequence[Params]) -> tuple[AppliedMethod, ...]:
+        return tuple(
+            dataclasses.replace(hook, params={**hook.params, **own})
+            for hook, own in zip(self.hooks, tensors, strict=True)
+        )
+
+    def _map_layers(self, change: Callable[[Hook, Array], Array], value: Array) -> Array:
+        def one(tensors: Sequence[Params], value: Array) -> Array:
+            return change(together(self._with(tensors)), value)
+
+        mapped: Any = one
+        own = [
+            {name: x for name, x in hook.params.items() if name not in whole}
+            for hook, whole in zip(self.hooks, self.whole, strict=True)
+        ]
+        for position, axis in enumerate(self.stack):  # as in `adapters.adapter.map_layers`
+            axes = [{name: position if name == LAYER else axis for name in tensors} for tensors in own]
+            mapped = jax.vmap(mapped, in_axes=(axes, axis), out_axes=axis)
+        return mapped(own, value)
+
+
 def _replaces(hook: AppliedMethod) -> bool:
     """Return True for a copy that the layer runs with in place of its weight."""
     return hook.method.copies and hook.by_weight
@@ -283,7 +392,7 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
     )
 
 
-def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods], others: Mapping[str, Array]) -> None:
+def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods | Stacked], others: Mapping[str, Array]) -> None:
     """Raise `AttachError` if a custom layer may have a bias under another name than "bias", for methods that scale it.
 
     `others` are the layer's other parameters. One with the size of the output may be added to the output, and the

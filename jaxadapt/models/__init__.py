@@ -7,6 +7,7 @@ _NAMES = {
     "models.graph": "BaseParam FrozenParam LayerNumber SharedParam",
     "models.attention_calls": "RelativeBias TakesEmbeddings TakesKeys attention",
     "models.prompts": "extend_labels",
+    "models.pytree": "AdaptedTree Function adapter_filter",
     "models.attachment": "dequantize from_qwix invoke quantize rescale",
     "models.summary_table": "Selection Target",
 }

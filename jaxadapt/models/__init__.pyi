@@ -15,5 +15,8 @@ from jaxadapt.models.graph import FrozenParam as FrozenParam
 from jaxadapt.models.graph import LayerNumber as LayerNumber
 from jaxadapt.models.graph import SharedParam as SharedParam
 from jaxadapt.models.prompts import extend_labels as extend_labels
+from jaxadapt.models.pytree import AdaptedTree as AdaptedTree
+from jaxadapt.models.pytree import Function as Function
+from jaxadapt.models.pytree import adapter_filter as adapter_filter
 from jaxadapt.models.summary_table import Selection as Selection
 from jaxadapt.models.summary_table import Target as Target

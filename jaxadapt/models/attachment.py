@@ -50,12 +50,14 @@ def adapt(
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
     deterministic: bool | None = None,
+    key: Any = None,
 ) -> Any:
     """Attach a new adapter to a model, which does not change its output.
 
     NNX: changes the model in place and returns it; the new parameters are `AdapterParam`s. Linen: returns a wrapper
     with the module's `init` and `apply`, and the adapter's parameters in a collection "lora" (or "ia3") beside
-    "params".
+    "params". A pytree that is called, such as an Equinox module or a `jaxadapt.models.Function`: returns an
+    `AdaptedTree`, called as the model is; pass `key` and `example`.
 
     Args:
         name: the adapter's name. A second `adapt` under another name adds an adapter and activates it.
@@ -67,11 +69,14 @@ def adapt(
         dtype: the dtype of the adapter's parameters; float32 by default, whatever the dtype of the base. "base" gives
             each parameter the dtype of the weight it adapts, as PEFT's `autocast_adapter_dtype=False` does.
         stack_axes: NNX: the axes on which scanned layers are stacked, if the shapes do not show them.
-        example: NNX: the inputs of one call, used to trace the axis roles of custom layers' weights.
+        example: NNX: the inputs of one call, used to trace the axis roles of custom layers' weights. A pytree:
+            likewise, of all weights; needed unless `keymap` has an entry for each.
         deterministic: Linen: True turns the adapters' dropout off. None: it is on in calls whose `rngs` have a stream
             "dropout", with one warning if no call has it. False: it is on, and a call without the stream is an error.
             Switch it with `model.clone(deterministic=True)`, for example for evaluation. The module's own
-            `deterministic` argument is independent; `apply` passes it on. (NNX: `model.train()`, `model.eval()`.)
+            `deterministic` argument is independent; `apply` passes it on. (NNX: `model.train()`, `model.eval()`.) A
+            pytree: likewise, with `model.clone(dropout_key=key)` in place of the stream.
+        key: a pytree: the JAX random key of the initial values. A model of shapes gets an adapter of shapes without it.
 
     Raises `TargetError` if `target_modules` selects no adaptable weight, `ConfigError` for a field that is not
     supported here, `AttachError` for a layer that cannot carry the adapter.
@@ -91,7 +96,7 @@ def adapt(
         name,
         keymap,
         dtype,
-        {"rngs": rngs, "stack_axes": stack_axes, "example": example, "deterministic": deterministic},
+        {"rngs": rngs, "stack_axes": stack_axes, "example": example, "deterministic": deterministic, "key": key},
     )
 
 
@@ -102,6 +107,7 @@ def init(
     key: Any = None,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
+    example: Sequence[Any] | None = None,
 ) -> Adapter:
     """Return a new adapter for a tree of base parameters, with the tensors that `adapt` would attach.
 
@@ -111,7 +117,7 @@ def init(
         key: a JAX random key; None returns an abstract adapter, specs only.
         keymap: the family's name, a `KeyMap`, or None to recognise the family. Without a keymap, 2-D kernels are
             (in, out), and a target with more axes is an error.
-        dtype: as in `adapt`.
+        dtype, example: as in `adapt`.
 
     Raises the errors of `adapt`.
 
@@ -125,7 +131,7 @@ def init(
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     base = base_params(model)
-    recipe, sites = planning.plan_adapter(base, config, keymap)
+    recipe, sites = planning.plan_adapter(base, config, keymap, example=example)
     values = initial_values.init_values(recipe.config, sites, key, dtype, key is None, base.leaves, base.shardings)
     return trees.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
 

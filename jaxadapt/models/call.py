@@ -31,6 +31,7 @@ from jaxadapt.methods.applied import (
     AppliedMethod,
     Hook,
     Implementation,
+    Stacked,
     check_biases,
     split_rows,
 )
@@ -246,7 +247,7 @@ def _apply_inside(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Any
     if not stored and not hooks:
         return layer.plain(*args, **kwargs)
     # A random stream cannot advance inside `jax.checkpoint`, so its key is drawn here.
-    ready = {leaf: hook.map(_draw_key) for leaf, hook in hooks.items()} if stored else hooks
+    ready = {leaf: hook.map(AppliedMethod.with_key) for leaf, hook in hooks.items()} if stored else hooks
 
     def run(stored: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         return _run_adapted(layer, ready, {leaf: quantized.to_dense(x) for leaf, x in stored.items()}, args, kwargs)
@@ -255,13 +256,6 @@ def _apply_inside(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Any
     y, changed = (jax.checkpoint(run) if stored else run)(stored)
     layer.write_back(changed)
     return y
-
-
-def _draw_key(hook: AppliedMethod) -> AppliedMethod:
-    if hook.drop is None:
-        return hook
-    key = hook.drop.make_key()
-    return dataclasses.replace(hook, drop=dataclasses.replace(hook.drop, make_key=lambda: key))
 
 
 def _run_adapted(
@@ -275,7 +269,7 @@ def _run_adapted(
     if use is not None:  # the output has the bias, so the adapter changes both; such a layer of Flax has no state
         run = functools.partial(layer.output, fixed) if fixed else layer.plain
         return _call_around(by_use["kernel"], use, params["kernel"], run, args, kwargs), {}
-    fixed |= _changed_bias(layer, hooks, {**params, **fixed})
+    fixed |= changed_bias(layer.name, hooks, {**params, **fixed})
     if not by_use:
         return layer.run(fixed, *args, **kwargs)
     return _run_rewritten(layer, by_use, params, fixed, args, kwargs)
@@ -299,14 +293,14 @@ def _run_rewritten(
         raise AttachError(f"{layer.name}: {error}") from error
 
 
-def _changed_bias(layer: Layer, hooks: Hooks, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bias that the layer must use, if the adapters of its weights change it."""
+def changed_bias(layer: str, hooks: Mapping[str, Hook | Stacked], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the bias that the layer of this name must use, if the adapters of its weights change it."""
     bias = params.get("bias")
     changed = {leaf: hook.bias(bias) for leaf, hook in hooks.items() if leaf != "bias" and bias is not None}
     changed = {leaf: new for leaf, new in changed.items() if new is not bias}
     if len(changed) > 1:
         raise AttachError(
-            f"{layer.name}: the adapter scales the module's bias, but it is unknown to which of the adapted weights"
+            f"{layer}: the adapter scales the module's bias, but it is unknown to which of the adapted weights"
             f" {list(changed)} the bias belongs. Adapt only one of them"
         )
     return {} if not changed else {"bias": next(iter(changed.values()))}

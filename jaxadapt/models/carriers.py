@@ -15,12 +15,12 @@ import jax
 from flax import nnx
 
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import CONFIG_NODE, SHARED_NODE, Adapter, Recipe, Site, collection_name, integers_name
+from jaxadapt.adapters.adapter import CONFIG_NODE, SHARED_NODE, Adapter, Recipe, Site, collection_name
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models import graph, nnx_adapters, planning, trees
+from jaxadapt.models import graph, nnx_adapters, planning, pytree, trees
 from jaxadapt.models.foreign import tree as foreign_tree
 from jaxadapt.models.linen_wrapper import PER_CALL, Adapted
 
@@ -79,14 +79,14 @@ class Carrier:
     def leaves(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
         """Return `{path: array}` of the base parameters, or of the `wanted` ones, without boxes."""
         pairs = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=trees.is_box)
-        leaves = {_dotted_path(keys): leaf for keys, leaf in pairs}
+        leaves = {pytree.dotted_path(keys): leaf for keys, leaf in pairs}
         return {path: trees.unbox(leaves[path]) for path in (leaves if wanted is None else wanted)}
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
         """Replace the base parameters at some paths, in their boxes or with them."""
 
         def put(keys: Any, leaf: Any) -> Any:
-            path = _dotted_path(keys)
+            path = pytree.dotted_path(keys)
             return leaf if path not in new else trees.rebox(leaf, new[path]) if boxes else new[path]
 
         params = self.params
@@ -168,11 +168,6 @@ class Carrier:
     def with_rest(self, rest: Any) -> Any:
         """Return the tree with another `rest`."""
         return self.tree
-
-
-def _dotted_path(keys: Sequence[Any]) -> str:
-    """Return the path of a leaf as `paths.flatten` returns it, without empty names."""
-    return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
 
 
 def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name: str) -> None:
@@ -290,13 +285,7 @@ class State(_Variables):
             raise AttachError("the model has no adapter; call jaxadapt.adapt first")
         values = {name: f(name, self.extract(name)) for name in variables}
         new = {id(var): values[name][path] for name, by_path in variables.items() for path, var in by_path.items()}
-        flat = nnx.to_flat_state(self.tree)
-        raise_listed(
-            AttachError,
-            "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one"
-            " also contains:",
-            (f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new),
-        )
+        trees.refuse_others(self.tree, new)
         return jax.tree.map(lambda var: new[id(var)], self.tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def with_rest(self, rest: Any) -> Any:
@@ -359,6 +348,7 @@ class Model(_Variables, Object):
             {"deterministic": options["deterministic"]},
             "for Linen modules only; call model.train() or model.eval() of an NNX model",
         )
+        refuse({"key": options["key"]}, "for models that are pytrees only; pass rngs=nnx.Rngs(seed)")
         base, rngs = self.base(), options["rngs"]
         check_free(name, self.names())
         recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
@@ -455,14 +445,7 @@ class Wrapper(Module):
 
     def _wrap(self, config: Config, name: str, shared: Mapping[str, Any]) -> Adapted:
         check_free(name, self.names())
-        for argument, value in shared.items():
-            present = getattr(self.tree, argument)
-            if value is not None and value != present:
-                raise AttachError(
-                    f"cannot use {argument}={value!r}: all adapters of a wrapper share this argument, and this wrapper"
-                    f" has {present!r}; leave it out"
-                )
-        return dataclasses.replace(self.tree, adapters=(*self.tree.adapters, (name, config)), active=(name,))
+        return self.tree.with_adapter(name, config, shared)
 
     def delete(self, name: str) -> Any:
         check_names([name], self.names())
@@ -491,15 +474,7 @@ class Params(Carrier):
         )
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
-        present, config = trees.adapter_tree(self.tree, name), self.given.config
-        stored = present is not None and isinstance(present.get(CONFIG_NODE), Recipe | str)
-        if present is not None and (config is None or (keymap is None and stored)):
-            adapter = trees.read_adapter(present, name)
-            return adapter if config is None else dataclasses.replace(adapter, config=config)
-        names = self.names()
-        if present is None and names:
-            raise AttachError(f"cannot extract {name!r}: no adapter has that name; found {names}")
-        return trees.adapter_from_arrays(self.tree, name, config, keymap)
+        return trees.extract_adapter(self.tree, name, self.given.config, keymap, self.names())
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         present = self.extract(name)
@@ -507,33 +482,18 @@ class Params(Carrier):
         return trees.replace_adapter_values(self.tree, name, adapter.flat())
 
     def delete(self, name: str) -> Any:
-        collection = collection_name(self.extract(name).config)
-        out = dict(self.tree)
-        for each in (collection, integers_name(collection)):
-            kept = {k: v for k, v in out.pop(each, {}).items() if k != name}
-            out |= {each: kept} if kept else {}
-        return out
+        return trees.without_adapter(self.tree, name, collection_name(self.extract(name).config))
 
     def detach(self) -> Any:
         return trees.without_adapters(self.tree)
 
     def adapters(self) -> list[tuple[str, Adapter]]:
-        return [
-            (keys[1], trees.read_adapter(tree, keys[1]))
-            for keys, tree in trees.find_adapters(self.tree).items()
-            if len(keys) == 2
-        ]
+        found = trees.find_adapters(self.tree).items()
+        return [(keys[1], trees.read_adapter(tree, keys[1])) for keys, tree in found if len(keys) == 2]
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the leaves of the adapters called `names` (None: of all)."""
-        tree = self.tree
-        for keys, inner in trees.find_adapters(tree).items():
-            if keys and CONFIG_NODE in inner and (names is None or keys[-1] in names):
-                values = f(keys[-1], trees.read_adapter(inner, keys[-1]))
-                for at in trees.places(tree, keys):
-                    new = trees.replace_values(trees.lookup(tree, at), values, boxes=False)
-                    tree = trees.with_value(tree, new, *at)
-        return tree
+        return trees.map_adapters(self.tree, f, names)
 
     def rest(self) -> Any:
         if not (trees.collection_names(self.tree) or self.has_base):
@@ -579,6 +539,73 @@ class Variables(Params):
         for collection, tree in trees.box_like_base(adapter, changed.params).named(name).items():
             variables = trees.with_value(variables, tree[name], collection, name)
         return variables
+
+
+class Tree(Carrier):
+    """A model that is a pytree and is called, with or without adapters."""
+
+    has_base = True
+
+    @functools.cached_property
+    def _model(self) -> pytree.AdaptedTree:
+        return self.tree if isinstance(self.tree, pytree.AdaptedTree) else pytree.AdaptedTree(self.tree)
+
+    @property
+    def params(self) -> Any:
+        return self._model.base
+
+    def base(self) -> planning.BaseParams:
+        return pytree.TreeParams(self.leaves(), self._model)
+
+    def leaves(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
+        return pytree.leaves(self.params, wanted)
+
+    def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
+        filled = pytree.fill(self.params, new)
+        return filled if self.params is self.tree else self._model.clone(base=filled)
+
+    def names(self) -> list[str]:
+        return list(self._model.adapters)
+
+    def active(self) -> list[str]:
+        return list(self._model.active)
+
+    def adapt(
+        self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
+    ) -> Any:
+        refuse({"rngs": options["rngs"]}, "for NNX models only; pass key=jax.random.key(seed)")
+        check_free(name, self.names())
+        adapter = pytree.new_adapter(self._model, config, keymap, dtype, options)
+        return self._model.attach(name, adapter, options["deterministic"])
+
+    def extract(self, name: str, keymap: Any = None) -> Adapter:
+        check_names([name], self.names())
+        return self._model.adapters[name]
+
+    def inject(self, adapter: Adapter, name: str) -> Any:
+        present = self.extract(name)
+        check_fit(adapter, present.config, present.flat(), name)
+        return self._model.with_adapters({name: dataclasses.replace(present, params=adapter.params)})
+
+    def attach(
+        self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
+    ) -> Any:
+        refuse({"rngs": rngs}, "for NNX models only; call model.clone(dropout_key=key) in training")
+        return self._model.clone(base=pytree.fill(self.params, new), active=()).attach(name, adapter)
+
+    def delete(self, name: str) -> Any:
+        check_names([name], self.names())
+        return self._model.delete(name)
+
+    def detach(self) -> Any:
+        return self.params
+
+    def activate(self, names: Sequence[str]) -> Any:
+        check_names(names, self.names())
+        return self._model.clone(active=tuple(names))
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        return self._model.map_adapters(f, self.names() if names is None else names)
 
 
 class Value(Carrier):
@@ -636,7 +663,8 @@ _KINDS: tuple[tuple[type[Any], type[Carrier]], ...] = (  # the first that fits: 
 
 def carrier(tree: Any) -> Carrier:
     """Return the carrier of a tree, for its base parameters and the adapters of jaxadapt."""
-    kind = next((kind for cls, kind in _KINDS if isinstance(tree, cls)), Carrier)
+    kind = next((kind for cls, kind in _KINDS if isinstance(tree, cls)), None)
+    kind = kind or (Tree if pytree.is_model(tree) else Carrier)
     return Variables(tree) if kind is Params and isinstance(tree.get("params"), Mapping) else kind(tree)
 
 

@@ -20,7 +20,16 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, meta, unfreeze
 from flax.core.scope import Scope, in_filter, subtract_filters
 
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, Site, collection_name, integers_name, map_stack
+from jaxadapt.adapters.adapter import (
+    CONFIG_NODE,
+    Adapter,
+    Recipe,
+    Site,
+    Sites,
+    collection_name,
+    integers_name,
+    map_stack,
+)
 from jaxadapt.adapters.sites import sites_from_shapes
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import matching
@@ -321,7 +330,7 @@ def build_overlay(
     for order, (name, adapter) in enumerate(read.items()):
         values = adapter.sites
         shapes = tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
-        for site in _cached_sites(adapter.recipe, shapes):
+        for site in cached_sites(adapter.recipe, shapes):
             keys = keys_by_leaf[site.leaf]
             if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
@@ -391,7 +400,7 @@ _Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_sites(recipe: Recipe, shapes: _Shapes) -> tuple[Site, ...]:
+def cached_sites(recipe: Recipe, shapes: _Shapes) -> Sites:
     """Return the sites of an adapter. They are cached, because outside jit every call needs them."""
     return sites_from_shapes(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
 

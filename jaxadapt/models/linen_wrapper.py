@@ -65,6 +65,7 @@ class Survey:
         certain: the leaves whose roles their class fixes, or all calls agree on. A keymap must not contradict them.
         stack: `{leaf: axes that stack layers}` for the leaves that a call reaches.
         vectors: the leaves that have fewer than two axes inside their own module.
+        places: `{leaf: the places of the numbers of stacked axes in its module's path}`, if they are known.
         unknown: `{leaf: reason}` for leaves without roles. A keymap may supply them.
         refused: `{leaf: reason}` for leaves on which no adapter is exact, with or without a keymap.
         tracing: True while a module is traced by itself, so that its submodules are not recorded again.
@@ -76,6 +77,7 @@ class Survey:
     roles: dict[str, call.Roles] = dataclasses.field(default_factory=dict[str, call.Roles])
     certain: set[str] = dataclasses.field(default_factory=set[str])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
+    places: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     vectors: set[str] = dataclasses.field(default_factory=set[str])
     unknown: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     refused: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
@@ -95,7 +97,9 @@ class Survey:
             elif leaf in self.roles and leaf not in self.unknown and leaf in self.stack:
                 roles, stack = self.roles[leaf], self.stack[leaf]
                 if match is None or not fits or (match.axes, match.stack) != (roles.axes, stack):
-                    entries.append(entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
+                    entries.append(
+                        entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups, self.places.get(leaf))
+                    )
             elif fits and leaf in self.vectors:
                 letters = " ".join(f"a{i}" for i in range(len(shape)))
                 entries.append(Weight(leaf, leaf, f"{letters} -> {letters}", kind="vector"))
@@ -324,6 +328,20 @@ class Adapted:
         True
         """
         return dataclasses.replace(self, **changes)
+
+    def with_adapter(self, name: str, config: Config, shared: Mapping[str, Any]) -> Adapted:
+        """Return a wrapper with one more adapter, which alone is active.
+
+        Raises `AttachError` if one of the arguments that all adapters share, in `shared`, is given and another.
+        """
+        for argument, value in shared.items():
+            present = getattr(self, argument)
+            if value is not None and value != present:
+                raise AttachError(
+                    f"cannot use {argument}={value!r}: all adapters of a wrapper share this argument, and this wrapper"
+                    f" has {present!r}; leave it out"
+                )
+        return dataclasses.replace(self, adapters=(*self.adapters, (name, config)), active=(name,))
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the module, for example for `apply(…, method=model.encode)`."""

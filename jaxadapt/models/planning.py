@@ -46,6 +46,11 @@ class BaseParams:
     walked: graph.ModelWalk | None = None
     """The result of the traversal, for a model only."""
 
+    @property
+    def assumes_flax(self) -> bool:
+        """True if a kernel is taken for one of Flax's, because its layer is not known."""
+        return self.walked is None
+
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
         """`{path: array or spec}`, without boxes."""
@@ -71,6 +76,24 @@ class BaseParams:
             return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
         held = trees.variable_adapters(self.target)
         return next((trees.read_adapter(tree, name).keymap for name, tree in held), None)
+
+    def plan(
+        self,
+        config: Config,
+        keymap: KeyMap,
+        stack_axes: Sequence[int] | None,
+        example: Sequence[Any] | None,
+        found: Mapping[str, tuple[int, ...]] | None,
+    ) -> tuple[Recipe, Sites]:
+        """Return the recipe and sites of `plan_adapter`."""
+        method = get_method(config)
+        if isinstance(method, PromptMethod):
+            sizes = BaseSizes() if example is None else measure_base(self.target, example)
+            config = method.complete(config, attention_calls.with_width(sizes, keymap, self.shapes))
+            return selection.make_recipe(config, keymap, self.shapes, found=found)
+        if self.walked is not None:
+            return _plan_on_model(self, self.walked, config, keymap, stack_axes, example, found)
+        return selection.make_recipe(config, keymap, self.shapes, found=found, weights=lambda: self.leaves)
 
     def resolve_keymap(self, keymap: KeyMap | str | None) -> KeyMap:
         """Return a keymap as it is; look up the name of one, or recognize the model."""
@@ -458,14 +481,7 @@ def plan_adapter(
         raise AttachError(
             f"example: expected a list of the inputs of one call, as in example=[x], found {type(example).__name__}"
         )
-    method, keymap = get_method(config), base.resolve_keymap(keymap)
-    if isinstance(method, PromptMethod):
-        sizes = BaseSizes() if example is None else measure_base(base.target, example)
-        config = method.complete(config, attention_calls.with_width(sizes, keymap, base.shapes))
-        return selection.make_recipe(config, keymap, base.shapes, found=found)
-    if base.walked is not None:
-        return _plan_on_model(base, base.walked, config, keymap, stack_axes, example, found)
-    return selection.make_recipe(config, keymap, base.shapes, found=found, weights=lambda: base.leaves)
+    return base.plan(config, base.resolve_keymap(keymap), stack_axes, example, found)
 
 
 def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> None:
@@ -475,8 +491,9 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        if contradictions := list_contradictions(sites, base.walked.leaves):
-            raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
+        contradictions = list_contradictions(sites, base.walked.leaves)
+        raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
+    if not base.assumes_flax:
         return
     attached = base.keymap
     reverse: list[str] = []

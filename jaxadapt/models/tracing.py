@@ -3,8 +3,10 @@
 `rewrite` evaluates `f(weights, *args)` and tracks each hooked weight through equations that only move or cast it (a
 transpose, a reshape, a cast, a nested `jit` or `checkpoint`). If a `dot_general` contracts the weight along its roles,
 the hook receives that contraction: LoRA adds a low-rank product beside it, at the cost of a hand-written layer. A
-convolution, a lookup or a ragged product goes to the hook if it follows that primitive. Any other consumer (a scan, a
-cond) receives the hook's effective weight: exact, but more expensive. `uses` reports these cases beforehand.
+convolution, a lookup or a ragged product goes to the hook if it follows that primitive. A scan is entered: a weight
+that all its steps share is followed in its body, and one that stacks layers, `Stacked`, is followed layer by layer. Any
+other consumer (a cond, a loop) receives the hook's effective weight: exact, but more expensive. `uses` reports these
+cases beforehand.
 
 Operations that are linear in a weight are a `dot_general` of a rearranged view, a convolution, a lookup, and a product
 of tokens with their experts' matrices. The positions of a weight's axes follow from the shapes and axis numbers of an
@@ -31,55 +33,13 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from jaxadapt.arrays.layout import Axes
-from jaxadapt.arrays.products import LETTERS, Operation, Use, contradiction_message, transposed_axes
+from jaxadapt.arrays.products import LETTERS, AxisLayout, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
 
 if TYPE_CHECKING:
-    from jaxadapt.methods.applied import Hook
+    from jaxadapt.methods.applied import Hook, Stacked
 
-# ---------------------------------------------------------------- axis layout
-
-
-@dataclasses.dataclass(frozen=True)
-class AxisLayout:
-    """The layout of a view of a weight: for each axis of the view, the axes of the weight merged in it.
-
-    Reshapes add and remove axes of size 1, so such weight axes are listed only if they can be tracked.
-    """
-
-    name: str
-    sizes: tuple[int, ...]  # the weight's own shape
-    groups: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def identity(cls, name: str, shape: tuple[int, ...]) -> AxisLayout:
-        """Return the layout of the weight itself."""
-        return cls(name, shape, tuple((i,) for i in range(len(shape))))
-
-    def weight_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
-        """Return the weight's axes that these axes of the view contain."""
-        return tuple(a for i in axes for a in self.groups[i])
-
-    def spell(self, axes: Iterable[int], unit: bool = False) -> list[tuple[str, int]]:
-        """Return the letters and sizes of some of the weight's axes: of those of size 1, or of all others."""
-        return [(LETTERS[a], self.sizes[a]) for a in axes if (self.sizes[a] == 1) == unit]
-
-    def reshaped(self, shape: Sequence[int]) -> AxisLayout | None:
-        """Return the layout after a row-major reshape to `shape`; None if that splits an axis of the weight."""
-        rest = list(self.weight_axes(range(len(self.groups))))
-        groups: list[tuple[int, ...]] = []
-        for size in shape:
-            group: list[int] = []
-            if size == 1 and rest and self.sizes[rest[0]] == 1:
-                group.append(rest.pop(0))
-            while rest and math.prod(self.sizes[a] for a in group) < size:
-                axis = rest.pop(0)
-                if self.sizes[axis] != 1:
-                    group.append(axis)
-            if math.prod(self.sizes[a] for a in group) != size:
-                return None
-            groups.append(tuple(group))
-        return dataclasses.replace(self, groups=tuple(groups))
+# ---------------------------------------------------------------- moves
 
 
 _RESHAPES = {primitives.reshape_p, primitives.squeeze_p, primitives.broadcast_in_dim_p}
@@ -199,7 +159,7 @@ def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | Non
     (out,) = axes.out_axes
     weight: Any = eqn.invars[0].aval
     inside = [i for i in range(len(sizes)) if i not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
-    if axes.batch_axes or out not in inside or out in numbers.start_index_map or sizes[out] != weight.shape[out]:
+    if axes.batch_axes or out not in inside or sizes[out] != weight.shape[out]:
         return None
     options: Any = {name: eqn_params[name] for name in ("mode", "fill_value", "indices_are_sorted", "unique_indices")}
 
@@ -208,6 +168,35 @@ def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | Non
         return jax.lax.gather(w, x, dimension_numbers=numbers, slice_sizes=window, **options)
 
     return Operation(run, numbers.offset_dims[inside.index(out)], axes)
+
+
+def _row(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
+    """Return the lookup of one row, whose number is the first start of a slice."""
+    sizes = list(dict(eqn.params)["slice_sizes"])
+    (out,) = axes.out_axes
+    weight: Any = eqn.invars[0].aval
+    if axes.batch_axes or axes.in_axes != (0,) or sizes[out] != weight.shape[out]:
+        return None
+
+    def run(x: Any, w: Any) -> Any:
+        window = [w.shape[i] if i == out else size for i, size in enumerate(sizes)]
+        return jax.lax.dynamic_slice(w, [x, *operands[2:]], window)
+
+    return Operation(run, out, axes)
+
+
+def _other_use(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> OtherUse:
+    """Return a use that is no product, with the roles of the axes where a lookup or a convolution shows them."""
+    name, params = eqn.primitive.name, dict(eqn.params)
+    side = _SIDES[name][0] if name in _SIDES else 0
+    layout = layouts[side]
+    if layout is None or layout != AxisLayout.identity(layout.name, layout.sizes):
+        return OtherUse(name)
+    if eqn.primitive is primitives.conv_general_dilated_p:
+        out, *inputs = params["dimension_numbers"].rhs_spec
+        return OtherUse(name, Axes(tuple(inputs), (out,)), params["feature_group_count"])
+    is_rows = "slice_sizes" in params and tuple(params["slice_sizes"]) == (1, *layout.sizes[1:])
+    return OtherUse(name, Axes((0,), (1,)) if is_rows and len(layout.sizes) == 2 else None)
 
 
 def _ragged(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
@@ -235,8 +224,10 @@ RAGGED = "ragged_dot_general"  # jax.extend does not export this primitive
 _SIDES: dict[str, tuple[int, Make]] = {
     primitives.conv_general_dilated_p.name: (1, _convolution),
     primitives.gather_p.name: (0, _lookup),
+    primitives.dynamic_slice_p.name: (0, _row),
     RAGGED: (1, _ragged),
 }
+_FOLLOWED = {primitives.dynamic_slice_p.name: primitives.gather_p.name}  # a slice of one row is a lookup
 
 
 # ---------------------------------------------------------------- rewriting
@@ -244,9 +235,26 @@ _SIDES: dict[str, tuple[int, Make]] = {
 
 @dataclasses.dataclass(frozen=True)
 class OtherUse:
-    """Any other use, named after the primitive that consumes the weight (`"return"`: the function itself)."""
+    """Any other use, named after the primitive that consumes the weight (`"return"`: the function itself).
+
+    Attributes:
+        axes: the roles of the weight's axes that a lookup or a convolution of the whole weight shows.
+        groups: the groups of a convolution.
+    """
 
     primitive: str
+    axes: Axes | None = dataclasses.field(default=None, compare=False, repr=False)
+    groups: int = dataclasses.field(default=1, compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scanned(OtherUse):
+    """A use of a weight without one axis, by a scan over that axis; `scan` tells one trace's scans apart."""
+
+    primitive: str = dataclasses.field(default="scan", init=False)
+    axis: int = dataclasses.field(kw_only=True)
+    scan: int = dataclasses.field(default=0, kw_only=True)
+    use: WeightUse = dataclasses.field(kw_only=True)
 
 
 WeightUse = Axes | OtherUse
@@ -256,7 +264,7 @@ WeightUse = Axes | OtherUse
 def rewrite(
     f: Callable[..., Any],
     weights: Mapping[str, jax.Array],
-    hooks: Mapping[str, Hook],
+    hooks: Mapping[str, Hook | Stacked],
     *args: Any,
     forward: Collection[str] = (),
 ) -> Any:
@@ -274,7 +282,7 @@ def rewrite(
 
     >>> from jaxadapt.arrays.layout import Axes
     >>> class Double:
-    ...     axes = Axes(in_axes=(0,), out_axes=(1,))
+    ...     axes, stack = Axes(in_axes=(0,), out_axes=(1,)), ()
     ...     def input(self, use, x, w): return x
     ...     def follows(self, primitive): return False
     ...     def follows_use(self, use): return True
@@ -287,7 +295,7 @@ def rewrite(
     for name, hook in hooks.items():
         if name not in weights:
             raise AttachError(f"cannot hook the weight {name!r}: the function has only {sorted(weights)}")
-        shape, axes = jnp.shape(weights[name]), hook.axes
+        shape, axes = _layer_shape(weights[name], hook), hook.axes
         if sorted(axes.in_axes + axes.out_axes + axes.batch_axes) != list(range(len(shape))):
             raise AttachError(
                 f"cannot hook the weight {name!r} of shape {shape}: the roles {axes} must cover each axis once"
@@ -297,10 +305,29 @@ def rewrite(
     views = [_View(AxisLayout.identity(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
     outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
     for name in forward:
-        axes, products = hooks[name].axes, [use for use in scope.found[name] if isinstance(use, Axes)]
-        if (own := transposed_axes(axes, products, jnp.shape(weights[name]))) is not None:
+        axes, found = hooks[name].axes, [unscan(use)[1] for use in scope.found[name]]
+        products, shape = [use for use in found if isinstance(use, Axes)], _layer_shape(weights[name], hooks[name])
+        if (own := transposed_axes(axes, products, shape)) is not None:
             raise AttachError(f"{name!r}: {contradiction_message(axes, own)}")
     return traced.result([scope.plain(out) for out in outs])
+
+
+def _layer_shape(w: Any, hook: Hook | Stacked) -> tuple[int, ...]:
+    """Return the shape of a weight, or of one of the layers that it stacks."""
+    return tuple(size for axis, size in enumerate(jnp.shape(w)) if axis not in hook.stack)
+
+
+def unscan(use: WeightUse) -> tuple[dict[int, int], WeightUse]:
+    """Return `{axis of a weight: the scan that takes it layer by layer}`, in ascending order, and the use inside.
+
+    >>> unscan(Scanned(axis=0, scan=1, use=Scanned(axis=0, scan=2, use=Axes((0,), (1,)))))
+    ({0: 1, 1: 2}, Axes(in_axes=(0,), out_axes=(1,), batch_axes=(), parts=None))
+    """
+    if not isinstance(use, Scanned):
+        return {}, use
+    inside, inner = unscan(use.use)
+    scans = {use.axis: use.scan} | {axis + (axis >= use.axis): scan for axis, scan in inside.items()}
+    return dict(sorted(scans.items())), inner
 
 
 def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[str, tuple[WeightUse, ...]]:
@@ -317,7 +344,9 @@ def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[
 
     def evaluate(values: Sequence[Any], arrays: Sequence[Any]) -> None:
         views = [_View(AxisLayout.identity(name, w.shape), w) for name, w in zip(weights, values, strict=True)]
-        scope.add_use("return", _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *arrays], scope))
+        scope.add_use(
+            OtherUse("return"), _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *arrays], scope)
+        )
 
     jax.eval_shape(evaluate, list(weights.values()), traced.arrays)
     return {name: tuple(found) for name, found in scope.found.items()}
@@ -407,17 +436,22 @@ class _Scope:
     of that trace) are not visible outside.
     """
 
-    hooks: Mapping[str, Hook]
+    hooks: Mapping[str, Hook | Stacked]
     weights: Mapping[str, Any]
     effective: ChainMap[str, Any]
     found: dict[str, list[WeightUse]]
     """The uses of each weight so far, in order, those inside a `checkpoint` included."""
 
-    def add_use(self, primitive: str, operands: Iterable[Any]) -> None:
-        """Record a use by this primitive of each weight among the operands."""
+    def add_use(self, use: OtherUse, operands: Iterable[Any]) -> None:
+        """Record a use of each weight among the operands."""
         for operand in operands:
             if isinstance(operand, _View):
-                self.found[operand.layout.name].append(OtherUse(primitive))
+                self.found[operand.layout.name].append(use)
+
+    def is_taken(self, view: _View) -> bool:
+        """Return True if a scan over a view takes one axis of the weight, where the weight's adapters can follow."""
+        hook, group = self.hooks.get(view.layout.name), view.layout.groups[0]
+        return len(group) == 1 and (hook is None or group[0] in hook.stack)
 
     def plain(self, value: Any) -> Any:
         """Return a value for a consumer that does not accept views: for a view, the effective weight."""
@@ -433,6 +467,10 @@ class _Scope:
         for step in value.replay:
             array = step(array)
         return array
+
+
+def _array(value: Any) -> Any:
+    return value.array if isinstance(value, _View) else value
 
 
 def _check_like(call: str, got: Any, like: Any) -> Any:
@@ -475,8 +513,9 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], s
     """Evaluate a jaxpr with views among its inputs; its results may be views too."""
 
     def step(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
-        viewed = any(isinstance(v, _View) for v in operands)
-        return _evaluate_equation(eqn, operands, scope) if viewed else evaluate_unchanged(eqn, operands)
+        if not any(isinstance(v, _View) for v in operands):
+            return evaluate_unchanged(eqn, operands)
+        return (_scan if eqn.primitive is primitives.scan_p else _evaluate_equation)(eqn, operands, scope)
 
     return interpret(jaxpr, consts, values, step)
 
@@ -495,7 +534,7 @@ def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -
     elif (outs := _evaluate_operation(eqn, operands, layouts, scope)) is not None:
         return outs
     elif (after := move_layouts(eqn, layouts)) is not None:
-        arrays = evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
+        arrays = evaluate_unchanged(eqn, list(map(_array, operands)))
 
         def step(array: Any) -> Any:
             barrier = eqn.primitive.name == BARRIER
@@ -506,7 +545,7 @@ def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -
             for array, layout, view in zip(arrays, after, operands, strict=True)
         ]
     else:
-        scope.add_use(eqn.primitive.name, operands)
+        scope.add_use(_other_use(eqn, layouts), operands)
     return evaluate_unchanged(eqn, [scope.plain(v) for v in operands])
 
 
@@ -538,7 +577,72 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
         inside = dataclasses.replace(scope, effective=scope.effective.new_child())
         return [inside.plain(out) for out in _evaluate(jaxpr, (), values, inside)]
 
-    return rematerialised(eqn, body)(*(v.array if isinstance(v, _View) else v for v in operands))
+    return rematerialised(eqn, body)(*map(_array, operands))
+
+
+def _scan(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
+    """Evaluate a scan with the weights that all steps share, and those that it takes layer by layer, followed in it."""
+    params: Any = eqn.params
+    consts, carried, body_jaxpr = params["num_consts"], params["num_carry"], params["jaxpr"]
+    first = consts + carried
+    views = _taken_views(operands, consts, first, scope)
+    operands = [scope.plain(v) if i >= consts and i not in views else v for i, v in enumerate(operands)]
+    axes = {view.layout.name: view.layout.groups[0][0] for view in views.values()}
+    own = {name: jnp.moveaxis(scope.weights[name], axis, 0) for name, axis in axes.items()}
+    followed = {v.layout.name for v in operands if isinstance(v, _View)} & scope.hooks.keys()
+    hooks: dict[str, Any] = {name: scope.hooks[name].map(lambda one: one.with_key()) for name in followed}
+    tensors = {name: hooks[name].tensors(axes[name]) for name in axes.keys() & followed}
+    found: dict[str, list[WeightUse]] = {name: [] for name in axes}
+
+    def body(carry: list[Any], x: Any) -> tuple[list[Any], list[Any]]:
+        arrays, own, tensors, step = x
+        here = hooks | {name: hooks[name].layer(axes[name], each) for name, each in tensors.items()}
+        inside = _Scope(
+            {**scope.hooks, **{name: hook.map(lambda one: one.in_step(step)) for name, hook in here.items()}},
+            {**scope.weights, **own},
+            ChainMap({}, {name: w for name, w in scope.effective.items() if name not in axes}),
+            {**scope.found, **found},
+        )
+        taken = [_slice_view(views[i], a) if i in views else a for i, a in enumerate(arrays, first)]
+        outs = _evaluate(body_jaxpr.jaxpr, body_jaxpr.consts, [*operands[:consts], *carry, *taken], inside)
+        plain = [inside.plain(out) for out in outs]
+        return plain[:carried], plain[carried:]
+
+    arrays = list(map(_array, operands[first:]))
+    xs = arrays, own, tensors, jnp.arange(params["length"])
+    carry, ys = jax.lax.scan(body, operands[consts:first], xs, reverse=params["reverse"], unroll=params["unroll"])
+    for name, each in found.items():
+        scope.found[name] += [Scanned(axis=axes[name], scan=id(eqn), use=use) for use in dict.fromkeys(each)]
+    return [*carry, *ys]
+
+
+def _taken_views(operands: Sequence[Any], consts: int, first: int, scope: _Scope) -> dict[int, _View]:
+    """Return the views that a scan takes layer by layer, by their places; record another use of those it cannot."""
+    names = {v.layout.name for v in operands[:consts] if isinstance(v, _View)}
+    views: dict[int, _View] = {}
+    for i, v in enumerate(operands[consts:], consts):
+        if isinstance(v, _View) and i >= first and scope.is_taken(v) and v.layout.name not in names:
+            names.add(v.layout.name)
+            views[i] = v
+        else:
+            scope.add_use(OtherUse("scan"), [v])
+    return views
+
+
+def _slice_view(view: _View, array: Any) -> _View:
+    """Return the view of one layer in a scan over the first axis of a view, which is one axis of the weight."""
+    (axis,), *groups = view.layout.groups
+    sizes = view.layout.sizes
+    inner = tuple(tuple(a - (a > axis) for a in group) for group in groups)
+
+    def step(w: Any) -> Any:
+        whole = jnp.broadcast_to(jnp.expand_dims(w, axis), sizes)
+        for each in view.replay:
+            whole = each(whole)
+        return whole[0]
+
+    layout = AxisLayout(view.layout.name, sizes[:axis] + sizes[axis + 1 :], inner)
+    return _View(layout, array, (step,) if view.replay else ())
 
 
 # ---------------------------------------------------------------- one contraction
@@ -549,7 +653,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     view, x = operands[side], operands[1 - side]
     scope.found[view.layout.name].append(_describe_contraction(eqn, side, view.layout))
     hook = scope.hooks.get(view.layout.name)
-    if hook is None:
+    if hook is None or hook.stack:
         return None
     spelled = spell_contraction(eqn, side, view.layout, hook.axes, jnp.shape(x))
     if spelled is None or not hook.follows_use(spelled[0]):
@@ -569,7 +673,8 @@ def _evaluate_operation(
     eqn: core.JaxprEqn, operands: list[Any], layouts: list[AxisLayout | None], scope: _Scope
 ) -> list[Any] | None:
     """Evaluate a convolution, lookup or ragged product with its hook; return None if the hook does not follow it."""
-    side, make = _SIDES.get(eqn.primitive.name, (0, None))
+    name = eqn.primitive.name
+    side, make = _SIDES.get(name, (0, None))
     views = [layout for layout in layouts if layout is not None]
     if make is None or views != [layouts[side]]:
         return None
@@ -577,7 +682,13 @@ def _evaluate_operation(
     hook, w = scope.hooks.get(layout.name), scope.weights[layout.name]
     # After a transpose or reshape, an adapter's factors would need another layout.
     is_whole = layout == AxisLayout.identity(layout.name, layout.sizes)
-    if hook is None or not is_whole or len(hook.axes.out_axes) != 1 or not hook.follows(eqn.primitive.name):
+    if (
+        hook is None
+        or hook.stack
+        or not is_whole
+        or len(hook.axes.out_axes) != 1
+        or not hook.follows(_FOLLOWED.get(name, name))
+    ):
         return None
     if (use := make(eqn, hook.axes, operands)) is None:
         return None

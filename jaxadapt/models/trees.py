@@ -207,6 +207,26 @@ def without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in tree.items() if name not in dropped}
 
 
+def without_adapter(tree: Mapping[str, Any], name: str, collection: str) -> dict[str, Any]:
+    """Return Linen variables without one adapter of a collection, and without a collection that is then empty."""
+    out = dict(tree)
+    for each in (collection, integers_name(collection)):
+        kept = {k: v for k, v in out.pop(each, {}).items() if k != name}
+        out |= {each: kept} if kept else {}
+    return out
+
+
+def map_adapters(tree: Any, f: Callable[[str, Adapter], Mapping[str, Any]], names: Sequence[str] | None = None) -> Any:
+    """Return a tree with the values that `f` returns in place of its adapters' leaves (None: of all adapters)."""
+    for keys, inner in find_adapters(tree).items():
+        if keys and CONFIG_NODE in inner and (names is None or keys[-1] in names):
+            values = f(keys[-1], read_adapter(inner, keys[-1]))
+            for at in places(tree, keys):
+                new = replace_values(lookup(tree, at), values, boxes=False)
+                tree = with_value(tree, new, *at)
+    return tree
+
+
 def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """Return the tree of one adapter, or None.
 
@@ -274,6 +294,37 @@ def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | Non
         families.family_of_leaves(base_leaves) if keymap in (None, "auto") else families.resolve_keymap(keymap, {})
     )
     return Adapter(config, paths.unflatten(values), resolved)
+
+
+def extract_adapter(
+    tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any, names: Sequence[str]
+) -> Adapter:
+    """Return the adapter called `name`, read with a given configuration and keymap where the tree stores none.
+
+    `names` are those of the adapters that store a configuration.
+    """
+    present = adapter_tree(tree, name)
+    stored = present is not None and isinstance(present.get(CONFIG_NODE), Recipe | str)
+    if present is not None and (config is None or (keymap is None and stored)):
+        adapter = read_adapter(present, name)
+        return adapter if config is None else dataclasses.replace(adapter, config=config)
+    if present is None and names:
+        raise AttachError(f"cannot extract {name!r}: no adapter has that name; found {names}")
+    return adapter_from_arrays(tree, name, config, keymap)
+
+
+def refuse_others(state: Any, variables: Collection[int]) -> None:
+    """Raise `AttachError` for an NNX state with other variables than those of these ids."""
+    raise_listed(
+        AttachError,
+        "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one"
+        " also contains:",
+        (
+            f"{paths.join(*map(str, path))}: {type(var).__name__}"
+            for path, var in nnx.to_flat_state(state)
+            if id(var) not in variables
+        ),
+    )
 
 
 def _named_arrays(tree: Mapping[str, Any], collection: str, name: str) -> dict[str, Any]:

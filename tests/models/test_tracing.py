@@ -37,6 +37,10 @@ class Lora:
     b: jax.Array
     s: float = 2.0
     met: list[Any] = dataclasses.field(default_factory=list)
+    stack = ()
+
+    def map(self, function: Any) -> Any:
+        return self
 
     def input(self, use: Use, x: Any, w: Any) -> Any:
         for letters, array in ((use.x, x), (use.w, None)):
@@ -81,6 +85,11 @@ class IA3:
         return jnp.einsum(f"{own}->{''.join(c for c in letters if c in own)}", self.l).reshape(
             [self.l.shape[own.index(c)] if c in own else 1 for c in letters]
         )
+
+    stack = ()
+
+    def map(self, function: Any) -> Any:
+        return self
 
     def input(self, use: Use, x: Any, w: Any) -> Any:
         return x * self.spread(use, use.x) if self.feedforward else x
@@ -324,9 +333,9 @@ OPS: dict[str, tuple[Callable[..., Any], bool]] = {
     "units": (lambda w, x: jnp.squeeze(x @ w[None, :, None, :].reshape(64, 1, 32).squeeze(1)[None], 0), True),
     "bf16": (lambda w, x: x.astype(jnp.bfloat16).astype(jnp.float32) @ w, True),
     "preferred type": (lambda w, x: jnp.matmul(x, w, preferred_element_type=jnp.float32), True),
-    "scan const": (lambda w, x: jax.lax.scan(lambda c, t: (c, t @ w), 0, x)[1], False),
+    "scan const": (lambda w, x: jax.lax.scan(lambda c, t: (c, t @ w), 0, x)[1], True),
     "cond": (lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w * 2), False),
-    "while": (lambda w, x: jax.lax.fori_loop(0, 2, lambda _, c: c @ w @ w.T * 0.1, x), False),
+    "while": (lambda w, x: jax.lax.fori_loop(0, 2, lambda _, c: c @ w @ w.T * 0.1, x), True),
     "vmap": (lambda w, x: jax.vmap(lambda row: row @ w)(x), True),
     "custom_vjp": (lambda w, x: custom_vjp_matmul(x, w), False),
     "custom_jvp": (lambda w, x: custom_jvp_matmul(x, w), False),

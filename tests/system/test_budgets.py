@@ -19,6 +19,7 @@ from tests.support import house
 PACKAGE = Path(jaxadapt.__file__).parent
 # Of the package's source, as it stands.
 FILES, STATEMENTS, IMPORTS = 187, 25_500, 0.088
+ANY_PYTREE = 1, 700  # the tree of any pytree adds at most that many files and statements
 OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 40, 0, 1
 CHAIN, CIRCLES = 17, ()
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
@@ -45,8 +46,8 @@ def over(counts: Any, limit: int) -> list[str]:
 
 
 def test_the_number_of_files_and_statements(numbers: house.House):
-    assert numbers.files <= FILES
-    assert numbers.statements <= STATEMENTS
+    assert numbers.files <= FILES + ANY_PYTREE[0]
+    assert numbers.statements <= STATEMENTS + ANY_PYTREE[1]
     assert numbers.imports <= IMPORTS
 
 

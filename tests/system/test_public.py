@@ -63,6 +63,9 @@ PACKAGES = {
         "BaseParam", "FrozenParam", "LayerNumber", "SharedParam", "dequantize", "from_qwix", "invoke", "quantize",
         "rescale", "LoraTree", "Selection", "Target", "attention", "TakesEmbeddings", "TakesKeys", "RelativeBias",
         "extend_labels",
+        "AdaptedTree",
+        "Function",
+        "adapter_filter",
     },
     "serving": {
         "AdapterPool", "Bank", "Decoder", "KVCache", "Lease", "Rows", "Sampling", "attach", "create", "detach", "get",
