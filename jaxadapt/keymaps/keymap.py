@@ -519,7 +519,7 @@ def _numbered_path(module: Sequence[str], numbers: Mapping[int, str], places: Ma
     ['layers', '{s0}', 'attn', '{b0}', 'q']
     """
     path = list(module)
-    for axis, number in reversed(numbers.items()):
+    for axis, number in reversed(list(numbers.items())):
         path.insert(places.get(axis, len(module) - 1), number)
     return path
 

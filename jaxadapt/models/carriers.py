@@ -449,8 +449,7 @@ class Wrapper(Module):
 
     def delete(self, name: str) -> Any:
         check_names([name], self.names())
-        kept = tuple(pair for pair in self.tree.adapters if pair[0] != name)
-        return dataclasses.replace(self.tree, adapters=kept, active=tuple(n for n in self.tree.active if n != name))
+        return self.tree.without_adapter(name)
 
     def detach(self) -> Any:
         return self.tree.module
@@ -496,9 +495,8 @@ class Params(Carrier):
         return trees.map_adapters(self.tree, f, names)
 
     def rest(self) -> Any:
-        if not (trees.collection_names(self.tree) or self.has_base):
-            return {}
-        return {k: v for k, v in trees.without_adapters(self.tree).items() if k not in {"params", *PER_CALL}}
+        kept = trees.without_adapters(self.tree) if trees.collection_names(self.tree) or self.has_base else {}
+        return {k: v for k, v in kept.items() if k not in {"params", *PER_CALL}}
 
     def with_rest(self, rest: Any) -> Any:
         mapping_type: Any = type(self.tree)
@@ -561,8 +559,7 @@ class Tree(Carrier):
         return pytree.leaves(self.params, wanted)
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
-        filled = pytree.fill(self.params, new)
-        return filled if self.params is self.tree else self._model.clone(base=filled)
+        return pytree.replace(self.tree, new)
 
     def names(self) -> list[str]:
         return list(self._model.adapters)
@@ -575,8 +572,7 @@ class Tree(Carrier):
     ) -> Any:
         refuse({"rngs": options["rngs"]}, "for NNX models only; pass key=jax.random.key(seed)")
         check_free(name, self.names())
-        adapter = pytree.new_adapter(self._model, config, keymap, dtype, options)
-        return self._model.attach(name, adapter, options["deterministic"])
+        return pytree.adapt(self._model, name, config, keymap, dtype, options)
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         check_names([name], self.names())

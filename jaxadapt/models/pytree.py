@@ -159,6 +159,11 @@ class AdaptedTree:
             `model.clone(dropout_key=key)`.
         deterministic: True turns the adapters' dropout off. None: it is on in calls with a `dropout_key`, with one
             warning if a call lacks it. False: it is on, and a call without the key is an error.
+
+    >>> import jax.numpy as jnp
+    >>> model = AdaptedTree(Function(lambda params, x: x @ params["up"], {"up": jnp.ones((3, 2))}))
+    >>> model(jnp.ones(3)).tolist()
+    [3.0, 3.0]
     """
 
     base: Any
@@ -350,6 +355,11 @@ def adapter_filter(model: Any) -> Any:
     return model.clone(base=False, adapters=adapters, dropout_key=None if model.dropout_key is None else False)
 
 
+def replace(tree: Any, new: Mapping[str, Any]) -> Any:
+    """Return a model, with or without adapters, with other weights of the base at some paths."""
+    return tree.clone(base=fill(tree.base, new)) if isinstance(tree, AdaptedTree) else fill(tree, new)
+
+
 # ---------------------------------------------------------------- planning
 
 
@@ -389,7 +399,7 @@ class TreeParams(planning.BaseParams):
         entries = survey.entries(keymap) + [
             entry for entry in vectors if not _has_entry(keymap, entry.leaf, self.shapes)
         ]
-        known = {entry.leaf for entry in entries}
+        known = {*survey.roles, *(entry.leaf for entry in entries)}
         guessed = [leaf for leaf, shape in self.shapes.items() if len(shape) > 1 and leaf not in known]
         left_out = survey.refused if matching.is_all_linear(config) else ()
         return selection.make_recipe(
@@ -491,10 +501,15 @@ def refuse_unfollowed(config: Config) -> None:
         )
 
 
-def new_adapter(
-    model: AdaptedTree, config: Config, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
-) -> Adapter:
-    """Return a new adapter for a model; `options` are those of `jaxadapt.adapt`."""
+def adapt(
+    model: AdaptedTree,
+    name: str,
+    config: Config,
+    keymap: KeyMap | str | None,
+    dtype: Any,
+    options: Mapping[str, Any],
+) -> AdaptedTree:
+    """Return a model with a new adapter; `options` are those of `jaxadapt.adapt`."""
     base = TreeParams(leaves(model.base), model)
     recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
     key = options["key"]
@@ -504,4 +519,5 @@ def new_adapter(
             "cannot draw the adapter's initial values without a random key: pass key=jax.random.key(seed)"
         )
     values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
-    return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    return model.attach(name, adapter, options["deterministic"])

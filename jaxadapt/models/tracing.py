@@ -652,7 +652,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     """Evaluate a contraction with its hook; return None if it does not match the hook's roles."""
     view, x = operands[side], operands[1 - side]
     scope.found[view.layout.name].append(_describe_contraction(eqn, side, view.layout))
-    hook = scope.hooks.get(view.layout.name)
+    hook: Any = scope.hooks.get(view.layout.name)
     if hook is None or hook.stack:
         return None
     spelled = spell_contraction(eqn, side, view.layout, hook.axes, jnp.shape(x))
@@ -679,7 +679,8 @@ def _evaluate_operation(
     if make is None or views != [layouts[side]]:
         return None
     (layout,) = views
-    hook, w = scope.hooks.get(layout.name), scope.weights[layout.name]
+    hook: Any = scope.hooks.get(layout.name)
+    w = scope.weights[layout.name]
     # After a transpose or reshape, an adapter's factors would need another layout.
     is_whole = layout == AxisLayout.identity(layout.name, layout.sizes)
     if (
