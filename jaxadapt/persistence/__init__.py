@@ -12,7 +12,7 @@ class Row(NamedTuple):
 
     Attributes:
         ends: ends of file names. The module is imported when the path, or a name in its folder, has one of them, or
-            when the format is to be written.
+            when the format is to be written. Without ends: another format finds it among its own files.
         folders: the styles of a folder that a user chooses in a conversion.
         files: those of a single file, whose name ends in .safetensors.
         exports: the styles that only an export for a program writes.
@@ -26,6 +26,7 @@ class Row(NamedTuple):
 
 FORMATS: dict[str, Row] = {
     "peft_folder": Row(location.WEIGHTS, folders=("safetensors", "bin")),
+    "tinker_files": Row(()),
     "mlx_files": Row((location.MLX_WEIGHTS,), exports=("mlx",)),
     "image_files": Row((".safetensors",), files=("kohya-ss", "diffusers")),
     "orbax_folder": Row(location.ORBAX_MARKERS, folders=("orbax",)),

@@ -93,8 +93,8 @@ def read(
             for an address of the Hub also of the files fetched.
 
     Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), an Orbax checkpoint of jaxadapt,
-    mlx-lm's folder (LoRA and DoRA, under PEFT's names), or the one file of an image adapter (kohya-ss, LyCORIS,
-    diffusers), whose modules are called unet.…, text_encoder.…
+    mlx-lm's folder (LoRA and DoRA) and Tinker's, under PEFT's names, or the one file of an image adapter (kohya-ss,
+    LyCORIS, diffusers), whose modules are called unet.…, text_encoder.…
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
 
     >>> import tempfile, jax, jaxadapt
@@ -138,8 +138,8 @@ class Info:
         tensors: `{key: (dtype, shape)}`.
         nbytes: the size of the tensors in bytes.
         file_bytes: the size of their file in bytes.
-        form: "PEFT", "mlx-lm's folder" or "an image adapter's file". Of the last two, the configuration and the names
-            are those after `jaxadapt convert`.
+        form: "PEFT", "mlx-lm's folder", "Tinker's folder" or "an image adapter's file". Of all but PEFT's, the
+            configuration and the names are those after `jaxadapt convert`.
     """
 
     path: str
@@ -183,8 +183,8 @@ class Info:
 def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     """Return the method, targets, sizes and base model of an adapter folder; read no tensor.
 
-    Accepts an Orbax checkpoint too, mlx-lm's folder, and the one file of an image adapter (kohya-ss, LyCORIS,
-    diffusers), and lists their tensors under the names that PEFT's file would have.
+    Accepts an Orbax checkpoint too, mlx-lm's and Tinker's folders, and the one file of an image adapter (kohya-ss,
+    LyCORIS, diffusers), and lists their tensors under the names that PEFT's file would have.
     An adapter on the Hub is fetched, with `progress` as in `pull`.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file, and `MismatchError` if it holds no adapter.
 

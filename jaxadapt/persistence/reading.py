@@ -43,7 +43,10 @@ def open_stored(
     # A file with PEFT's name is PEFT's, whatever its keys are.
     file_format = None if place.names is None and at.name in location.WEIGHTS else formats.find(place)
     if file_format is None or file_format is peft_folder.FORMAT:
-        return peft_folder.open_files(place, stack)
+        stored = peft_folder.open_files(place, stack)
+        file_format = peft_folder.other_format(place, stored.header)
+        if file_format is None:
+            return stored
     try:
         opened = stack.enter_context(file_format.open(place))
     except AdapterError as problem:

@@ -277,11 +277,24 @@ def has_copy(header: safetensors.Header | None) -> bool:
     return header is not None and META in header.metadata
 
 
+def other_format(place: Place, header: safetensors.Header | None) -> Format | None:
+    """Return the format of files that have PEFT's names but not its keys, Tinker's; None for PEFT's."""
+    if header is None or has_copy(header):
+        return None
+    from jaxadapt.persistence.formats import tinker_files  # few folders need it
+
+    folder = place.at.parent if place.names is None else place.at
+    return tinker_files.FORMAT if tinker_files.is_named_like(header.tensors, folder / location.CONFIG) else None
+
+
 def read_config(place: Place) -> Config:
     """Read the configuration that belongs to the tensors of a folder, or the one in a file of its own."""
     if place.names is None:
         return loads(read_text(place.at), str(place.at))
     header = safetensors.read_header(place.at / WEIGHTS) if WEIGHTS in place.names else None
+    if (other := other_format(place, header)) is not None:
+        with other.open(place) as opened:
+            return opened.tensors.config
     weights = place.at / (WEIGHTS_BIN if header is None else WEIGHTS)
     if location.CONFIG not in place.names and not has_copy(header):
         formats.refuse(formats.missing_config(weights, {}) if recognises(place) else formats.missing_files(place))
@@ -303,6 +316,9 @@ def open_folder(place: Place) -> Generator[Opened]:
                 formats.refuse(found)
         assert stored.weights is not None
         assert stored.tensors is not None
+        if (other := other_format(place, stored.header)) is not None:
+            yield stack.enter_context(other.open(place))
+            return
         config = resolve_config(place.at / location.CONFIG, stored.header, stored.weights)
         tensors = peft_tensors.PeftTensors(config, stored.tensors, stored.source, stored.fingerprint)
         yield Opened(peft_tensors.without_names(tensors), stored.weights)

@@ -1,0 +1,320 @@
+"""Tinker's downloaded adapters under PEFT's names: a weight changes by lora_alpha / r · B·A of Tinker's tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+import jaxadapt
+from jaxadapt.cli import main
+from jaxadapt.export.conversion import convert
+
+P, RANK, ALPHA, HIDDEN, WIDE, EXPERTS, VOCABULARY = "base_model.model.", 2, 6, 8, 12, 3, 16
+SETTINGS = {"r": RANK, "lora_alpha": ALPHA}
+WHOLE = {**SETTINGS, "peft_type": "LORA", "target_modules": "all-linear", "base_model_name_or_path": "org/base"}
+DENSE = {
+    **{f"self_attn.{end}": shape for end, shape in zip(("q_proj", "k_proj"), ((8, 8), (4, 8)), strict=True)},
+    **{f"mlp.{end}": shape for end, shape in zip(("gate_proj", "down_proj"), ((12, 8), (8, 12)), strict=True)},
+}
+ATTENTION = {name: shape for name, shape in DENSE.items() if name.startswith("self_attn")}
+NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+TOKENS = [[3, 7, 1, 9, 4, 2]]
+
+Tensors = dict[str, np.ndarray]
+
+
+def pair(module: str, a: tuple[int, ...], b: tuple[int, ...], seed: int) -> Tensors:
+    random = np.random.default_rng(seed)
+    shapes = {"A": a, "B": b}
+    return {f"{P}{module}.lora_{s}.weight": 0.3 * random.standard_normal(x, "f4") for s, x in shapes.items()}
+
+
+def dense(modules: Mapping[str, tuple[int, int]], head: str = "model.unembed_tokens", rank: int = RANK) -> Tensors:
+    """Two layers and the head, as Tinker names them."""
+    shapes = {f"model.layers.{n}.{name}": shape for n in range(2) for name, shape in modules.items()}
+    shapes |= {head: (VOCABULARY, HIDDEN)}
+    found: Tensors = {}
+    for seed, (name, (out, inputs)) in enumerate(shapes.items()):
+        found |= pair(name, (rank, inputs), (out, rank), seed)
+    return found
+
+
+def experts(shared: bool, rank: int = RANK) -> Tensors:
+    """The experts of two layers; shared: one A for the inputs of the block, and one B for its outputs."""
+    found: Tensors = {}
+    one = 1 if shared else EXPERTS
+    for layer in range(2):
+        module = f"model.layers.{layer}.mlp.experts"
+        found |= pair(f"{module}.w1", (one, rank, HIDDEN), (EXPERTS, WIDE, rank), 50 + layer)
+        found |= pair(f"{module}.w3", (one, rank, HIDDEN), (EXPERTS, WIDE, rank), 60 + layer)
+        found |= pair(f"{module}.w2", (EXPERTS, rank, WIDE), (one, HIDDEN, rank), 70 + layer)
+    return found
+
+
+def changes(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """{PyTorch's module: the change of its weight}, by Tinker's own rule."""
+    found: Tensors = {}
+    for key, a in tensors.items():
+        module = key.removeprefix(P).removesuffix(".lora_A.weight")
+        if module == key.removeprefix(P):
+            continue
+        change = ALPHA / RANK * np.matmul(tensors[f"{P}{module}.lora_B.weight"], a)
+        block, _, name = module.rpartition(".")
+        if name in NAMES:
+            found |= {f"{block}.{e}.{NAMES[name]}": change[e] for e in range(len(change))}
+        else:
+            found["lm_head" if name == "unembed_tokens" else module] = change
+    return found
+
+
+def write(folder: Path, tensors: Tensors, settings: Mapping[str, Any] = SETTINGS) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def peft_changes(tensors: jaxadapt.PeftTensors) -> Tensors:
+    """{module: the change of its weight}, as PEFT computes it."""
+    config, arrays, found = tensors.config, tensors.tensors, dict[str, np.ndarray]()
+    assert isinstance(config, jaxadapt.LoraConfig)
+    for key in arrays:
+        module = key.removeprefix(P).removesuffix(".lora_A.weight")
+        if key.endswith(".lora_A.weight"):
+            scale = config.alpha_of(module) / config.rank_of(module)
+            found[module] = scale * arrays[f"{P}{module}.lora_B.weight"] @ arrays[key]
+    return found
+
+
+CASES = {
+    "dense": dense(DENSE),
+    "shared": dense(ATTENTION) | experts(shared=True),
+    "own": dense(ATTENTION) | experts(shared=False),
+    "another rank": dense(ATTENTION, rank=4) | experts(shared=True, rank=1),
+}
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, WHOLE], ids=["bare", "whole"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_change_of_each_module_is_tinkers(case: str, settings: dict[str, Any], tmp_path: Path):
+    source = write(tmp_path / "tinker", CASES[case], settings)
+    expected = changes(CASES[case])
+    convert(source, tmp_path / "peft")
+    for tensors in (jaxadapt.read(source), jaxadapt.read(tmp_path / "peft")):
+        found = peft_changes(tensors)
+        assert found.keys() == expected.keys()
+        for module, change in expected.items():
+            np.testing.assert_allclose(found[module], change, rtol=1e-6, atol=1e-6)  # float32, another order
+        assert all(x.ndim == 2 for x in tensors.tensors.values())
+    assert jaxadapt.read_config(source) == jaxadapt.read(source).config == jaxadapt.read_config(tmp_path / "peft")
+
+
+def test_the_tensors_are_the_bytes_of_the_file(tmp_path: Path):
+    read = jaxadapt.read(write(tmp_path / "tinker", CASES["shared"])).tensors
+    for expert in range(EXPERTS):
+        module = f"{P}model.layers.1.mlp.experts.{expert}.down_proj.lora_"
+        stored = f"{P}model.layers.1.mlp.experts.w2.lora_"
+        np.testing.assert_array_equal(read[f"{module}A.weight"], CASES["shared"][f"{stored}A.weight"][expert])
+        np.testing.assert_array_equal(read[f"{module}B.weight"], CASES["shared"][f"{stored}B.weight"][0])
+    assert len(read) == 2 * len(changes(CASES["shared"]))
+
+
+def test_the_configuration(tmp_path: Path):
+    config: Any = jaxadapt.read_config(write(tmp_path / "a", CASES["shared"], WHOLE))
+    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (RANK, ALPHA, "org/base")
+    assert set(config.target_modules) == {"q_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+    some = {key: x for key, x in CASES["dense"].items() if "layers.0.mlp" not in key}  # not in every layer
+    config = jaxadapt.read_config(write(tmp_path / "b", some))
+    mlp = {f"model.layers.1.mlp.{end}_proj" for end in ("gate", "down")}
+    assert set(config.target_modules) == {"q_proj", "k_proj", "lm_head"} | mlp
+
+
+def test_every_command_takes_the_folder(tmp_path: Path):
+    source = write(tmp_path / "tinker", CASES["shared"])
+    convert(source, tmp_path / "peft")
+    info, same = jaxadapt.inspect(source), jaxadapt.inspect(tmp_path / "peft")
+    assert (info.tensors, info.config, info.form, same.form) == (same.tensors, same.config, "Tinker's folder", "PEFT")
+    assert "jaxadapt convert" in CliRunner().invoke(main, ["inspect", str(source)]).output
+    assert jaxadapt.analysis.diff(jaxadapt.read(source), jaxadapt.read(tmp_path / "peft")).is_equal
+    (found, *notes) = jaxadapt.verify(source)
+    assert (found.code, found.remedy) == ("other-library", f"run: jaxadapt convert {source} OUT")
+    assert [each.code for each in notes] == ["method", "scale"]
+    assert not [each for each in jaxadapt.verify(tmp_path / "peft") if each.severity != "note"]
+    assert jaxadapt.read(source, repair=True).tensors.keys() == jaxadapt.read(source).tensors.keys()
+
+
+def test_a_file_of_pefts_stays_pefts(tmp_path: Path):
+    """PEFT's names for the same projections, with and without jaxadapt's copy of the configuration."""
+    names = [f"model.layers.0.block_sparse_moe.experts.{e}.w1" for e in range(2)]
+    tensors = {key: x for name in names for key, x in pair(name, (RANK, 8), (8, RANK), 1).items()}
+    settings = {**SETTINGS, "peft_type": "LORA", "target_modules": ["w1"]}
+    assert jaxadapt.inspect(write(tmp_path / "a", tensors, settings)).form == "PEFT"
+    own = pair("experts.w1", (RANK, 8), (8, RANK), 1)  # a model whose module has this name
+    assert jaxadapt.inspect(write(tmp_path / "c", own, settings)).form == "PEFT"
+    jaxadapt.write(jaxadapt.PeftTensors(jaxadapt.LoraConfig(r=RANK, target_modules=["w1"]), own), tmp_path / "b")
+    assert jaxadapt.inspect(tmp_path / "b").form == "PEFT"
+    assert jaxadapt.read(tmp_path / "b").tensors.keys() == own.keys()
+
+
+# ---------------------------------------------------------------- PEFT
+
+
+def tiny(kind: str, **fields: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, tie_word_embeddings=False, max_position_embeddings=32, **fields,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():  # an untrained model's logits are nearly zero
+            weight.copy_(0.4 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    return model
+
+
+MODELS = {
+    "dense": ("Qwen3", {}),
+    "llama": ("Llama", {}),
+    "shared": ("Qwen3Moe", {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDE}),
+    "own": ("Qwen3Moe", {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDE}),
+}
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of PEFT's own patterns for experts
+@pytest.mark.parametrize("case", MODELS)
+def test_peft_computes_what_the_merged_weights_compute(case: str, tmp_path: Path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    kind, fields = MODELS[case]
+    tensors = CASES["dense" if case == "llama" else case]
+    convert(write(tmp_path / "tinker", tensors), tmp_path / "peft")
+    base, merged, tokens = tiny(kind, **fields), tiny(kind, **fields), torch.tensor(TOKENS)
+    state, used = merged.state_dict(), 0
+    with torch.no_grad():
+        for module, change in changes(tensors).items():
+            add = torch.from_numpy(change)
+            if match := re.fullmatch(r"(.+)\.experts\.(\d+)\.(gate|up|down)_proj", module):
+                joint = "down_proj" if match[3] == "down" else "gate_up_proj"
+                rows = {"gate": slice(0, WIDE), "up": slice(WIDE, None), "down": slice(None)}[match[3]]
+                state[f"{match[1]}.experts.{joint}"][int(match[2]), rows] += add
+            else:
+                state[f"{module}.weight"] += add
+            used += 1
+        before, expected = base(tokens).logits, merged(tokens).logits
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+        found = model(tokens).logits
+    assert used == len(changes(tensors))
+    assert (expected - before).abs().max() > 0.5
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)  # float32, sums in another order
+
+
+# ---------------------------------------------------------------- JAX
+
+
+def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, x in flat.items():
+        *path, last = key.split(".")
+        node = tree
+        for name in path:
+            node = node.setdefault(name, {})
+        node[last] = x
+    return tree
+
+
+def test_a_jax_model_loads_the_folder(tmp_path: Path):
+    expected = changes(CASES["dense"])
+    base = nested({f"{name}.kernel": np.zeros(x.shape[::-1], "f4") for name, x in expected.items()})
+    loaded = jaxadapt.load(write(tmp_path / "tinker", CASES["dense"]), {"params": base})
+    merged: Any = jaxadapt.merge(loaded)["params"]
+    for name, change in expected.items():
+        node = merged
+        for part in name.split("."):
+            node = node[part]
+        np.testing.assert_allclose(node["kernel"], change.T, atol=1e-5)
+
+
+# ---------------------------------------------------------------- refused
+
+W1, Q = "model.layers.0.mlp.experts.w1", "model.layers.0.self_attn.q_proj"
+BROKEN: dict[str, tuple[Tensors, str]] = {
+    "no B": ({f"{P}{W1}.lora_A.weight": np.ones((3, 2, 8), "f4")}, rf"{W1}: expected lora_A.weight and lora_B.weight"),
+    "matrix": (pair(W1, (2, 8), (8, 2), 0), rf"{W1}: expected A \(experts, r, in\).*found \[2, 8\] and \[8, 2\]"),
+    "ranks": (pair(W1, (3, 2, 8), (3, 8, 4), 0), rf"{W1}: expected A .*found \[3, 2, 8\] and \[3, 8, 4\]"),
+    "counts": (pair(W1, (2, 2, 8), (3, 8, 2), 0), rf"{W1}: expected as many experts.*found 2 and 3"),
+    "both shared": (pair(W1, (1, 2, 8), (1, 8, 2), 0), rf"{W1}: A and B are both shared"),
+    "empty": (pair(W1, (0, 2, 8), (0, 8, 2), 0), rf"{W1}: expected A .*found \[0, 2, 8\]"),
+    "stacked": (pair(Q, (3, 2, 8), (3, 8, 2), 0), rf"{Q}: expected A \(r, in\) and B \(out, r\)"),
+    "elsewhere": (pair("model.layers.0.moe.experts.w1", (3, 2, 8), (3, 8, 2), 0), "the only names of experts"),
+    "another name": ({f"{P}model.layers.0.other": np.ones(2, "f4")}, r"layers.0.other: expected base_model.model.<mod"),
+    "integers": (
+        {f"{P}{Q}.lora_{s}.weight": np.ones((2, 2), "i4") for s in "AB"}, f"{Q}: expected floating-point numbers",
+    ),
+    "two heads": (pair("model.lm_head", (2, 8), (16, 2), 0), "model.unembed_tokens: lm_head has an adapter already"),
+    "embedding": (pair("model.embed_tokens", (2, 8), (16, 2), 0), "model.embed_tokens: .*no adapter of the token"),
+    "Nemotron": (pair("model.layers.0.mixer.x_proj", (2, 8), (8, 2), 0), r"mixer.x_proj: Nemotron"),
+    "Qwen 3.5": (pair("model.layers.0.linear_attn.in_proj_q", (2, 8), (8, 2), 0), r"in_proj_q: Qwen 3.5"),
+    "GPT-OSS": (
+        pair("model.layers.0.attn.q_proj", (2, 8), (8, 2), 0) | pair(W1, (1, 2, 8), (3, 8, 2), 0), rf"{W1}: GPT-OSS",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_error_names_the_tensor(case: str, tmp_path: Path):
+    tensors, message = BROKEN[case]
+    source = write(tmp_path / "tinker", pair("model.unembed_tokens", (2, 8), (16, 2), 9) | tensors)
+    with pytest.raises(jaxadapt.MismatchError, match=message):
+        jaxadapt.read(source)
+    (found,) = jaxadapt.verify(source)
+    assert (found.code, found.severity) == ("other-library", "error")
+    assert re.search(message, found.found, re.DOTALL)
+    done = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "out")])
+    assert (done.exit_code, (tmp_path / "out").exists()) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 2}, "expected a JSON object with r and lora_alpha"),
+        ({**WHOLE, "peft_type": "IA3"}, "IA3|r"),
+        ({**WHOLE, "use_rslora": True}, "use_rslora: expected False, found True"),
+        ({**WHOLE, "use_dora": True}, "use_dora"),
+        ({**WHOLE, "alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({**WHOLE, "lora_alpha": "six"}, "lora_alpha"),
+        ({**WHOLE, "r": 0}, "r: expected"),
+    ],
+)
+def test_a_configuration_with_another_scale_is_refused(settings: dict[str, Any], message: str, tmp_path: Path):
+    source = write(tmp_path / "tinker", CASES["dense"], settings)
+    with pytest.raises(jaxadapt.ConfigError, match=message):
+        jaxadapt.read(source)
+    assert "error" in {found.severity for found in jaxadapt.verify(source)}
+
+
+def test_gpt_oss_attention_has_the_name_of_transformers(tmp_path: Path):
+    tensors = pair("model.layers.0.attn.q_proj", (2, 8), (8, 2), 0) | pair("model.unembed_tokens", (2, 8), (16, 2), 1)
+    found = peft_changes(jaxadapt.read(write(tmp_path / "tinker", tensors)))
+    assert found.keys() == {Q, "lm_head"}
+
+
+def test_nothing_writes_tinkers_files(tmp_path: Path):
+    source = write(tmp_path / "tinker", CASES["dense"])
+    done = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "out"), "--format", "tinker"])
+    assert done.exit_code != 0
+    assert not (tmp_path / "out").exists()
+    jaxadapt.write(jaxadapt.read(source), tmp_path / "peft")
+    assert load_file(tmp_path / "peft" / "adapter_model.safetensors").keys() == jaxadapt.read(source).tensors.keys()
