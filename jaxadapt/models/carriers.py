@@ -117,7 +117,7 @@ class Carrier:
         self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
     ) -> Any:
         """Attach a new adapter; `options` are the arguments of `jaxadapt.adapt` that only some kinds have."""
-        raise self.unsupported("an NNX model, a Linen module or an adapted Linen module")
+        raise self.unsupported("an NNX model, a Linen module, adapted or not, or a pytree that is called")
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         """Return the adapter called `name`, as `jaxadapt.extract` does; `self.given` may have its configuration."""
@@ -462,7 +462,7 @@ class Wrapper(Module):
 class Params(Carrier):
     """Nested mappings: base parameters, or the collections of an adapter without a base."""
 
-    remedy = "; for bare parameters use jaxadapt.init, or from_peft(read(path), params)"
+    remedy = "; for bare parameters use jaxadapt.init, from_peft(read(path), params), or models.Function(fn, params)"
 
     def base(self) -> planning.BaseParams:
         return planning.read_params(self.params, self.tree)

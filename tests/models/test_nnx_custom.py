@@ -44,7 +44,8 @@ def shapes(model: Any) -> dict[str, tuple[int, ...]]:
 def test_a_custom_weight_needs_an_example_or_a_table():
     """The message begins its advice with the argument that helps."""
     with pytest.raises(
-        KeyMapError, match=r"(?s)which axes .* is not known.*layer.w \(8, 3, 4\)\nIn NNX, pass example="
+        KeyMapError,
+        match=r"(?s)which axes .* is not known.*layer.w \(8, 3, 4\)\nFor an NNX model or a pytree, pass example=",
     ):
         adapt(CASE["own_einsum"].make(), lora("layer"))
 
