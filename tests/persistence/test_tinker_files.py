@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.export.conversion import convert
+from jaxadapt.export.conversion import TreeOptions, convert
+from jaxadapt.models import LoraTree
 
 P, RANK, ALPHA, HIDDEN, WIDE, EXPERTS, VOCABULARY = "base_model.model.", 2, 6, 8, 12, 3, 16
 SETTINGS = {"r": RANK, "lora_alpha": ALPHA}
@@ -221,6 +222,20 @@ def test_peft_computes_what_the_merged_weights_compute(case: str, tmp_path: Path
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)  # float32, sums in another order
 
 
+@pytest.mark.peft
+def test_merge_changes_the_weights_of_a_folder_as_tinker_does(tmp_path: Path):
+    tensors, (kind, fields) = CASES["shared"], MODELS["shared"]
+    tiny(kind, **fields).save_pretrained(tmp_path / "base")
+    source, out = write(tmp_path / "tinker", tensors), tmp_path / "merged"
+    done = CliRunner().invoke(main, ["merge", str(tmp_path / "base"), str(source), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    base, merged = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", out))
+    expected = {f"{module}.weight": change for module, change in changes(tensors).items()}
+    assert expected.keys() <= base.keys() == merged.keys()
+    for key, weight in base.items():
+        np.testing.assert_allclose(merged[key], weight + expected.get(key, 0), atol=1e-5)
+
+
 # ---------------------------------------------------------------- JAX
 
 
@@ -245,6 +260,52 @@ def test_a_jax_model_loads_the_folder(tmp_path: Path):
         for part in name.split("."):
             node = node[part]
         np.testing.assert_allclose(node["kernel"], change.T, atol=1e-5)
+
+
+def qwen3_moe() -> dict[str, Any]:
+    """The parameters of a JAX model, all zero, with the experts of a layer in two arrays."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.embedding": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,),
+        "lm_head.kernel": (HIDDEN, VOCABULARY),
+    }  # fmt: skip
+    for n in range(2):
+        layer = {
+            "self_attn.q_proj.kernel": (8, 8), "self_attn.k_proj.kernel": (8, 4), "self_attn.v_proj.kernel": (8, 4),
+            "self_attn.o_proj.kernel": (8, 8), "self_attn.q_norm.weight": (4,), "self_attn.k_norm.weight": (4,),
+            "input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,),
+            "mlp.gate.kernel": (HIDDEN, EXPERTS), "mlp.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * WIDE),
+            "mlp.experts.down_proj": (EXPERTS, WIDE, HIDDEN),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+    return {"params": nested({name: np.zeros(shape, "f4") for name, shape in shapes.items()})}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("case", ["shared", "own"])
+def test_a_jax_model_of_experts_loads_the_folder(case: str, fused: bool, tmp_path: Path):
+    """gate and up have an A each, so that a joint array needs their ranks concatenated: on loading, or in a file."""
+    source, expected = write(tmp_path / "tinker", CASES[case]), changes(CASES[case])
+    with pytest.raises(jaxadapt.MismatchError, match=r'gate_up_proj.*on_shared="concat"'):
+        jaxadapt.load(source, qwen3_moe())
+    if fused:
+        options = TreeOptions(from_keymap="qwen3_moe/per-expert", to_keymap="qwen3_moe", on_shared="concat")
+        convert(source, tmp_path / "fused", options)
+        config: Any = jaxadapt.read_config(tmp_path / "fused")
+        assert config.target_parameters == ("experts.gate_up_proj", "experts.down_proj")
+        loaded = jaxadapt.load(tmp_path / "fused", qwen3_moe())
+    else:
+        loaded = jaxadapt.load(source, LoraTree(qwen3_moe(), on_shared="concat"))
+    merged: Any = jaxadapt.merge(loaded)["params"]
+    np.testing.assert_allclose(merged["lm_head"]["kernel"], expected["lm_head"].T, atol=1e-5)
+    for layer in range(2):
+        block = merged["model"]["layers"][str(layer)]["mlp"]["experts"]
+        for expert in range(EXPERTS):
+            gate, up, down = (
+                expected[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj"].T for name in ("gate", "up", "down")
+            )
+            joint = np.concatenate([gate, up], axis=1)
+            np.testing.assert_allclose(block["gate_up_proj"][expert], joint, atol=1e-5)
+            np.testing.assert_allclose(block["down_proj"][expert], down, atol=1e-5)
 
 
 # ---------------------------------------------------------------- refused
