@@ -330,7 +330,7 @@ class Adapted:
         return dataclasses.replace(self, **changes)
 
     def with_adapter(self, name: str, config: Config, shared: Mapping[str, Any]) -> Adapted:
-        """Return a wrapper with one more adapter, which alone is active.
+        """Return a wrapper with one more adapter. Only the new adapter is active.
 
         Raises `AttachError` if one of the arguments that all adapters share, in `shared`, is given and another.
         """

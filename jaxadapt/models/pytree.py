@@ -127,7 +127,7 @@ def is_model(tree: Any) -> bool:
 
 
 class _Warned:
-    """Whether a model has warned of dropout that is off. All are equal, so that jit does not compile anew for one."""
+    """A flag: the model has warned of dropout that is off. All flags are equal, so jit does not compile again for one."""
 
     def __init__(self) -> None:
         self.once = False

@@ -3,6 +3,7 @@
     file ──formats.open_place──► PeftTensors, read on demand
     model ──carriers.lora_carrier──► Carrier, with the one walk over the model ──Carrier.base──► BaseParams
     both ──bind, by planning.plan_adapter──► Expected: the sites and the plan of their tensors
+    an attached adapter with the file's configuration and tensors ──_bind_to_attached──► Expected, with its own sites
          ──rules.fit──► the plan's tensors ──rules.load_arrays──► Adapter on the devices ──Carrier.attach──► the model
 
 A format that keeps the model's layout (Orbax) reads its adapters itself: `Format.read_adapter`.
