@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def leaves(base: Function) -> dict[str, Any]:
 
 
 def test_haiku(tmp_path: Path, foreign_model: None):
-    hk: Any = pytest.importorskip("haiku")
+    import haiku as hk
+
     net = hk.transform(lambda x: hk.nets.MLP([8, 2])(x))
     params = net.init(jax.random.key(0), X)
     base = Function(lambda params, x: net.apply(params, None, x), params)
@@ -48,7 +50,8 @@ def test_haiku(tmp_path: Path, foreign_model: None):
 
 def test_keras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign_model: None):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    keras: Any = pytest.importorskip("keras")
+    import keras
+
     assert keras.backend.backend() == "jax"
     net = keras.Sequential([keras.layers.Dense(8, name="up"), keras.layers.Dense(2, name="down")])
     net.build((3, 4))
@@ -62,6 +65,11 @@ def test_keras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign_model: N
 
 
 def test_the_example(root: Path, tmp_path: Path, foreign_model: None):
-    pytest.importorskip("equinox")
     main: Any = runpy.run_path(str(root / "examples" / "equinox_lora.py"))["main"]
     assert main(str(tmp_path)) < 0.5
+
+
+@pytest.mark.parametrize("name", ["equinox", "esm2quinox", "haiku", "keras", "peft", "torch", "transformers"])
+def test_the_extra_has_the_libraries(name: str) -> None:
+    """Other modules skip their tests without one; here it fails."""
+    assert importlib.util.find_spec(name)  # an import of Keras would choose its backend
