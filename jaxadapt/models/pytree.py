@@ -127,7 +127,7 @@ def is_model(tree: Any) -> bool:
 
 
 class _Warned:
-    """A flag: the model has warned of dropout that is off. All flags are equal, so one does not make jit compile again."""
+    """A flag: the model has warned of dropout that is off. All flags are equal: none makes jit compile again."""
 
     def __init__(self) -> None:
         self.once = False
