@@ -26,7 +26,7 @@ from jax.extend.core import primitives
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes
-from jaxadapt.models.tracing import called_jaxpr, evaluate_unchanged, interpret, rematerialised, trace
+from jaxadapt.models.tracing import called_jaxpr, evaluate_unchanged, interpret, rematerialised, scan_sizes, trace
 
 # ---------------------------------------------------------------- attention
 
@@ -417,11 +417,7 @@ def _checked(y: Array, eqn: core.JaxprEqn) -> Array:
 
 def _scan(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) -> list[Any]:
     """Evaluate a scan; the layers of its steps become one more of its scanned inputs."""
-    p = eqn.params
-    if "ft_in" in p:  # jax 0.12
-        n_consts, n_carry, _ = map(len, p["ft_in"].unpack())
-    else:
-        n_consts, n_carry = p["num_consts"], p["num_carry"]
+    p, (n_consts, n_carry) = eqn.params, scan_sizes(eqn)
     consts, others = operands[:n_consts], operands[n_consts:]
     steps = jax.tree.map(lambda x: x.reshape(p["length"], -1, *x.shape[1:]), layers)
 

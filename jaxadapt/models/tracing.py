@@ -397,6 +397,14 @@ def called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     return None
 
 
+def scan_sizes(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """Return how many operands a scan's steps share, and how many arrays one step hands to the next."""
+    if "ft_in" in eqn.params:  # jax 0.12
+        consts, carried, _ = map(len, eqn.params["ft_in"].unpack())
+        return consts, carried
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
 def rematerialised(eqn: core.JaxprEqn, f: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Return a function under the same `checkpoint` as an equation."""
     return jax.checkpoint(f, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
@@ -583,7 +591,7 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
 def _scan(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
     """Evaluate a scan with the weights that all steps share, and those that it takes layer by layer, followed in it."""
     params: Any = eqn.params
-    consts, carried, body_jaxpr = params["num_consts"], params["num_carry"], params["jaxpr"]
+    (consts, carried), body_jaxpr = scan_sizes(eqn), params["jaxpr"]
     first = consts + carried
     views = _taken_views(operands, consts, first, scope)
     operands = [scope.plain(v) if i >= consts and i not in views else v for i, v in enumerate(operands)]
