@@ -26,7 +26,7 @@ from jax.extend.core import primitives
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes
-from jaxadapt.models.tracing import called_jaxpr, evaluate_unchanged, interpret, rematerialised, scan_sizes, trace
+from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialised, scan_sizes, trace
 
 # ---------------------------------------------------------------- attention
 

@@ -36,7 +36,7 @@ from jaxadapt.methods.applied import (
     split_rows,
 )
 from jaxadapt.methods.base import Method
-from jaxadapt.models import tracing
+from jaxadapt.models import jaxprs, tracing
 
 # ---------------------------------------------------------------- flax's own layer classes
 
@@ -423,7 +423,7 @@ def live_weights(f: Callable[..., Any], weights: Mapping[Any, Any], *args: Any) 
     >>> live_weights(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})
     {'a': True, 'b': False}
     """
-    jaxpr = tracing.trace(f, weights, args).closed.jaxpr
+    jaxpr = jaxprs.trace(f, weights, args).closed.jaxpr
     _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     structure = jax.tree.structure(list(weights.values()))
     live = structure.unflatten(used[: structure.num_leaves])

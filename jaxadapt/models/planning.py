@@ -30,7 +30,7 @@ from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import get_method
 from jaxadapt.methods.prompt import BaseSizes, PromptMethod
-from jaxadapt.models import attention_calls, call, graph, tracing, trees
+from jaxadapt.models import attention_calls, call, graph, jaxprs, tracing, trees
 
 # ---------------------------------------------------------------- base params
 
@@ -348,7 +348,7 @@ def trace_axes(
             problems[leaf] = str(error)
         return {}
 
-    tracing.trace(*instrument(model, leaves, observe), args)
+    jaxprs.trace(*instrument(model, leaves, observe), args)
     not_called = "its module's __call__ never ran with these inputs"
     unclear = {leaf: problems.get(leaf, not_called) for leaf in leaves if leaf in problems or leaf not in traced}
     raise_listed(
@@ -390,7 +390,7 @@ def describe_uses(walk: graph.ModelWalk | None, inputs: call.Args) -> dict[str, 
         notes[leaf] = call.describe(layer.name, layer, {attr: hooks[leaf]}, args, kwargs)[attr]
         return {}
 
-    tracing.trace(*instrument(walk.model, custom, observe), inputs)
+    jaxprs.trace(*instrument(walk.model, custom, observe), inputs)
     return notes
 
 

@@ -35,6 +35,7 @@ from jax.extend.core import primitives
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, AxisLayout, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
+from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialised, scan_sizes, trace
 
 if TYPE_CHECKING:
     from jaxadapt.methods.applied import Hook, Stacked
@@ -352,64 +353,6 @@ def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[
     return {name: tuple(found) for name, found in scope.found.items()}
 
 
-# ---------------------------------------------------------------- tracing
-
-
-@dataclasses.dataclass(frozen=True)
-class Traced:
-    closed: core.ClosedJaxpr
-    arrays: list[Any]  # the arguments that became inputs of the jaxpr, after the weights
-    result: Callable[[list[Any]], Any]  # from the jaxpr's outputs to what `f` returns
-
-
-def trace(f: Callable[..., Any], weights: Mapping[Any, Any], args: Sequence[Any]) -> Traced:
-    leaves, tree = jax.tree.flatten(args)
-    moving = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)]
-    results: list[Any] = []
-
-    def flat(weights: list[Any], arrays: list[Any]) -> list[Any]:
-        given = dict(zip(moving, arrays, strict=True))
-        filled = tree.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)])
-        outs, out_tree = jax.tree.flatten(f(dict(zip(names, weights, strict=True)), *filled))
-        computed = [isinstance(out, jax.Array) for out in outs]
-        # The traced outputs are left out: outside this trace they would be leaked tracers.
-        results[:] = [None if c else out for c, out in zip(computed, outs, strict=True)], computed, out_tree
-        return [out for c, out in zip(computed, outs, strict=True) if c]
-
-    names, arrays = list(weights), [leaves[i] for i in moving]
-    closed = jax.make_jaxpr(flat)(list(weights.values()), arrays)
-    outs, computed, out_tree = results
-
-    def result(values: list[Any]) -> Any:
-        rest = iter(values)
-        return out_tree.unflatten([next(rest) if c else out for c, out in zip(computed, outs, strict=True)])
-
-    return Traced(closed, arrays, result)
-
-
-def called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
-    """Return the jaxpr and constants of an equation that only calls a jaxpr, else None."""
-    if eqn.primitive in (primitives.jit_p, primitives.closed_call_p):
-        body = eqn.params["jaxpr" if eqn.primitive is primitives.jit_p else "call_jaxpr"]
-        return body.jaxpr, body.consts
-    if eqn.primitive is primitives.remat_p and not eqn.params["differentiated"]:
-        return eqn.params["jaxpr"], ()
-    return None
-
-
-def scan_sizes(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """Return how many operands a scan's steps share, and how many arrays one step hands to the next."""
-    if "ft_in" in eqn.params:  # jax 0.12
-        consts, carried, _ = map(len, eqn.params["ft_in"].unpack())
-        return consts, carried
-    return eqn.params["num_consts"], eqn.params["num_carry"]
-
-
-def rematerialised(eqn: core.JaxprEqn, f: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """Return a function under the same `checkpoint` as an equation."""
-    return jax.checkpoint(f, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
-
-
 def side_of(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> int | None:
     """Return the position of the weight in a `dot_general`; None unless exactly one operand is a weight."""
     if eqn.primitive is not primitives.dot_general_p or (layouts[0] is None) == (layouts[1] is None):
@@ -489,32 +432,6 @@ def _check_like(call: str, got: Any, like: Any) -> Any:
             f"the hook's {call} returned a wrong array: expected {want[1]}{want[0]}, found {have[1]}{have[0]}"
         )
     return got
-
-
-def evaluate_unchanged(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation unchanged, as a jaxpr of only that equation, which keeps its context."""
-    operands = {a: v for a, v in zip(eqn.invars, values, strict=True) if not isinstance(a, core.Literal)}
-    # A variable used twice is one input.
-    debug_info = core.DebugInfo("rewrite", eqn.primitive.name, ("",) * len(operands), ("",) * len(eqn.outvars))
-    single = core.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, debug_info)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))(*operands.values())
-
-
-def interpret(
-    jaxpr: core.Jaxpr,
-    consts: Sequence[Any],
-    values: Sequence[Any],
-    step: Callable[[core.JaxprEqn, list[Any]], Sequence[Any]],
-) -> list[Any]:
-    """Evaluate a jaxpr, each of its equations by `step(equation, operands)`."""
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        env.update(zip(eqn.outvars, step(eqn, [read(a) for a in eqn.invars]), strict=True))
-    return [read(a) for a in jaxpr.outvars]
 
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], scope: _Scope) -> list[Any]:
