@@ -179,6 +179,11 @@ class FileLayout:
         return math.frexp(self.factor)[0] == 0.5 and not self.shift
 
     @functools.cached_property
+    def is_identity(self) -> bool:
+        """True if the array holds the bytes of its only tensor, in their order."""
+        return not self.split and self.factor == 1 and self.shift == 0 and self.orders[0] == (*range(len(self.flat)),)
+
+    @functools.cached_property
     def _part_shape(self) -> tuple[int, ...]:
         """The shape of the part of the array that holds one tensor."""
         return tuple(size for i, size in enumerate(self.shape) if i not in self.split)

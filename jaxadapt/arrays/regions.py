@@ -110,6 +110,7 @@ def intersection(a: Region, b: Region) -> Region | None:
     return both if all(start < stop for start, stop in both) else None
 
 
+@functools.lru_cache(maxsize=1024)
 def region_shape(region: Region) -> Shape:
     """Return the shape of a region."""
     return tuple(stop - start for start, stop in region)

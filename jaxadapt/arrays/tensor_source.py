@@ -8,6 +8,7 @@ only with the first tensor.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,6 +114,14 @@ def aligned_empty(nbytes: int) -> np.ndarray:
     return raw[skip : skip + nbytes]
 
 
+def aligned_parts(sizes: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return an uninitialised uint8 array, and aligned parts of it with these sizes in bytes, in order."""
+    ends = list(itertools.accumulate(size + -size % ALIGNED for size in sizes))
+    block = aligned_empty(ends[-1] if ends else 0)
+    starts = [0, *ends]
+    return block, [block[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+
 # ---------------------------------------------------------------- the interface
 
 
@@ -163,6 +172,13 @@ class TensorSource(Mapping[str, Any]):
         It is in the first bytes of `memory` (uint8, aligned for the dtype), or elsewhere if that takes no copy.
         """
         return np.asarray(self.read(key))
+
+    def read_block(self, keys: Sequence[str], memory: np.ndarray) -> bool:
+        """Read tensors into `memory` (uint8), one after another; return False, and do nothing, if they are not so here.
+
+        They are so in a file that holds exactly these tensors in this order in one place.
+        """
+        return False
 
     def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
         """Return a part of one tensor on the host.
@@ -265,6 +281,11 @@ class View(TensorSource):
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
         part, name = self._origins[key]
         return part.read_into(name, memory)
+
+    def read_block(self, keys: Sequence[str], memory: np.ndarray) -> bool:
+        parts = [self._origins[key] for key in keys]
+        (first, _), *_ = parts
+        return all(part is first for part, _ in parts) and first.read_block([name for _, name in parts], memory)
 
     def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
         part, name = self._origins[key]

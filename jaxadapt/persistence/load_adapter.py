@@ -265,6 +265,8 @@ def _check_base(
 
 def _promote(adapter: Adapter, present: Adapter) -> Adapter:
     """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
+    if len({x.dtype for x in jax.tree.leaves((adapter.params, present.params))}) == 1:
+        return adapter
     new = adapter.flat()
     old = new | present.flat()  # a tensor that the attached adapter lacks keeps its dtype
     wider = {pair: jnp.promote_types(*pair) for pair in {(x.dtype, old[path].dtype) for path, x in new.items()}}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -395,6 +396,17 @@ class TensorFile(TensorSource):
         data = aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
         self._file.read_into(f"tensor {key!r}", data.data, self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
+
+    def read_block(self, keys: Sequence[str], memory: np.ndarray) -> bool:
+        """Read tensors that follow one another in the file, by one call; see `TensorSource.read_block`."""
+        infos = [self._find(key)[0] for key in keys]
+        if any(a.stop != b.start for a, b in itertools.pairwise(infos)) or infos[-1].stop - infos[0].start != len(
+            memory
+        ):
+            return False
+        label = f"tensors {keys[0]!r} to {keys[-1]!r}"
+        self._file.read_into(label, memory.data, self.header.data_start + infos[0].start)
+        return True
 
     @property
     def kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -85,3 +86,23 @@ def test_options_without_effect_are_refused(tmp_path: Path):
         jaxadapt.inject(LoraTree(small.trained(), example=[small.X]), small.adapter())
     with pytest.raises(jaxadapt.AttachError, match="config: applies to a tree that is read"):
         jaxadapt.from_peft(jaxadapt.read(tmp_path), LoraTree(small.base()["params"], config=small.LORA))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_tensors_that_fill_whole_blocks_of_memory(tmp_path: Path, damaged: bool, dtype: str):
+    """Tensors of a multiple of 64 bytes that follow one another in the file are read by one call."""
+    base = {name: {"kernel": jax.numpy.zeros((32, 64))} for name in "abc"}
+    config = jaxadapt.LoraConfig(r=8, target_modules=["a", "b", "c"], init_lora_weights=False)
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0), dtype=dtype)
+    if damaged:
+        b = adapter.params["b"]["kernel"]["lora_B"]
+        adapter.params["b"]["kernel"]["lora_B"] = b.at[1, 2].set(np.nan)
+    jaxadapt.save(adapter, tmp_path)
+    with pytest.warns(UserWarning, match=r"1 value.*\n.*b\.lora_B") if damaged else contextlib.nullcontext():
+        loaded = jaxadapt.load(tmp_path, {"params": base})["lora"]["default"]
+    for name in "abc":
+        for tensor, value in adapter.params[name]["kernel"].items():
+            found = loaded[name]["kernel"][tensor]
+            assert found.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(value, np.float32))

@@ -106,3 +106,15 @@ def test_a_view_of_a_file_reads_only_the_part(tmp_path: Path, monkeypatch: pytes
         part = source.rename(source.cut(file, {"p": ("x", (slice(10, 20),))}), {"q": "p"})
         np.testing.assert_array_equal(part["q"], value[10:20])
     assert asked == [10 * 1024]
+
+
+def test_a_block_of_tensors_is_read_only_if_the_file_has_it_so(tensors: source.TensorSource) -> None:
+    memory = np.zeros(2 * 48, np.uint8)
+    is_file = not isinstance(tensors, source.Arrays)
+    assert tensors.read_block(["b", "c"], memory) == is_file
+    if is_file:
+        np.testing.assert_array_equal(memory.view("f4").reshape(8, 3), np.concatenate([TENSORS["b"], TENSORS["c"]]))
+    before = memory.copy()
+    for keys, size in ((["b", "d"], 96), (["c", "b"], 96), (["b", "c"], 97), (["b"], 96)):
+        assert not tensors.read_block(keys, memory[:size] if size < 97 else np.zeros(97, np.uint8))
+        np.testing.assert_array_equal(memory, before)
