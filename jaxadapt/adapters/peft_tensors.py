@@ -8,6 +8,7 @@ This module imports neither JAX nor numpy: to inspect files takes neither.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -172,6 +173,7 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
     return (name, f"{module}.{parameter}") if separator and dot else None
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_tensor(name: str) -> bool:
     names = matching.tensor_names(tuple(FACTS))
     return name.startswith((*names.prefixes, "trainable_tokens_delta")) and name not in names.with_parts

@@ -81,10 +81,13 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     leaves: set[int] = set()
+    node, prefix = out, ""  # of the path before, which often has the same
     for path, leaf in flat.items():
-        *parents, last = path.split(SEPARATOR)
-        node = out
-        for part in parents:
+        parent, dot, last = path.rpartition(SEPARATOR)
+        is_other = parent + dot != prefix
+        if is_other:
+            node, prefix = out, parent + dot
+        for part in parent.split(SEPARATOR) if is_other and dot else ():
             node = node.setdefault(part, {})
             if not isinstance(node, dict) or id(node) in leaves:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise AdapterError(

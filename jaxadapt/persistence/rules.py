@@ -500,7 +500,7 @@ def load_arrays(
         new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
         place = shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
-        is_cast = any(source.specs[key].dtype != new for key in entry.keys[: entry.form.count])
+        is_cast = {source.specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
         is_copy = place is None and not is_cast and entry.form.is_identity
         return _Leaf(entry, new, place, size * new.itemsize, check or is_cast, is_copy)
 

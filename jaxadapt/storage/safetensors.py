@@ -125,10 +125,11 @@ def _byte_size(dtype: object, shape: object) -> int:
         raise ValueError(f"expected a shape of integers >= 0, found {_show(shape)}")
     if len(sizes) > _MAX_AXES:  # checked first: the product of many axes is slow
         raise ValueError(f"expected at most {_MAX_AXES} axes, found {len(sizes)}")
+    count = math.prod(sizes)
     # Axes of size 0 must not hide an overflow of the others: numpy multiplies axes one by one.
-    if math.prod(max(size, 1) for size in sizes) * BITS[dtype] // 8 > _MAX_BYTES:
+    if (count or math.prod(size or 1 for size in sizes)) * BITS[dtype] // 8 > _MAX_BYTES:
         raise ValueError(f"shape {_show(list(sizes))} overflows 63 bits")
-    nbytes, bits = divmod(math.prod(sizes) * BITS[dtype], 8)
+    nbytes, bits = divmod(count * BITS[dtype], 8)
     if bits:
         raise ValueError(f"shape {_show(list(sizes))} of {dtype} does not fill whole bytes")
     return nbytes
