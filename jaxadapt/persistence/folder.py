@@ -43,6 +43,7 @@ from jaxadapt.storage import location
 def read_config(path: str | os.PathLike[str]) -> Config:
     """Read the configuration of an adapter folder (or of an `adapter_config.json`), without the tensors.
 
+    An adapter on the Hub is fetched: the names of its tensors tell which program's configuration it is.
     Raises `FileError` if it cannot be read, `ConfigError` if it is not a PEFT configuration.
 
     >>> import tempfile, jax, jaxadapt
@@ -54,11 +55,6 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     ...     read_config(folder)
     LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
-    if location.is_hub_address(path):
-        from jaxadapt.storage import hub  # imports the client of the Hub
-
-        file = hub.fetch_config(str(path))
-        path = hub.fetch_folder(str(path)) if peft_folder.is_mlx_config(formats.read_text(file)) else file
     place = formats.look(path)
     file_format = formats.find(place) or peft_folder.FORMAT
     if file_format.read_config is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -26,6 +28,7 @@ DENSE = {
     **{f"mlp.{end}": shape for end, shape in zip(("gate_proj", "down_proj"), ((12, 8), (8, 12)), strict=True)},
 }
 ATTENTION = {name: shape for name, shape in DENSE.items() if name.startswith("self_attn")}
+HEADS = ("model.unembed_tokens", "model.lm_head")
 NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 TOKENS = [[3, 7, 1, 9, 4, 2]]
 
@@ -73,6 +76,30 @@ def changes(tensors: Mapping[str, np.ndarray]) -> Tensors:
             found |= {f"{block}.{e}.{NAMES[name]}": change[e] for e in range(len(change))}
         else:
             found["lm_head" if name == "unembed_tokens" else module] = change
+    return found
+
+
+def joint_changes(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """{PyTorch's weight or parameter: its change}, as Tinker's cookbook adds them to weights that hold several."""
+    scale, found = ALPHA / RANK, dict[str, np.ndarray]()
+    for key, a in tensors.items():
+        module = key.removeprefix(P).removesuffix(".lora_A.weight")
+        if module == key.removeprefix(P) or not a.size:
+            continue
+        change = scale * np.matmul(tensors[f"{P}{module}.lora_B.weight"], a)  # (…, out, in)
+        owner, _, name = module.replace("backbone.", "model.").replace(".attn.", ".self_attn.").rpartition(".")
+        if name[:8] == "in_proj_":  # queries, keys and values are in the file in this order
+            weight = f"{owner}.in_proj_qkv.weight"
+            found[weight] = np.concatenate([*([found[weight]] if weight in found else []), change])
+        elif name in NAMES and ".mixer." in owner:
+            found[f"{owner}.{'up_proj' if name == 'w1' else 'down_proj'}"] = change
+        elif name == "w2":
+            found[f"{owner}.down_proj"] = change.swapaxes(1, 2)
+        elif name in NAMES:
+            both = found.setdefault(f"{owner}.gate_up_proj", np.zeros((EXPERTS, HIDDEN, 2 * WIDE), "f4"))
+            both[:, :, int(name == "w3") :: 2] = change.swapaxes(1, 2)
+        else:
+            found["lm_head.weight" if module in HEADS else f"{owner}.{name}.weight"] = change
     return found
 
 
@@ -175,11 +202,13 @@ def tiny(kind: str, **fields: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=4, tie_word_embeddings=False, max_position_embeddings=32, **fields,
-    )  # fmt: skip
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": WIDE, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "tie_word_embeddings": False,
+        "max_position_embeddings": 32,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Qwen3_5" else f"{kind}Config")(**sizes | fields)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for weight in model.parameters():  # an untrained model's logits are nearly zero
             weight.copy_(0.4 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
@@ -220,6 +249,86 @@ def test_peft_computes_what_the_merged_weights_compute(case: str, tmp_path: Path
     assert used == len(changes(tensors))
     assert (expected - before).abs().max() > 0.5
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-4)  # float32, sums in another order
+
+
+# {family: (class, its settings, its tensors, target_parameters)}, where several modules of Tinker are one weight
+GROUPED = {f"attn.{end}": shape for end, shape in (("q_proj", (8, 8)), ("o_proj", (8, 8)))}
+LINEAR = {f"linear_attn.in_proj_{end}": shape for end, shape in (("q", (8, 8)), ("k", (8, 8)), ("v", (16, 8)))}
+LINEAR_LAYER = LINEAR | {"linear_attn.out_proj": (8, 16), "mlp.up_proj": (12, 8)}
+GATED = {"self_attn.q_proj": (16, 8), "self_attn.k_proj": (4, 8), "mlp.up_proj": (12, 8)}
+
+
+def in_layer(number: int, modules: Mapping[str, tuple[int, int]], root: str = "model", rank: int = RANK) -> Tensors:
+    shapes = {f"{root}.layers.{number}.{name}": shape for name, shape in modules.items()}
+    pairs = (pair(name, (rank, i), (o, rank), len(name) + number) for name, (o, i) in shapes.items())
+    return {key: x for found in pairs for key, x in found.items()}
+
+
+def nemotron() -> Tensors:
+    block = f"{P}backbone.layers.1.mixer.experts"
+    found = in_layer(0, {"mixer.q_proj": (8, 8), "mixer.o_proj": (8, 8)}, "backbone")
+    found |= in_layer(1, {"mixer.shared_experts.up_proj": (12, 8)}, "backbone")
+    found |= pair(block.removeprefix(P) + ".w1", (1, RANK, HIDDEN), (EXPERTS, WIDE, RANK), 50)
+    found |= pair(block.removeprefix(P) + ".w2", (EXPERTS, RANK, WIDE), (1, HIDDEN, RANK), 51)
+    found |= {f"{block}.w3.lora_{side}.weight": np.zeros(0, "f4") for side in "AB"}
+    return found | pair("model.lm_head", (RANK, HIDDEN), (VOCABULARY, RANK), 52)
+
+
+JOINT: dict[str, tuple[str, dict[str, Any], Tensors, tuple[str, ...]]] = {
+    "gpt-oss": (
+        "GptOss", {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+        dense(GROUPED) | experts(shared=True), ("experts.gate_up_proj", "experts.down_proj"),
+    ),
+    "gpt-oss, parts": (  # another rank, experts' own factors, one layer without gate and one without down
+        "GptOss", {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+        in_layer(0, GROUPED) | {
+            key: x for key, x in experts(shared=False, rank=3).items()
+            if "0.mlp.experts.w1" not in key and "1.mlp.experts.w2" not in key
+        },
+        tuple(f"model.layers.{n}.mlp.experts.{name}" for n, name in
+              ((0, "gate_up_proj"), (1, "gate_up_proj"), (0, "down_proj"))),
+    ),
+    "qwen3.5": (
+        "Qwen3_5", {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+                    "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4},
+        in_layer(0, LINEAR_LAYER) | in_layer(1, GATED) | pair("model.unembed_tokens", (RANK, 8), (VOCABULARY, RANK), 3),
+        (),
+    ),
+    "nemotron": (
+        "NemotronH", {"layers_block_type": ["attention", "moe", "mamba"], "num_hidden_layers": 3, "n_groups": 1,
+                      "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDE,
+                      "moe_shared_expert_intermediate_size": WIDE, "ssm_state_size": 4, "mamba_num_heads": 2,
+                      "mamba_head_dim": 4},
+        nemotron(), ("experts.up_proj", "experts.down_proj"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks for modules only
+@pytest.mark.parametrize("case", JOINT)
+def test_peft_computes_the_weights_that_hold_several_modules(case: str, tmp_path: Path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    kind, fields, tensors, parameters = JOINT[case]
+    source = write(tmp_path / "tinker", tensors)
+    convert(source, tmp_path / "peft")
+    read, expected = jaxadapt.read(source), joint_changes(tensors)
+    assert sorted(read.config.get("target_parameters") or ()) == sorted(parameters)
+    assert read.config == jaxadapt.read_config(tmp_path / "peft")
+    base, tokens = tiny(kind, **fields), torch.tensor(TOKENS)
+    merged = copy.deepcopy(base)
+    state = merged.state_dict()
+    assert expected.keys() <= state.keys()
+    with torch.no_grad():
+        before = base(tokens, use_cache=False).logits
+        for name, change in expected.items():
+            state[name] += torch.from_numpy(change)
+        after = merged(tokens, use_cache=False).logits
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()  # a key too few is a warning
+        found = model(tokens, use_cache=False).logits
+    assert (after - before).abs().max() > 0.1
+    np.testing.assert_allclose(found.numpy(), after.numpy(), atol=1e-4)  # float32, sums in another order
+    assert not [each for each in jaxadapt.verify(tmp_path / "peft") if each.severity != "note"]
 
 
 @pytest.mark.peft
@@ -308,6 +417,49 @@ def test_a_jax_model_of_experts_loads_the_folder(case: str, fused: bool, tmp_pat
             np.testing.assert_allclose(block["down_proj"][expert], down, atol=1e-5)
 
 
+def gpt_oss() -> dict[str, Any]:
+    """The parameters of a JAX model, all zero."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.embedding": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,),
+        "lm_head.kernel": (HIDDEN, VOCABULARY),
+    }  # fmt: skip
+    for n in range(2):
+        layer = {
+            **{f"self_attn.{name}_proj.kernel": (8, 4 if name in "kv" else 8) for name in "qkvo"},
+            **{f"self_attn.{name}_proj.bias": (4 if name in "kv" else 8,) for name in "qkvo"},
+            "self_attn.sinks": (2,), "input_layernorm.weight": (8,), "post_attention_layernorm.weight": (8,),
+            "mlp.router.kernel": (HIDDEN, EXPERTS), "mlp.router.bias": (EXPERTS,),
+            "mlp.experts.gate_up_proj": (EXPERTS, HIDDEN, 2 * WIDE), "mlp.experts.gate_up_proj_bias": (EXPERTS, 24),
+            "mlp.experts.down_proj": (EXPERTS, WIDE, HIDDEN), "mlp.experts.down_proj_bias": (EXPERTS, HIDDEN),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+    return {"params": nested({name: np.zeros(shape, "f4") for name, shape in shapes.items()})}
+
+
+def test_a_jax_gpt_oss_loads_the_folder(tmp_path: Path):
+    tensors = JOINT["gpt-oss"][2]
+    merged: Any = jaxadapt.merge(jaxadapt.load(write(tmp_path / "tinker", tensors), gpt_oss()))["params"]
+    for name, change in joint_changes(tensors).items():
+        node = merged
+        for part in name.removesuffix(".weight").split("."):
+            node = node[part]
+        found = node["kernel"].T if name.endswith(".weight") else node
+        np.testing.assert_allclose(found, change, atol=1e-5)
+
+
+def test_16_bit_tensors_keep_their_bits(tmp_path: Path):
+    """Joined weights are made of the file's own numbers and zeros."""
+    tensors = {key: x.astype(ml_dtypes.bfloat16) for key, x in JOINT["gpt-oss"][2].items()}
+    read = jaxadapt.read(write(tmp_path / "tinker", tensors)).tensors
+    block = f"{P}model.layers.1.mlp.experts"
+    a, b = (read[f"{block}.base_layer.lora_{side}.weight"] for side in "AB")
+    assert {x.dtype.name for x in read.values()} == {"bfloat16"}
+    assert (a.shape, b.shape) == ((EXPERTS * 2 * RANK, HIDDEN), (2 * WIDE, 2 * RANK * EXPERTS))
+    up = b.reshape(2 * WIDE, 2 * RANK, EXPERTS)[1::2, RANK:, 2]
+    np.testing.assert_array_equal(up, tensors[f"{block}.w3.lora_B.weight"][2])
+    assert not b.reshape(2 * WIDE, 2 * RANK, EXPERTS)[1::2, :RANK].any()
+
+
 # ---------------------------------------------------------------- refused
 
 W1, Q = "model.layers.0.mlp.experts.w1", "model.layers.0.self_attn.q_proj"
@@ -319,17 +471,30 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
     "both shared": (pair(W1, (1, 2, 8), (1, 8, 2), 0), rf"{W1}: A and B are both shared"),
     "empty": (pair(W1, (0, 2, 8), (0, 8, 2), 0), rf"{W1}: expected A .*found \[0, 2, 8\]"),
     "stacked": (pair(Q, (3, 2, 8), (3, 8, 2), 0), rf"{Q}: expected A \(r, in\) and B \(out, r\)"),
-    "elsewhere": (pair("model.layers.0.moe.experts.w1", (3, 2, 8), (3, 8, 2), 0), "the only names of experts"),
+    "elsewhere": (pair("model.layers.0.moe.experts.w1", (3, 2, 8), (3, 8, 2), 0), "the names in Tinker's source"),
     "another name": ({f"{P}model.layers.0.other": np.ones(2, "f4")}, r"layers.0.other: expected base_model.model.<mod"),
     "integers": (
         {f"{P}{Q}.lora_{s}.weight": np.ones((2, 2), "i4") for s in "AB"}, f"{Q}: expected floating-point numbers",
     ),
     "two heads": (pair("model.lm_head", (2, 8), (16, 2), 0), "model.unembed_tokens: lm_head has an adapter already"),
     "embedding": (pair("model.embed_tokens", (2, 8), (16, 2), 0), "model.embed_tokens: .*no adapter of the token"),
-    "Nemotron": (pair("model.layers.0.mixer.x_proj", (2, 8), (8, 2), 0), r"mixer.x_proj: Nemotron"),
-    "Qwen 3.5": (pair("model.layers.0.linear_attn.in_proj_q", (2, 8), (8, 2), 0), r"in_proj_q: Qwen 3.5"),
+    "Nemotron": (pair("backbone.layers.0.mixer.x_proj", (2, 8), (8, 2), 0), "x_proj: Nemotron: .*rows of in_proj"),
+    "Nemotron's gate": (pair("model.layers.0.mixer.experts.w3", (1, 2, 8), (3, 8, 2), 0), r"w3: Nemotron: .*no gate"),
+    "Nemotron twice": (
+        pair("model.layers.0.mixer.experts.w1", (1, 2, 8), (3, 8, 2), 0)
+        | pair("backbone.layers.0.mixer.experts.w1", (1, 2, 8), (3, 8, 2), 0), "experts.up_proj is there twice",
+    ),
+    "Qwen 3.5": (
+        pair("model.layers.0.linear_attn.in_proj_q", (2, 8), (8, 2), 0), "in_proj_qkv: .*all three, found in_proj_q$",
+    ),
+    "Qwen 3.5's inputs": (
+        in_layer(0, {f"linear_attn.in_proj_{end}": (8, 8 + (end == "v")) for end in "qkv"}),
+        "found inputs 8 and 8 and 9",
+    ),
     "GPT-OSS": (
-        pair("model.layers.0.attn.q_proj", (2, 8), (8, 2), 0) | pair(W1, (1, 2, 8), (3, 8, 2), 0), rf"{W1}: GPT-OSS",
+        pair("model.layers.0.attn.q_proj", (2, 8), (8, 2), 0) | pair(W1, (1, 2, 8), (3, 8, 2), 0)
+        | pair(W1.replace("w1", "w3"), (1, 2, 8), (4, 9, 2), 0),
+        "gate_up_proj: the parts .* found outputs 8 and 9; experts 3 and 4",
     ),
 }  # fmt: skip
 
@@ -377,5 +542,10 @@ def test_nothing_writes_tinkers_files(tmp_path: Path):
     done = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "out"), "--format", "tinker"])
     assert done.exit_code != 0
     assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(main, ["export", str(source), "--for", "tinker", "--out", str(tmp_path / "out")])
+    assert (done.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert "'tinker' is not one of" in done.output
+    with pytest.raises(jaxadapt.ConfigError, match="found 'tinker'"):
+        jaxadapt.export.export_adapter(source, tmp_path / "out", "tinker")
     jaxadapt.write(jaxadapt.read(source), tmp_path / "peft")
     assert load_file(tmp_path / "peft" / "adapter_model.safetensors").keys() == jaxadapt.read(source).tensors.keys()

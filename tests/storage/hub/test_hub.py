@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import constants
+from safetensors.numpy import save
 
 import jaxadapt
 from jaxadapt.persistence import consumers
@@ -83,6 +85,20 @@ def test_only_the_adapters_files_are_fetched(hub, saved):
     jaxadapt.read_config(f"hf://{REPO}")
     assert not hub.asked("GET")  # from the cache, after a look whether it is new
     assert len(hub.asked("HEAD")) == 1
+
+
+def test_read_config_has_the_configuration_of_the_tensors_program(hub, saved):
+    """Tinker's files have PEFT's names, and a configuration that may look like PEFT's."""
+    tensors = {
+        f"base_model.model.{module}.lora_{side}.weight": np.ones(shape, "f4")
+        for module, out in (("model.layers.0.self_attn.q_proj", 6), ("model.unembed_tokens", 9))
+        for side, shape in (("A", (2, 4)), ("B", (out, 2)))
+    }
+    config = {"peft_type": "LORA", "target_modules": "all-linear", "r": 2, "lora_alpha": 6}
+    hub.put(REPO, {CONFIG: json.dumps(config).encode(), WEIGHTS: save(tensors)})
+    found = jaxadapt.read_config(f"hf://{REPO}")
+    assert found == jaxadapt.read(f"hf://{REPO}").config
+    assert found.target_modules == ("lm_head", "q_proj")
 
 
 def test_inspect_read_and_read_config_take_addresses(hub, saved):
