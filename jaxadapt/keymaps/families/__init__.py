@@ -150,12 +150,14 @@ TABLE = {
     "whisper": "WHISPER",
     "moe": "MIXTRAL QWEN3_MOE GPT_OSS LLAMA4 DEEPSEEK_V3",
     "tunix": "LLAMA3 QWEN2 QWEN3 QWEN3_MOE",
-    "gemma": "TUNIX_GEMMA TUNIX_GEMMA2 TUNIX_GEMMA3 TUNIX_GEMMA4 GEMMA2_2B GEMMA2 GEMMA3 GEMMA3N GEMMA4 GEMMA4_MOE",
+    "gemma": "TUNIX_GEMMA TUNIX_GEMMA2 TUNIX_GEMMA3 TUNIX_GEMMA4"
+    " GEMMA GEMMA2_2B GEMMA2 GEMMA3 GEMMA3N GEMMA4 GEMMA4_MOE",
     "maxtext": "LLAMA31 LLAMA3 QWEN2 QWEN3 GEMMA2 GEMMA3 GEMMA3_4B GEMMA3_12B GEMMA3_27B"
     " MIXTRAL QWEN3_MOE GPT_OSS GPT_OSS_BLOCKS DEEPSEEK_V3 KIMI_K2",
     "keras": "LLAMA QWEN3 GEMMA3",
     "easydel": "LLAMA",
     "openpi": "PI0",
+    "bonsai": "QWEN3 GEMMA3 VIT DINOV3 WHISPER UMT5",
 }
 """`{file of this package: its keymaps}`, in the order in which families are tried."""
 
@@ -199,19 +201,23 @@ def resolve_keymap(
     keymap: KeyMap | str | None,
     shapes: Mapping[str, tuple[int, ...]],
     families: Mapping[str, KeyMap] = FAMILIES,
+    model: type = object,
 ) -> KeyMap:
     """Return the keymap for an argument `keymap=`; None and "auto" recognize it from the model's paths and shapes.
 
     "auto" selects the family that matches most leaves, and of several such families the one with the fewest unused
     entries. A head or a norm without an entry stays unmapped, which is an error only if it is targeted. If no family
-    matches, it selects the generic keymap.
+    matches, it selects the generic keymap, except for a model of a library that has families: PyTorch's names of such a
+    model are not its paths.
 
     Args:
         keymap: a keymap, the name of a family, "auto" or None.
         shapes: the shapes of the model's weights by dotted path.
         families: the families to choose from, by name.
+        model: the class of the model, if there is one.
 
-    Raises `KeyMapError` naming the candidates if the best families disagree, or if the best one is not verified.
+    Raises `KeyMapError` naming the candidates if the best families disagree, or if the best one is not verified, or if
+    none matches a model of a library that has families.
     """
     if isinstance(keymap, KeyMap):
         return keymap
@@ -221,9 +227,20 @@ def resolve_keymap(
     if keymap not in (None, "auto"):
         return get_family(keymap, families)
     leaves = _one_of_each_kind(shapes)
-    if families is not FAMILIES:
-        return _recognize(families.values(), leaves)
-    return _recognize_known(tuple(families), tuple(leaves.items()))
+    found = (
+        _recognize_known(tuple(families), tuple(leaves.items()))
+        if families is FAMILIES
+        else _recognize(families.values(), leaves)
+    )
+    libraries = {f"{cls.__module__.partition('.')[0]}:" for cls in model.__mro__}
+    if found is GENERIC and any(name.startswith(tuple(libraries)) for name in families):
+        raise errors.KeyMapError(
+            f"no keymap has the names of {model.__module__}.{model.__qualname__} in PyTorch. PEFT would find no module"
+            " with the names of the generic keymap, and would load the adapter without effect. Pass a KeyMap with an"
+            f" entry for each weight, or keymap={GENERIC.name!r} for an adapter that only JAX loads"
+            f"{describe_nearest_family(shapes)}"
+        )
+    return found
 
 
 def _one_of_each_kind(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -268,9 +285,9 @@ def _recognize(keymaps: Iterable[KeyMap], samples: Mapping[str, tuple[int, ...]]
     chosen = [t for t in fitting if unused[t] == min(unused.values())]
     rivals = [t for t in fitting if _matched_entries(t, samples) != _matched_entries(chosen[0], samples)]
     if rivals or len(chosen) > 1:
-        names = ", ".join(map(_format_name, dict.fromkeys((*chosen, *rivals))))
         raise errors.KeyMapError(
-            f"cannot recognize the model: its leaves fit several keymaps: {names}; select one with keymap="
+            "cannot recognize the model: its leaves fit several keymaps:"
+            f" {', '.join(map(_format_name, dict.fromkeys((*chosen, *rivals))))}; select one with keymap="
         )
     if not chosen[0].proved:
         name = chosen[0].name
@@ -310,11 +327,11 @@ def describe_nearest_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if not similar:
         return "\nNo keymap of a known family is similar to this model"
     nearest = min(similar, key=lambda t: len([*misfits(t, samples)]))
-    number = len([leaf for leaf in shapes if nearest.match(leaf) is not None])
     reasons = errors.bullets(misfits(nearest, shapes))
-    return f"\nThe most similar keymap is {nearest.name!r}, with entries for {number} of {len(shapes)} weights. " + (
-        f"It does not fit because of\n{reasons}" if reasons else f"It fits: pass keymap={nearest.name!r}"
-    )
+    return (
+        f"\nThe most similar keymap is {nearest.name!r}, with entries for"
+        f" {sum(nearest.match(leaf) is not None for leaf in shapes)} of {len(shapes)} weights. "
+    ) + (f"It does not fit because of\n{reasons}" if reasons else f"It fits: pass keymap={nearest.name!r}")
 
 
 def _matched_entries(keymap: KeyMap, leaves: Iterable[str]) -> list[Weight | None]:

@@ -22,24 +22,24 @@ def _gemma2(post_attention: str = "post_attention_norm") -> _Names:
     )
 
 
+_GEMMA1 = (("pre_attention_norm", "input_layernorm"), ("pre_ffw_norm", "post_attention_layernorm"))
 _GEMMA3 = (*_gemma2(), ("attn._query_norm", "self_attn.q_norm"), ("attn._key_norm", "self_attn.k_norm"))
 
 
 def _keymap(name: str, layer: str, norms: _Names, weights: tuple[Weight, ...]) -> KeyMap:
-    entries = (
-        Weight("embedder.input_embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
-        Weight(f"{layer}attn.q_einsum.w", f"{LAYER}self_attn.q_proj.weight", "n d h -> (n h) d"),
-        Weight(f"{layer}attn.kv_einsum.w", _ATTENTION, "{p} k d h -> (k h) d", p=("k", "v")),
-        Weight(f"{layer}attn.qkv_einsum.w", _ATTENTION, "{p} n d h -> (n h) d", p=("q", "k", "v")),
-        Weight(f"{layer}attn.attn_vec_einsum.w", f"{LAYER}self_attn.o_proj.weight", "n h d -> d (n h)"),
-        *weights,
-        *layer_norms(layer, (pair for pair in norms if not pair[0].startswith("attn."))),
-        *layer_norms(layer, (pair for pair in norms if pair[0].startswith("attn.")), "h"),
-        Weight("final_norm.scale", "model.norm.weight", "d -> d"),
-    )
     return decoder_keymap(
         name,
-        entries,
+        (
+            Weight("embedder.input_embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
+            Weight(f"{layer}attn.q_einsum.w", f"{LAYER}self_attn.q_proj.weight", "n d h -> (n h) d"),
+            Weight(f"{layer}attn.kv_einsum.w", _ATTENTION, "{p} k d h -> (k h) d", p=("k", "v")),
+            Weight(f"{layer}attn.qkv_einsum.w", _ATTENTION, "{p} n d h -> (n h) d", p=("q", "k", "v")),
+            Weight(f"{layer}attn.attn_vec_einsum.w", f"{LAYER}self_attn.o_proj.weight", "n h d -> d (n h)"),
+            *weights,
+            *layer_norms(layer, (pair for pair in norms if not pair[0].startswith("attn."))),
+            *layer_norms(layer, (pair for pair in norms if pair[0].startswith("attn.")), "h"),
+            Weight("final_norm.scale", "model.norm.weight", "d -> d"),
+        ),
         complete=True,
         needs=(*(f"{layer}{a}.scale" for a, _ in norms), *(w.leaf for w in weights if "skip" in w.leaf)),
         same=("d",),
@@ -53,12 +53,15 @@ def _gm(
     extra: tuple[Weight, ...] = (),
     mlp: str = f"{_GM}mlp.",
 ) -> KeyMap:
-    gate_up = Weight(f"{mlp}gating_einsum", _MLP, f"{{p}} {gating} -> f d", p=("gate", "up"))
     return _keymap(
         f"gemma:{name}",
         _GM,
         norms,
-        (gate_up, Weight(f"{mlp}linear", f"{LAYER}mlp.down_proj.weight", "f d -> d f"), *extra),
+        (
+            Weight(f"{mlp}gating_einsum", _MLP, f"{{p}} {gating} -> f d", p=("gate", "up")),
+            Weight(f"{mlp}linear", f"{LAYER}mlp.down_proj.weight", "f d -> d f"),
+            *extra,
+        ),
     )
 
 
@@ -88,7 +91,8 @@ def _experts(module: str, w: str) -> tuple[Weight, ...]:
     )
 
 
-# Gemma 2 2B stores its gate as (D, F), all others as (F, D).
+# Gemma 1 and Gemma 2 2B store their gate as (D, F), all others as (F, D).
+GEMMA = _gm("gemma", _GEMMA1, "d f")
 GEMMA2_2B = _gm("gemma2-2b", _gemma2(), "d f")
 GEMMA2 = _gm("gemma2", _gemma2())
 GEMMA3 = _gm("gemma3", _GEMMA3)
@@ -153,7 +157,7 @@ def _tunix(name: str, norms: _Names, extra: tuple[Weight, ...] = ()) -> KeyMap:
     return _keymap(f"tunix:{name}", _TUNIX, norms, (*_TUNIX_MLP, *extra))
 
 
-TUNIX_GEMMA = _tunix("gemma", (("pre_attention_norm", "input_layernorm"), ("pre_ffw_norm", "post_attention_layernorm")))
+TUNIX_GEMMA = _tunix("gemma", _GEMMA1)
 TUNIX_GEMMA2 = _tunix("gemma2", _gemma2("post_attn_norm"))
 TUNIX_GEMMA3 = _tunix("gemma3", _GEMMA3)
 _TUNIX_MIXED = (

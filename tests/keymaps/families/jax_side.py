@@ -22,6 +22,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.core import paths
+from tests.keymaps.families import bonsai_side
 from tests.keymaps.families.specimens import HEADS, IDS, INPUTS, KV, LAYERS, D, F, Specimen, V
 from tests.support.twins import gpt2, trees
 from tests.support.twins import moe as twins
@@ -34,10 +35,11 @@ LIBRARY = {
     "flax": "transformers",
     "keras": "keras_hub",
     "easydel": "easydel",
+    "bonsai": "bonsai",
     "moe": "flax",
     "gpt2_dense": "flax",
 }
-PACKAGES = {"tunix": "google-tunix", "keras_hub": "keras-hub"}
+PACKAGES = {"tunix": "google-tunix", "keras_hub": "keras-hub", "bonsai": "jax-bonsai"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,15 +219,17 @@ def gemma(specimen: Specimen) -> Side:
     config = importlib.import_module("gemma.gm.nn._config")
     modules = importlib.import_module("gemma.gm.nn._modules")
     transformer = importlib.import_module("gemma.gm.nn._transformer")
-    kinds, second = modules.AttentionType, specimen.options["generation"] == 2
+    kinds, generation = modules.AttentionType, specimen.options["generation"]
+    second = generation == 2
+    pattern = (kinds.GLOBAL,) * LAYERS if generation == 1 else (kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.LOCAL_SLIDING)
     module = transformer.Transformer(
         config=config.TransformerConfig(
             num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6, num_kv_heads=specimen.options["kv"],
             final_logit_softcap=8.0 if second else None, attn_logits_soft_cap=5.0 if second else None,
-            use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=not second,
-            attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.LOCAL_SLIDING), sliding_window_size=4,
-            transpose_gating_einsum=not specimen.table.endswith("2b"),
-            local_base_frequency=10_000, global_base_frequency=10_000 if second else 1_000_000,
+            use_post_attn_norm=generation > 1, use_post_ffw_norm=generation > 1, use_qk_norm=generation > 2,
+            attention_types=pattern, sliding_window_size=4,
+            transpose_gating_einsum=specimen.table in ("gemma:gemma2", "gemma:gemma3"),
+            local_base_frequency=10_000, global_base_frequency=10_000 if generation < 3 else 1_000_000,
         ),
         dtype=jnp.float32,
     )  # fmt: skip
@@ -478,4 +482,5 @@ BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "flax": flax,
     "keras": keras,
     "easydel": easydel,
+    "bonsai": lambda specimen: _of_nnx(*bonsai_side.MODELS[specimen.options["model"]](specimen)),
 }

@@ -12,6 +12,8 @@ writes `recorded/<specimen>.json`: the paths and shapes of the model's weights, 
     keras-hub                    Python 3.11, `pip install jax==0.10.2 flax==0.12.8 keras tokenizers sentencepiece`
                                  and `pip install --no-deps keras-hub==0.32.0`
     EasyDeL                      Python 3.11, `pip install easydel==0.3.0 jax==0.9.2`
+    Bonsai                       Python 3.11, the extra `test`, and `pip install --no-deps` of github.com/jax-ml/bonsai
+                                 (commit 3628425)
 
 The proofs (`test_proof.py`) compare with PyTorch, which need not be here.
 """

@@ -19,7 +19,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def source(specimen: Specimen, key: str) -> str:
     """The key whose values a tied weight has."""
-    return dict(families.get_family(specimen.table).tied).get(key, key) if key in specimen.unused else key
+    return (
+        dict(families.get_family(specimen.table).tied).get(key, key)
+        if key in (*specimen.unused, *specimen.copies)
+        else key
+    )
 
 
 def base_leaves(specimen: Specimen, shapes: Shapes) -> dict[str, np.ndarray]:

@@ -18,8 +18,11 @@ import numpy as np
 
 RECORDED = Path(__file__).parent / "recorded"
 IDS = np.random.RandomState(0).randint(1, 32, (2, 6))
+IMAGE = 31  # the token of an image's part, which stands four times in each row
 INPUTS = {
     "input_ids": IDS,
+    "input_ids/image": np.array([[3, IMAGE, IMAGE, IMAGE, IMAGE, 5], [IMAGE, IMAGE, IMAGE, IMAGE, 7, 2]]),
+    "token_type_ids": np.array([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]),
     "decoder_input_ids": np.random.RandomState(1).randint(1, 32, (2, 5)),
     "pixel_values": np.random.RandomState(2).standard_normal((2, 3, 8, 8)).astype("float32"),
     "input_features": np.random.RandomState(3).standard_normal((2, 8, 12)).astype("float32"),
@@ -36,8 +39,9 @@ class Specimen:
         torch, config: the class in transformers, and its configuration.
         side: the function of `sides.py` that builds the JAX model, with `options`.
         unused: keys of the state dict that the JAX model lacks (they are tied to others).
+        copies: keys of the state dict that are tied to others, and have a leaf of their own in the JAX model.
         rivals: the tables an error has to name, where names do not tell.
-        inputs: which of `INPUTS` the model takes.
+        inputs: which of `INPUTS` the model takes; a "/" and what follows it belong to no name of PyTorch.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Specimen:
     targets: tuple[str, ...]
     rivals: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("input_ids",)
     parameters: tuple[str, ...] = ()
 
@@ -372,6 +377,34 @@ def _moe_of(
     )  # fmt: skip
 
 
+_GEMMA3_VISION = {
+    "text_config": {k: v for k, v in GEMMA3.items() if k != "tie_word_embeddings"},
+    "vision_config": {**_VISION, "vision_use_head": False},
+    "mm_tokens_per_image": 4,
+    "image_token_id": IMAGE,
+    "tie_word_embeddings": True,
+}
+_DINO = {**_VISION, "num_register_tokens": 2}
+_UNGATED = tuple(name for name in PROJ if name != "gate_proj")
+
+
+def _bonsai(
+    model: str,
+    torch: str,
+    config: Mapping[str, Any],
+    targets: tuple[str, ...],
+    unused: tuple[str, ...] = (),
+    copies: tuple[str, ...] = (),
+    inputs: tuple[str, ...] = ("pixel_values",),
+    **options: Any,
+) -> Specimen:
+    name = f"bonsai-{model}" + ("-gated" if options.get("gated") else "")
+    options["model"] = model
+    return Specimen(
+        name, f"bonsai:{model}", torch, config, "bonsai", options, targets, unused=unused, copies=copies, inputs=inputs
+    )
+
+
 SPECIMENS = (
     _flax("llama", "llama", "LlamaForCausalLM", PROJ, tie_word_embeddings=False),
     # Without a sliding window FlaxMistral (transformers 4.57) lets every token see itself alone.
@@ -400,6 +433,7 @@ SPECIMENS = (
     _gemma(2, "tunix:gemma2", "tunix_gemma", KV),
     _gemma(3, "tunix:gemma3", "tunix_gemma3", KV),
     _gemma(3, "tunix:gemma3", "tunix_gemma3", HEADS),
+    *(_gemma(1, "gemma:gemma", "gemma", heads) for heads in (1, HEADS)),
     _gemma(2, "gemma:gemma2-2b", "gemma", KV),
     _gemma(2, "gemma:gemma2", "gemma", KV),
     _gemma(3, "gemma:gemma3", "gemma", KV),
@@ -442,5 +476,29 @@ SPECIMENS = (
     _keras("llama", "MistralForCausalLM", tie_word_embeddings=False),
     _keras("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True, head_dim=6),
     _keras("gemma3", "Gemma3ForCausalLM", **{**GEMMA3, "layer_types": ["sliding_attention"] * LAYERS}),
-)
+    # Bonsai's Qwen 3 turns by 1e6 whatever `rope_theta` says.
+    _bonsai(
+        "qwen3", "Qwen3ForCausalLM", {**DECODER, **rope(1e6), "head_dim": 6, "tie_word_embeddings": False}, PROJ,
+        inputs=("input_ids",),
+    ),
+    _bonsai(
+        "gemma3", "Gemma3ForConditionalGeneration", _GEMMA3_VISION, (*PROJ, "out_proj", "fc1", "fc2"), (HEAD,),
+        inputs=("input_ids/image", "pixel_values", "token_type_ids"),
+    ),
+    _bonsai(
+        "vit", "ViTForImageClassification", {**BASES["vit"], "hidden_act": "gelu_pytorch_tanh"},
+        (*PROJ[:4], "fc1", "fc2"),
+    ),
+    _bonsai("dinov3", "DINOv3ViTModel", {**_DINO, "hidden_act": "gelu_pytorch_tanh"}, _UNGATED, gated=False),
+    _bonsai("dinov3", "DINOv3ViTModel", {**_DINO, "hidden_act": "silu", "use_gated_mlp": True}, PROJ, gated=True),
+    _bonsai(
+        "whisper", "WhisperForConditionalGeneration", BASES["whisper"], _WHISPER, ("proj_out.weight",),
+        inputs=_TAKES["whisper"],
+    ),
+    _bonsai(
+        "umt5", "UMT5ForConditionalGeneration",
+        {**BASES["t5"], "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        (*"qkvo", "wi_0", "wi_1", "wo"), (_T5[0],), (_T5[1],), inputs=_TAKES["t5"],
+    ),
+)  # fmt: skip
 BY_NAME = {s.name: s for s in SPECIMENS}

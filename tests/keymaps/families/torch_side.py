@@ -25,7 +25,8 @@ def base(name: str) -> Any:
     specimen = BY_NAME[name]
     cls = getattr(transformers, specimen.torch)
     model = cls(cls.config_class(**specimen.config, attn_implementation="eager")).eval()
-    if specimen.name == "flax-t5-v1.1":  # transformers 5 ties the head until it reads a file that holds another
+    # transformers 5 ties the head until it reads a file that holds another.
+    if specimen.name in ("flax-t5-v1.1", "bonsai-umt5"):
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
         kept = model.state_dict()  # with a tied weight under each of its names: it is set under its first
@@ -59,7 +60,7 @@ def adapted(name: str) -> Any:
 def logits(name: str, adapter: bool) -> np.ndarray:
     model = adapted(name) if adapter else base(name)
     with torch.no_grad():
-        out = model(**{key: torch.from_numpy(INPUTS[key]) for key in BY_NAME[name].inputs})
+        out = model(**{key.partition("/")[0]: torch.from_numpy(INPUTS[key]) for key in BY_NAME[name].inputs})
     return next(out[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in out).numpy()
 
 
