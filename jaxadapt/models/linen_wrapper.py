@@ -413,7 +413,7 @@ class Adapted:
                 f"cannot add the adapter: the module has a collection {occupied} of its own. Rename that"
                 " collection in the module"
             )
-        keymap = families.resolve_keymap(self.keymap, model.shapes)
+        keymap = families.resolve_keymap(self.keymap, model.shapes, model=type(self.module))
         entries = model.entries(keymap)
         plans: dict[str, tuple[Recipe, Sites]] = {}
         for name, config in self.adapters:

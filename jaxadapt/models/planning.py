@@ -97,7 +97,11 @@ class BaseParams:
 
     def resolve_keymap(self, keymap: KeyMap | str | None) -> KeyMap:
         """Return a keymap as it is; look up the name of one, or recognize the model."""
-        return keymap if isinstance(keymap, KeyMap) else families.resolve_keymap(keymap, self.shapes)
+        return (
+            keymap
+            if isinstance(keymap, KeyMap)
+            else families.resolve_keymap(keymap, self.shapes, model=type(self.target))
+        )
 
 
 def read_params(params: Any, target: Any = None) -> BaseParams:

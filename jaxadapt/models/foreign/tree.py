@@ -372,7 +372,11 @@ def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> K
         return families.resolve_keymap(keymap, {})
     leaves = list(foreign_tree.claimed)
     has_base = any(leaf in foreign_tree.base for leaf in leaves)  # else the tree has only LoRA leaves
-    return families.resolve_keymap(keymap, foreign_tree.base) if has_base else families.family_of_leaves(leaves)
+    return (
+        families.resolve_keymap(keymap, foreign_tree.base, model=type(foreign_tree.given.tree))
+        if has_base
+        else families.family_of_leaves(leaves)
+    )
 
 
 def _find_heads(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> list[forms.HeadPair]:
