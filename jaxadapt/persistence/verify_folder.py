@@ -380,7 +380,7 @@ def verify(path: str | os.PathLike[str], base: Any = None, *, progress: errors.P
             all).
 
     Returns:
-        The findings, errors first. A sound adapter has only notes: its method, ranks and scales.
+        The findings, errors first. A sound adapter has only notes, about its method, ranks and scales.
 
     Raises `FileError` if the path, or the base, cannot be read at all.
 

@@ -353,15 +353,15 @@ def pull(
 
     Cached files are not fetched again. The client resumes an interrupted download for a few attempts; after that, the
     next call fetches the file anew. Without a network, or with `HF_HUB_OFFLINE=1`, only the cache is used. Copy the
-    folder before you change it.
+    folder before you change it. For example::
+
+        folder = jaxadapt.pull("org/name@v1/fr")
 
     Returns:
         The folder in the cache, which `load`, `read` and PEFT accept. All its files are from one commit.
 
     Raises:
         FileError: no such repository, revision or adapter, no permission, a broken connection, or a full disk.
-
-        folder = jaxadapt.pull("org/name@v1/fr")
     """
     with reporter(progress) as report:
         return _pull(parse_hub_address(repo), (CARD,), token, cache_dir, report)

@@ -601,7 +601,7 @@ class CheckpointManager(run_folder.RunFolder):
     # ------------------------------------------------------------ preemption
 
     def preemption(self) -> contextlib.AbstractContextManager[Callable[[int], bool]]:
-        """Catch SIGTERM in a `with` block; `stop(step)` returns True if it has arrived and it is time to save.
+        """Catch SIGTERM in a `with` block; `stop(step)` returns True if it has arrived and it is time to save::
 
             with manager.preemption() as stop:
                 for step in range(start, end):
