@@ -212,31 +212,39 @@ def _find_gaps(matches: Mapping[Weight, Mapping[str, Mapping[str, str]]], tensor
             others = dict.fromkeys(tuple(sorted((k, v) for k, v in t.items() if k != axis)) for t in keys.values())
             for other in others if any(axis in t for t in keys.values()) else ():
                 candidates = ({**dict(other), axis: text} for text in choices)
-                missing = (texts for texts in candidates if w.fill_key(texts) not in tensors)
                 yield from (
-                    w.fill_key(texts) for texts in missing if not _is_claimed_by_others(w, texts, matches, tensors)
+                    w.fill_key(texts)
+                    for texts in candidates
+                    if w.fill_key(texts) not in tensors and not _is_claimed_by_others(w, texts, matches, tensors)
                 )
 
 
 def _similar_layers(matches: Mapping[Weight, Mapping[str, Mapping[str, str]]]) -> dict[Weight, list[str]]:
     """Return `{entry: numbers of the layers that are like those with its keys}`."""
-    layers: dict[str, int] = {}  # encoder and decoder may have different numbers of layers
-    for w, keys in matches.items():
-        for texts in keys.values():
-            layers[_stack_prefix(w)] = max(layers.get(_stack_prefix(w), 0), int(texts.get("l", -1)) + 1)
-    experts = [w for w in matches if w.kind == "experts"]
-    blocks = tuple(w.key.rpartition(".")[0].rpartition(".")[0] + "." for w in experts)
-    sparse = {texts["l"] for w in experts for texts in matches[w].values() if "l" in texts}
+    places = {w: {texts["l"] for texts in keys.values() if "l" in texts} for w, keys in matches.items()}
+    blocks = {w: set[str]().union(*(places[v] for v in places if _block(v) == _block(w))) for w in places}
+
+    def are_alternatives(v: Weight, w: Weight) -> bool:
+        """Return True if no layer has both, although they are of one block or of blocks that exclude each other."""
+        together = places if _block(v) == _block(w) else blocks
+        return _block(v)[0] == _block(w)[0] and not together[v] & together[w]
+
     similar: dict[Weight, list[str]] = {}
-    for w, keys in matches.items():
-        numbers = [n for n in map(str, range(layers.get(_stack_prefix(w), 0))) if w.has_layer(n)]
-        present = {texts.get("l") for texts in keys.values()}
-        # In a model with sparse and dense layers, a layer is compared only with others of its kind.
-        if w.key.startswith(blocks) and (present <= sparse or not present & sparse):
-            numbers = [n for n in numbers if (n in sparse) == (present <= sparse)]
+    for w, present in places.items():
+        # A layer with at least two alternatives is of another kind: sparse and not dense, recurrent and not attention.
+        other = Counter(n for v, found in places.items() if are_alternatives(v, w) for n in found)
+        # Encoder and decoder may have different numbers of layers.
+        layers = {int(n) for v, found in places.items() if _block(v)[0] == _block(w)[0] for n in found}
+        numbers = [n for n in map(str, range(max(layers, default=-1) + 1)) if w.has_layer(n) and other[n] < 2]
         # A weight that only the first layer has (T5's relative positions) is not missing in the others.
         similar[w] = [] if len(numbers) > 2 and present <= {"0"} else numbers
     return similar
+
+
+def _block(weight: Weight) -> tuple[str, str]:
+    """Return the stack of an entry, and the first name of its key inside a layer, such as "mlp"."""
+    stack, _, inside = weight.key.partition("{l}.")
+    return stack, inside.partition(".")[0]
 
 
 def _is_claimed_by_others(weight: Weight, texts: Mapping[str, str], entries: Iterable[Weight], tensors: Shapes) -> bool:
@@ -257,11 +265,6 @@ def _is_claimed_by_others(weight: Weight, texts: Mapping[str, str], entries: Ite
     return bool(present) and all(
         any(is_complete(entry, key) for entry in entries if entry is not weight) for key in present
     )
-
-
-def _stack_prefix(weight: Weight) -> str:
-    """Return the part of a key before the layer's number, which is common to all layers of a stack."""
-    return weight.key.partition("{l}")[0]
 
 
 def _possible_leaves(keymap: KeyMap, key: str) -> set[str]:

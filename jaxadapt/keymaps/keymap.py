@@ -139,7 +139,8 @@ class KeyMap:
         spellings: `(name, ((ours, theirs), …))`: other prefixes of the same keys. transformers 5 calls the layers of a
             vision-language model "model.language_model.layers…"; the keymap "llama/vl" uses these names.
         expert_modules: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of
-            single experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
+            single experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names. A name
+            that ends in "_bias" is a tensor.
         order: the last names of PyTorch's modules, in the order in which they occur in the module that contains them.
             The meaning of some adapters depends on it.
         per_expert: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").

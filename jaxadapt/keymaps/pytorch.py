@@ -240,6 +240,7 @@ Rows = tuple[tuple[str, ...], ...]
 """The tensors of single experts by expert and part (gate, up)."""
 
 _WEIGHT = ".weight"
+_TENSOR_ENDS = (_WEIGHT, "_bias")  # a router's correction bias is a tensor without a module of its own
 
 
 def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Rows], dict[str, str]]:
@@ -259,7 +260,7 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
     renamed: dict[str, str] = {}
     width: dict[str, int] = {}
     for (parameter, modules), key in itertools.product(keymap.expert_modules, available):
-        found = find_expert(parameter, modules, key.removesuffix(_WEIGHT)) if key.endswith(_WEIGHT) else None
+        found = find_expert(parameter, modules, key.removesuffix(_WEIGHT)) if key.endswith(_TENSOR_ENDS) else None
         if found is None or found[0] in available:
             continue
         name, part, expert = found
@@ -329,7 +330,8 @@ def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple
         for name, modules, texts in found
         if "{e}" in modules[0]
     }
-    return split, {name: modules[0].format(**texts) + _WEIGHT for name, modules, texts in found if name not in split}
+    moved = {name: modules[0].format(**texts) for name, modules, texts in found if name not in split}
+    return split, {name: key if key.endswith(_TENSOR_ENDS) else key + _WEIGHT for name, key in moved.items()}
 
 
 # ---------------------------------------------------------------- diffusion names

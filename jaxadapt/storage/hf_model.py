@@ -202,9 +202,9 @@ TIE_DEFAULTS: Mapping[str, bool] = {
         True,
     ),
     **dict.fromkeys(
-        "deepseek_v2 deepseek_v3 glm glm4 gpt_neox gpt_oss gptj granite llama llama4 llama4_text llava mistral mixtral"
-        " nemotron olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe"
-        " qwen3_next qwen3_vl stablelm".split(),
+        "deepseek_v2 deepseek_v3 glm glm4 glm4_moe gpt_neox gpt_oss gptj granite llama llama4 llama4_text llava"
+        " minimax_m2 mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_5_vl"
+        " qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next qwen3_vl stablelm".split(),
         False,
     ),
 }

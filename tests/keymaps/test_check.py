@@ -96,13 +96,24 @@ def test_what_only_the_first_of_many_layers_has_is_no_gap():
     assert second.problems == {"missing": ("h.0.pos.weight", "h.2.pos.weight")}
 
 
-def test_dense_layers_are_compared_with_dense_ones():
-    experts = Weight("h.{l}.mlp.up", "h.{l}.mlp.experts.up", "e i o -> e o i", kind="experts")
-    dense = Weight("h.{l}.mlp.w", "h.{l}.mlp.dense.weight", "i o -> o i")
-    keymap = KeyMap("t", (Q, experts, dense))
-    sparse = {f"h.{l}.mlp.experts.up": (4, 3, 2) for l in (1, 3)}
-    plain = {f"h.{l}.mlp.dense.weight": (3, 2) for l in (0, 2)}
-    assert check_keymap(keymap, tensors=keys(0, 1, 2, 3) | sparse | plain).fits
+def test_layers_are_compared_with_others_of_their_kind():
+    """Sparse or dense, and with attention or a recurrence: two weights that exclude another one tell the kind."""
+
+    def entries(block: str, *names: str) -> tuple[Weight, ...]:
+        return tuple(Weight(f"h.{{l}}.{block}.{n}.w", f"h.{{l}}.{block}.{n}.weight", "i o -> o i") for n in names)
+
+    keymap = KeyMap(
+        "t", (Q, *entries("mlp", "up", "down", "each", "gate"), *entries("attn", "k", "v"), *entries("ssm", "a", "b"))
+    )
+    sparse = {f"h.{l}.mlp.{n}.weight": (3, 2) for l in (1, 3) for n in ("each", "gate")}
+    dense = {f"h.{l}.mlp.{n}.weight": (3, 2) for l in (0, 2) for n in ("up", "down")}
+    attention = {f"h.{l}.attn.{n}.weight": (3, 2) for l in (0, 1) for n in "kv"}
+    recurrent = {f"h.{l}.ssm.{n}.weight": (3, 2) for l in (2, 3) for n in "ab"}
+    tensors = keys(0, 1, 2, 3) | sparse | dense | attention | recurrent
+    assert check_keymap(keymap, tensors=tensors).fits
+    for key in tensors:
+        less = {k: shape for k, shape in tensors.items() if k != key}
+        assert key in check_keymap(keymap, tensors=less).problems["missing"]
 
 
 def test_a_part_that_is_a_leaf_of_its_own_is_no_gap():

@@ -73,9 +73,10 @@ def bare(prefix: str) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
 
 
 DECODER_ORDER = (
-    *("model", "lm_head", "embed_tokens", "layers", "self_attn", "mlp"),
+    *("model", "lm_head", "embed_tokens", "layers", "linear_attn", "self_attn", "mlp"),
     *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
-    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+    *("conv1d", "in_proj_qkvz", "in_proj_ba", "out_proj"),
+    *("shared_expert", "shared_experts", "shared_expert_gate", "gate_proj", "up_proj", "gate_up_proj", "down_proj"),
 )
 """Llama and the models after it."""
 
@@ -103,6 +104,26 @@ def layer_kernels(*modules: str) -> tuple[Weight, ...]:
 def layer_norms(layer: str, names: Names, axis: str = "d", leaf: str = "scale") -> tuple[Weight, ...]:
     """Return the entries of a layer's norms; `layer` is the prefix of its names in JAX."""
     return tuple(Weight(f"{layer}{a}.{leaf}", f"{LAYER}{b}.weight", f"{axis} -> {axis}") for a, b in names)
+
+
+def router_kernel(module: str) -> Weight:
+    """Return the entry of a layer's router, a parameter that is not of an `nn.Linear`."""
+    return Weight(f"{LAYER}{module}.kernel", f"{LAYER}{module}.weight", "d e -> e d", kind="parameter")
+
+
+def expert_arrays(block: str, torch: str, turned: bool = False) -> tuple[Weight, ...]:
+    """Return the entries of a layer's experts, in one array for gate and up; `torch` has PyTorch's axes of each."""
+    module = f"{LAYER}{block}.experts."
+    return tuple(
+        Weight(
+            f"{module}{p}",
+            f"{module}{p}",
+            f"e {i} {o} -> {torch.translate({ord('i'): i, ord('o'): o})}",
+            kind="experts",
+            fan_in_fan_out=turned,
+        )
+        for p, i, o in (("gate_up_proj", "m", "f"), ("down_proj", "f", "m"))
+    )
 
 
 def decoder_keymap(name: str, weights: Iterable[Weight], **fields: Any) -> KeyMap:
@@ -149,6 +170,12 @@ TABLE = {
     "clip": "CLIP",
     "whisper": "WHISPER",
     "moe": "MIXTRAL QWEN3_MOE GPT_OSS LLAMA4 DEEPSEEK_V3",
+    "sigmoid_moe": "GLM4_MOE MINIMAX_M2",
+    "qwen3_next": "QWEN3_NEXT",
+    "nemotron_h": "NEMOTRON_H",
+    "gpt_neox": "GPT_NEOX",
+    "falcon": "FALCON",
+    "stablelm": "STABLELM",
     "tunix": "LLAMA3 QWEN2 QWEN3 QWEN3_MOE",
     "gemma": "TUNIX_GEMMA TUNIX_GEMMA2 TUNIX_GEMMA3 TUNIX_GEMMA4"
     " GEMMA GEMMA2_2B GEMMA2 GEMMA3 GEMMA3N GEMMA4 GEMMA4_MOE",

@@ -17,8 +17,10 @@ from jaxadapt.keymaps.families import (
     biases,
     decoder_keymap,
     embeddings,
+    expert_arrays,
     layer_kernels,
     layer_norms,
+    router_kernel,
 )
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -27,25 +29,6 @@ _QKVO = tuple(f"self_attn.{p}_proj" for p in "qkvo")
 
 def _norms(*modules: str) -> tuple[Weight, ...]:
     return layer_norms(LAYER, ((m, m) for m in modules), leaf="weight")
-
-
-def _router(module: str) -> Weight:
-    return Weight(f"{LAYER}{module}.kernel", f"{LAYER}{module}.weight", "d e -> e d", kind="parameter")
-
-
-def _experts(block: str, torch: str, turned: bool = False) -> tuple[Weight, ...]:
-    """Return the entries of a layer's experts; `torch` has PyTorch's axes of each."""
-    module = f"{LAYER}{block}.experts."
-    return tuple(
-        Weight(
-            f"{module}{p}",
-            f"{module}{p}",
-            f"e {i} {o} -> {torch.translate({ord('i'): i, ord('o'): o})}",
-            kind="experts",
-            fan_in_fan_out=turned,
-        )
-        for p, i, o in (("gate_up_proj", "m", "f"), ("down_proj", "f", "m"))
-    )
 
 
 def _keymap(name: str, weights: tuple[Weight, ...], needs: tuple[str, ...], expert_modules: Modules = ()) -> KeyMap:
@@ -64,7 +47,7 @@ def _keymap(name: str, weights: tuple[Weight, ...], needs: tuple[str, ...], expe
     )
 
 
-_MIXTRAL = (*layer_kernels(*_QKVO), _router("mlp.gate"), *_experts("mlp", "e o i"))
+_MIXTRAL = (*layer_kernels(*_QKVO), router_kernel("mlp.gate"), *expert_arrays("mlp", "e o i"))
 MIXTRAL = _keymap("mixtral", _MIXTRAL, ("mlp.gate.kernel", "mlp.experts.gate_up_proj"), EACH_MIXTRAL)
 QWEN3_MOE = _keymap(
     "qwen3_moe",
@@ -78,8 +61,8 @@ GPT_OSS = _keymap(
         *layer_kernels(*_QKVO),
         *biases(f"{LAYER}{m}" for m in (*_QKVO, "mlp.router")),
         Weight(f"{LAYER}self_attn.sinks", f"{LAYER}self_attn.sinks", "n -> n"),
-        _router("mlp.router"),
-        *_experts("mlp", "e i o", turned=True),
+        router_kernel("mlp.router"),
+        *expert_arrays("mlp", "e i o", turned=True),
         *(
             Weight(f"{LAYER}mlp.experts.{p}_bias", f"{LAYER}mlp.experts.{p}_bias", "e o -> e o", kind="other")
             for p in ("gate_up_proj", "down_proj")
@@ -91,8 +74,8 @@ LLAMA4 = _keymap(
     "llama4",
     (
         *layer_kernels(*_QKVO, *(f"feed_forward.{prefix}{p}" for prefix in ("", "shared_expert.") for p in _MLP)),
-        _router("feed_forward.router"),
-        *_experts("feed_forward", "e i o"),
+        router_kernel("feed_forward.router"),
+        *expert_arrays("feed_forward", "e i o"),
     ),
     ("feed_forward.router.kernel", "feed_forward.experts.gate_up_proj"),
 )
@@ -104,9 +87,9 @@ DEEPSEEK_V3 = _keymap(
         ),
         *_norms("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
         *layer_kernels(*(f"mlp.{prefix}{p}" for prefix in ("", "shared_experts.") for p in _MLP)),
-        _router("mlp.gate"),
+        router_kernel("mlp.gate"),
         Weight(f"{LAYER}mlp.gate.e_score_correction_bias", f"{LAYER}mlp.gate.e_score_correction_bias", "e -> e"),
-        *_experts("mlp", "e o i"),
+        *expert_arrays("mlp", "e o i"),
     ),
     ("mlp.gate.kernel", "mlp.experts.gate_up_proj", "self_attn.kv_b_proj.kernel"),
     EACH_DEEPSEEK,

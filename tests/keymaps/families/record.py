@@ -14,6 +14,7 @@ writes `recorded/<specimen>.json`: the paths and shapes of the model's weights, 
     EasyDeL                      Python 3.11, `pip install easydel==0.3.0 jax==0.9.2`
     Bonsai                       Python 3.11, the extra `test`, and `pip install --no-deps` of github.com/jax-ml/bonsai
                                  (commit 3628425)
+    twins of tests/support/twins the environment of the tests; by their names, as only tests/full runs recorded ones
 
 The proofs (`test_proof.py`) compare with PyTorch, which need not be here.
 """

@@ -348,6 +348,49 @@ def _moe(kind: str, torch: str) -> Specimen:
     return Specimen(kind, kind, torch, config, "moe", options, targets, parameters=named)
 
 
+_PART = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+_FUSED = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+_LINEAR_ATTENTION = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention", "full_attention"], "mlp_only_layers": [1],
+    "num_experts": 4, "shared_expert_intermediate_size": 8, "norm_topk_prob": True,
+}  # fmt: skip
+_MAMBA = {
+    "layers_block_type": ["mamba", "moe", "attention", "mlp"], "mamba_num_heads": 4, "mamba_head_dim": 6,
+    "ssm_state_size": 4, "n_groups": 2, "n_routed_experts": 4, "n_shared_experts": 1, "routed_scaling_factor": 2.5,
+    "moe_shared_expert_intermediate_size": 8, "layer_norm_epsilon": 1e-6, "head_dim": 6,
+}  # fmt: skip
+_GROUPED = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5,
+}  # fmt: skip
+
+
+def _twin(
+    name: str, torch: str, targets: tuple[str, ...], table: str = "", side: str = "decoders", **more: Any
+) -> Specimen:
+    """A decoder that no JAX library has under Hugging Face's names."""
+    kind = name.partition("-")[0]
+    config = {**DECODER, **rope(), "tie_word_embeddings": False, **more}
+    part = config["rope_parameters"].get("partial_rotary_factor", 1.0)
+    options = {**config, "kind": kind, "theta": 10000.0, "rotary": part, "tied": config["tie_word_embeddings"]}
+    unused = (HEAD,) if options["tied"] else ()
+    return Specimen(name, table or kind, torch, config, side, options, targets, unused=unused)
+
+
+# (PEFT 0.21.2 takes gate_proj, up_proj and down_proj of these models for their experts, as in transformers 4.)
+def _twin_with_experts(
+    kind: str, torch: str, side: str, targets: tuple[str, ...], parameters: tuple[str, ...], **more: Any
+) -> Specimen:
+    one = _twin(
+        kind, torch, targets, side=side, num_experts_per_tok=2, moe_intermediate_size=8, experts_implementation="eager",
+        **more,
+    )  # fmt: skip
+    size = F if kind == "minimax_m2" else 8
+    options = {**one.options, "experts": 4, "expert_size": size, "dense": (0,) if kind == "glm4_moe" else ()}
+    return dataclasses.replace(one, options={**options, "dense_size": F}, parameters=parameters)
+
+
 _DENSE_FIRST = {"maxtext:deepseek_v3": 3, "maxtext:kimi_k2": 1}
 
 
@@ -445,6 +488,46 @@ SPECIMENS = (
     _moe("gpt_oss", "GptOssForCausalLM"),
     _moe("llama4", "Llama4ForCausalLM"),
     _moe("deepseek_v3", "DeepseekV3ForCausalLM"),
+    _twin("olmo3", "Olmo3ForCausalLM", PROJ, "llama"),
+    _twin(
+        "phi3", "Phi3ForCausalLM", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "llama", pad_token_id=0, **_PART
+    ),
+    _twin("gpt_neox", "GPTNeoXForCausalLM", _FUSED, num_key_value_heads=HEADS, **_PART),
+    _twin(
+        "falcon", "FalconForCausalLM", _FUSED, new_decoder_architecture=True, num_kv_heads=KV, tie_word_embeddings=True
+    ),
+    _twin("falcon-7b", "FalconForCausalLM", _FUSED, num_key_value_heads=1),
+    _twin("stablelm", "StableLmForCausalLM", PROJ, use_qkv_bias=True, **_PART),
+    _twin("stablelm-12b", "StableLmForCausalLM", PROJ, qk_layernorm=True, **_PART),
+    _twin_with_experts("glm4_moe", "Glm4MoeForCausalLM", "moe", PROJ[:4], _EXPERTS, head_dim=8, **_GROUPED, **_PART),
+    _twin_with_experts(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        "moe",
+        PROJ[:4],
+        (*_EXPERTS, "gate.weight"),
+        head_dim=8,
+        num_local_experts=4,
+        **_PART,
+    ),
+    _twin_with_experts(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        "recurrent",
+        (*PROJ[:4], "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"),
+        (*_EXPERTS, "gate.weight"),
+        head_dim=8,
+        **_LINEAR_ATTENTION,
+        **_PART,
+    ),
+    _twin_with_experts(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        "recurrent",
+        (*PROJ[:4], *PROJ[5:], "in_proj"),
+        ("experts.up_proj", "experts.down_proj"),
+        **_MAMBA,
+    ),
     *(_maxtext("llama3.1", "LlamaForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("llama3.1", "LlamaForCausalLM", None, head_dim=16),
     *(_maxtext("llama3", "LlamaForCausalLM", scan) for scan in (None, 1)),

@@ -1,5 +1,7 @@
-"""Mixtral, Qwen 3 MoE, GPT-OSS, Llama 4 and DeepSeek V3 in NNX under Hugging Face's names: twins of tiny transformers
-models, by the fields of their configurations. Written from the torch classes' formulas, for tests only.
+"""Mixtral, Qwen 3 MoE, GPT-OSS, Llama 4, DeepSeek V3, GLM 4 MoE and MiniMax M2 in NNX under Hugging Face's names.
+
+They are twins of tiny transformers models, by the fields of their configurations, written from the formulas of the
+torch classes, for tests only.
 """
 
 from __future__ import annotations
@@ -28,8 +30,14 @@ class Norm(nnx.Module):
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * self.weight[...]
 
 
-def rotated(x: Array, theta: float, pairs: bool) -> Array:
-    """RoPE on (batch, token, head, dim), of halves or of neighbouring `pairs` (which come out as halves)."""
+def rotated(x: Array, theta: float, pairs: bool, part: float = 1.0) -> Array:
+    """RoPE on (batch, token, head, dim), of halves or of neighbouring `pairs` (which come out as halves).
+
+    A `part` below 1 leaves the rest of each head as it is.
+    """
+    if part < 1:
+        size = int(x.shape[-1] * part)
+        return jnp.concatenate([rotated(x[..., :size], theta, pairs), x[..., size:]], -1)
     half = x.shape[-1] // 2
     angle = jnp.arange(x.shape[1])[:, None] * theta ** -(jnp.arange(half) / half)[None]
     cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
@@ -51,23 +59,28 @@ def attend(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
 
 class Attention(nnx.Module):
     def __init__(self, c: Config, rngs: nnx.Rngs):
-        d, h, bias = c["hidden_size"], c["head_dim"], c["kind"] == "gpt_oss"
+        d, h, sinks = c["hidden_size"], c["head_dim"], c["kind"] == "gpt_oss"
+        bias = sinks or c["kind"] == "glm4_moe"
         n, k = c["num_attention_heads"], c["num_key_value_heads"]
         self.q_proj, self.k_proj = linear(d, n * h, rngs, bias), linear(d, k * h, rngs, bias)
-        self.v_proj, self.o_proj = linear(d, k * h, rngs, bias), linear(n * h, d, rngs, bias)
-        self.kind, self.heads, self.theta = c["kind"], (n, k), c["theta"]
-        if self.kind == "qwen3_moe":
+        self.v_proj, self.o_proj = linear(d, k * h, rngs, bias), linear(n * h, d, rngs, sinks)
+        self.kind, self.heads, self.theta, self.part = c["kind"], (n, k), c["theta"], c.get("rotary", 1.0)
+        if self.kind in ("qwen3_moe", "glm4_moe"):
             self.q_norm, self.k_norm = Norm(h), Norm(h)
-        if bias:
+        if self.kind == "minimax_m2":  # over all heads
+            self.q_norm, self.k_norm = Norm(n * h), Norm(k * h)
+        if sinks:
             self.sinks = nnx.Param(jnp.zeros(n))
 
     def __call__(self, x: Array) -> Array:
         n, k = self.heads
-        q = self.q_proj(x).reshape(*x.shape[:2], n, -1)
-        key, v = (p(x).reshape(*x.shape[:2], k, -1) for p in (self.k_proj, self.v_proj))
-        if self.kind == "qwen3_moe":
+        q, key, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.kind == "minimax_m2":
             q, key = self.q_norm(q), self.k_norm(key)
-        q, key = (rotated(y, self.theta, self.kind == "llama4") for y in (q, key))
+        q, key, v = (y.reshape(*x.shape[:2], heads, -1) for y, heads in ((q, n), (key, k), (v, k)))
+        if self.kind in ("qwen3_moe", "glm4_moe"):
+            q, key = self.q_norm(q), self.k_norm(key)
+        q, key = (rotated(y, self.theta, self.kind == "llama4", self.part) for y in (q, key))
         if self.kind == "llama4":
             q, key = (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6) for y in (q, key))
         return self.o_proj(attend(q, key, v, self.sinks[...] if self.kind == "gpt_oss" else None))
@@ -112,18 +125,22 @@ class Router(nnx.Module):
         self.kind, self.k, self.groups = c["kind"], c["num_experts_per_tok"], c.get("n_group", 1)
         if self.kind == "gpt_oss":
             self.bias = nnx.Param(jnp.zeros(c["experts"]))
-        if self.kind == "deepseek_v3":
+        if self.kind in GROUPED:
             self.e_score_correction_bias = nnx.Param(jnp.zeros(c["experts"]))
             self.chosen, self.factor = c["topk_group"], c["routed_scaling_factor"]
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
         logits = x @ self.kernel[...]
         if self.kind == "llama4":
             return jnp.where(best(logits, self.k), jax.nn.sigmoid(logits), 0)
         if self.kind == "gpt_oss":
             logits = logits + self.bias[...][None]
             return jax.nn.softmax(jnp.where(best(logits, self.k), logits, -1e30), -1)
-        if self.kind == "deepseek_v3":
+        if self.kind == "minimax_m2":
+            scores = jax.nn.sigmoid(logits)
+            scores = jnp.where(best(scores + bias[None], self.k), scores, 0)
+            return scores / scores.sum(-1, keepdims=True)
+        if self.kind in GROUPED:
             scores = jax.nn.sigmoid(logits)
             choice = scores + self.e_score_correction_bias[...][None]
             by_group = choice.reshape(len(x), self.groups, -1)
@@ -175,7 +192,12 @@ class Experts(nnx.Module):
         return jax.nn.silu(gate) * up
 
 
-NAMES = {"gpt_oss": ("router", ""), "llama4": ("router", "shared_expert"), "deepseek_v3": ("gate", "shared_experts")}
+GROUPED = ("deepseek_v3", "glm4_moe")
+NAMES = {
+    "gpt_oss": ("router", ""),
+    "llama4": ("router", "shared_expert"),
+    **dict.fromkeys(GROUPED, ("gate", "shared_experts")),
+}
 
 
 class Block(nnx.Module):
@@ -186,10 +208,14 @@ class Block(nnx.Module):
         self.experts = Experts(c, ragged=c["kind"] in ("mixtral", "deepseek_v3"))
         if shared:
             setattr(self, shared, Mlp(c["hidden_size"], c["expert_size"], rngs))
+        self.biased = c["kind"] == "minimax_m2"
+        if self.biased:
+            self.e_score_correction_bias = nnx.Param(jnp.zeros(c["experts"]))
 
     def __call__(self, x: Array) -> Array:
         flat, (router, shared) = x.reshape(-1, x.shape[-1]), self.names
-        out = self.experts(flat, getattr(self, router)(flat)).reshape(x.shape)
+        bias = (self.e_score_correction_bias[...],) if self.biased else ()
+        out = self.experts(flat, getattr(self, router)(flat, *bias)).reshape(x.shape)
         return out + getattr(self, shared)(x) if shared else out
 
 
