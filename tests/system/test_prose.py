@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterator
@@ -13,7 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = sorted((ROOT / "jaxadapt").rglob("*.py"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+]
 
 # A function's docstring begins with a verb: "Return the sites", not "The sites" and not "Whether it has sites".
 NO_VERBS = {
@@ -47,6 +52,14 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
+def prose(page: Path) -> list[str]:
+    """The lines of a page; of a notebook, those of its Markdown cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".md":
+        return text.splitlines()
+    return [x for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown" for x in cell["source"]]
+
+
 @pytest.mark.parametrize("path", CODE, ids=lambda p: p.relative_to(ROOT / "jaxadapt").as_posix())
 def test_docstrings_begin_with_a_verb(path: Path):
     wrong = []
@@ -60,6 +73,6 @@ def test_docstrings_begin_with_a_verb(path: Path):
 
 @pytest.mark.parametrize("path", [*CODE, *PAGES], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_phrases(path: Path):
-    lines = texts(path) if path.suffix == ".py" else enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    lines = texts(path) if path.suffix == ".py" else enumerate(prose(path), 1)
     wrong = [f"{path.relative_to(ROOT)}:{n} {found[0]!r}" for n, text in lines for found in BANNED.finditer(text)]
     assert not wrong, "say it plainly (what does what):\n" + "\n".join(wrong)
