@@ -30,7 +30,7 @@ extensions = [
     "sphinx_design",
     "sphinx_llm.txt",
 ]
-html_theme, html_title = "furo", f"jaxadapt {version}"
+html_theme, html_title, html_favicon = "furo", f"jaxadapt {version}", "icon.svg"
 smartquotes = False
 nb_execution_mode = "off"  # the tests run them
 (HERE / "tutorials").mkdir(exist_ok=True)
