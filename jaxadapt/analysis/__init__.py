@@ -1,8 +1,10 @@
-"""Size of the change that an adapter makes to each weight: norms, differences of two adapters, and their plots."""
+"""Size of the change that an adapter makes to each weight: norms, differences of two adapters, and their plots; and
+whether a server applies an adapter."""
 
 from jaxadapt.core.lazy import lazy_names
 
 _NAMES = {
     "analysis.changes": "diff measure_norms norms_png",
+    "analysis.logprobs": "compare_logprobs",
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -27,6 +27,7 @@ GROUPS = {
     "Merge and combine": ("adapter_changes", ("merge", "combine")),
     "Share": ("runs", ("export", "push", "pull")),
     "Train and serve": ("runs", ("demo", "checkpoints", "serve")),
+    "Check a server": ("served", ("compare-logprobs",)),
     "Families and methods": ("reports", ("families", "check-keymap", "methods")),
     "The shell": ("reports", ("completion",)),
 }
@@ -35,7 +36,7 @@ _FILES = {name: file for file, names in GROUPS.values() for name in names}
 COMMANDS = tuple(_FILES)
 
 INTERRUPTED = 130
-_ERROR_STATUS = {"diff": 2}
+_ERROR_STATUS = {"diff": 2, "compare-logprobs": 2}
 """{command: exit status after an error}, 1 by default. `diff` exits with 1 if the adapters differ."""
 
 

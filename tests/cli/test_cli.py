@@ -200,7 +200,7 @@ def test_completion(shell):
     ("typed", "offered"),
     [
         ("in", {"inspect"}),
-        ("c", {"combine", "convert", "check-keymap", "checkpoints", "completion"}),
+        ("c", {"combine", "compare-logprobs", "convert", "check-keymap", "checkpoints", "completion"}),
         ("inspect --n", {"--norms"}),
         ("demo --api l", {"linen"}),
         ("merge --dtype b", {"bfloat16"}),
@@ -333,6 +333,7 @@ JSON = {
     "methods": ("methods",),
     "families NAME": ("families", "gpt2"),
     "completion": ("completion", "fish"),
+    "compare-logprobs": ("compare-logprobs", "logprobs.json", "logprobs.json"),
 }
 """Beside demo (`tests/demo/test_demo.py`), push and pull (`tests/storage/hub/test_cli.py`), serve and export, and start
 (`tests/export/test_adapter_files.py`)."""
@@ -346,6 +347,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(name, folder, run_fo
     Path("base").mkdir()
     save_file(weights, "base/model.safetensors")
     shutil.copytree("out", "copy")
+    Path("logprobs.json").write_text('{"base": [[null, -1.5]], "fr": [[null, -0.5]]}')
     result = run(*JSON[name], "--json")
     assert json.loads(result.stdout)
     assert result.exit_code == 0

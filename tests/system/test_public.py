@@ -51,7 +51,7 @@ PUBLIC = {
     "TargetError",
 }  # fmt: skip
 PACKAGES = {
-    "analysis": {"diff", "measure_norms", "norms_png"},
+    "analysis": {"compare_logprobs", "diff", "measure_norms", "norms_png"},
     "export": {"export_adapter", "export_base", "import_base"},
     "initializers": {"Batches", "for_original_base", "start"},
     "merging": {"convert_variant", "plain_lora", "resize_rank", "to_lora"},
