@@ -73,8 +73,8 @@ def join_tensors(
     growth_factors = ", ".join(map(str, sorted({first[name].n for name in different})))
     raise_listed(
         MismatchError,
-        "PEFT stores one A for several weights (queries, keys and values of an nn.MultiheadAttention; gate and up"
-        " of experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
+        "PEFT stores one A for several weights (queries, keys and values in one module; gate and up in one, or of"
+        " experts) or one B (experts of Llama 4), but these tensors differ between the weights (or cannot be"
         " compared inside jit):",
         different if on_shared is None else (),
         '\nPass jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks,'

@@ -294,7 +294,7 @@ def _module_names(mapped: Mapped, unmapped: Mapping[str, tuple[str, ...]]) -> li
 
 def _linear_modules(method: Method, mapped: Mapped) -> frozenset[str]:
     """Return the modules with a linear weight that the method can adapt."""
-    kinds = method.kinds & {"linear"}
+    kinds = method.kinds & {"linear", "fused"}
     return frozenset(
         name for match, _, modules in mapped.values() if match.weight.kind in kinds for name in modules.values()
     )

@@ -591,7 +591,7 @@ def with_layout(config: _C, keymap: KeyMap, sites: Iterable[Match]) -> _C:
 
     Modules are in the order of the keymap's entries. Modules without an entry of the family (a custom head) come last.
     """
-    linear = [matched.weight for matched in sites if matched.weight.kind == "linear"]
+    linear = [matched.weight for matched in sites if matched.weight.kind in ("linear", "fused")]
     if "fan_in_fan_out" not in config.to_dict() or not any(w.fan_in_fan_out for w in keymap.weights) or not linear:
         return config
     order = {entry.leaf: i for i, entry in enumerate(keymap.weights)}

@@ -55,7 +55,7 @@ def name_regex(template: str) -> re.Pattern[str]:
 # ---------------------------------------------------------------- weight
 
 
-Kind = Literal["linear", "embedding", "conv", "attention", "vector", "other", "parameter", "experts", "lookup"]
+Kind = Literal["linear", "embedding", "conv", "attention", "vector", "other", "parameter", "experts", "lookup", "fused"]
 """The kind of a weight: what it is in PyTorch, which determines how PEFT adapts it (see `Weight`)."""
 
 _HOLE = re.compile(r"\{(\w+)\}")
@@ -74,13 +74,14 @@ class Weight:
         leaf: dotted path in the JAX tree. `{l}` stands for digits, `{path}` for any path.
         key: the PyTorch parameter name; its holes are filled from `leaf`, `pattern` and `over`. If PyTorch stores
             several leaves in one tensor, a suffix selects the part: "[0/3]" is the first third of the rows, "[f 0/2]"
-            the first half of the axis f, and "[f 0::2]" every second index of that axis, from the first.
+            the first half of the axis f or (f g), and "[f 0::2]" every second index of that axis, from the first.
         pattern: `"d {l} n h -> (n h) d"`: the JAX axes, then PyTorch's. A name in braces is an axis that PyTorch does
             not have. Each index of that axis has its own tensor, numbered (`{l}`: stacked layers) or named by `over`.
         kind: "linear" (out, in), "embedding" (vocabulary, dim), "conv" (out, in, window...), "attention" (see
             `attention`), "vector" or "other". The default follows from the number of PyTorch axes. "parameter"
             (out, in) and "experts" (expert, out, in) are not weights of an nn.Linear; target_parameters selects them.
             "lookup" is a token embedding whose copy replaces it in the lookup only, although it is the head as well.
+            "fused" is a part of the weight of one nn.Linear; only LoRA can be divided among the parts.
         fan_in_fan_out: PyTorch stores (in, out), as GPT-2's Conv1D does; for experts, PyTorch's `is_transposed`.
         groups: the groups of a convolution.
         scale: `(axes, power)`: the JAX weight is PyTorch's weight times the size of the axes to that power.
@@ -174,7 +175,7 @@ class Weight:
     def _problems(self) -> list[str]:
         _, _, plain, braced, pattern_problems = parse_pattern(self.pattern)
         holes, key_holes, axis = set(_HOLE.findall(self.leaf)), _HOLE.findall(self.key), self._bracket.get("axis")
-        is_axis = not axis or (axis,) in self.right
+        is_axis = not axis or bool(self.part_axis)
         return [
             *pattern_problems,
             *([] if self.kind in get_args(Kind) else [f"expected a kind of {get_args(Kind)}, found {self.kind!r}"]),
@@ -270,9 +271,9 @@ class Weight:
         return (int(text) - first) // step
 
     def fill_leaf(self, texts: Mapping[str, str]) -> str:
-        """Return the leaf with these texts in its holes; texts of braced axes are not used."""
+        """Return the leaf with these texts in its holes; holes that no text fills remain."""
         leaf_texts = {**texts, "l": str(self.model_number("l", texts["l"]))} if "l" in texts else texts
-        return _HOLE.sub(lambda hole: leaf_texts[hole[1]], self.leaf)
+        return _HOLE.sub(lambda hole: leaf_texts.get(hole[1], hole[0]), self.leaf)
 
     def fill_key(self, texts: Mapping[str, str]) -> str:
         """Return the key with these texts in its holes."""
@@ -297,7 +298,7 @@ class Weight:
     def part_axis(self) -> tuple[str, ...]:
         """The PyTorch axis, as a group of names, along which the leaf is a part; by default the first."""
         axis = self._bracket.get("axis")
-        return (axis,) if axis else self.right[0] if self.right else ()
+        return next((group for group in self.right if not axis or group[:1] == (axis,)), ())
 
     @functools.cached_property
     def file_key(self) -> str:
@@ -322,7 +323,7 @@ class Weight:
     @functools.cached_property
     def adaptable(self) -> bool:
         """True if adapters can target the module of this weight; biases and norms can only be copied."""
-        return self.kind == "attention" or self.key.rpartition(".")[2] == "weight"
+        return self.kind == "attention" or self.file_key.rpartition(".")[2] == "weight"
 
     @functools.cached_property
     def module(self) -> str:
@@ -332,7 +333,7 @@ class Weight:
         """
         if self.kind == "attention":
             return re.sub(r"\.?(in_proj_weight\[.*\]|out_proj\.weight)$", "", self.key)
-        return self.key.removesuffix("weight").removesuffix(".")
+        return self.file_key.removesuffix("weight").removesuffix(".")
 
     @functools.cached_property
     def layout_cache(self) -> dict[Any, Any]:

@@ -52,7 +52,7 @@ def has_one_pair(site: Site) -> bool:
     sides = [tensor.name.rpartition("_")[2] for tensor in site.tensors]
     are_matrices = sides == ["A", "B"] and all(len(entry.form.file_shape) == 2 for entry in site.entries)
     has_experts = bool(site.axes.batch_axes) and not site.match.roles["fused"]
-    return are_matrices and not has_experts and site.match.weight.kind != "attention"
+    return are_matrices and not has_experts and site.match.weight.kind not in ("attention", "fused")
 
 
 def matrix_sizes(site: Site) -> tuple[int, int]:

@@ -284,7 +284,7 @@ class LoraHparams:
 class Lora(Method, peft_type="LORA"):
     """LoRA and its variants: W + s·B·A."""
 
-    kinds = frozenset({"linear", "embedding", "conv", "attention"})
+    kinds = frozenset({"linear", "embedding", "conv", "attention", "fused"})
     scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
     row_neutral = MappingProxyType({MAGNITUDE: 1.0})
     row_padded = frozenset({"r"})
@@ -355,7 +355,7 @@ class Lora(Method, peft_type="LORA"):
         return LoraHparams(
             target.value(lambda module: times * config.scale_of(module)),
             0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT has no dropout for these
-            "" if kind in ("attention", "linear") else kind,
+            "" if kind in ("attention", "linear", "fused") else kind,
             match.weight.groups,
             config.use_dora,
             config.lora_bias,

@@ -73,7 +73,7 @@ def _refuse(site: Site) -> Refusal | None:
     way_out, form = APPROXIMATE if site.effects.bias is None else MERGE, "form with a separate adapter for each row"
     if method.rows == "no":
         return Refusal(f"{site.leaf}: {peft_type} has no {form}", way_out)
-    if (kind := site.match.weight.kind) not in ("linear", "attention"):
+    if (kind := site.match.weight.kind) not in ("linear", "attention", "fused"):
         return Refusal(f"{site.leaf}: {peft_type} adapts a layer of kind {kind} here, not a matrix product", MERGE)
     try:
         effects = method.effects(method.row_hparams(site.hparams))

@@ -411,23 +411,50 @@ def keras(specimen: Specimen) -> Side:
 def keras_backbone(specimen: Specimen) -> Any:
     os.environ["KERAS_BACKEND"] = "jax"
     models = importlib.import_module("keras_hub.models")
+    importlib.import_module("keras").utils.clear_session()  # the numbers in the names of layers begin anew
     sizes = {
         "vocabulary_size": V, "hidden_dim": D, "intermediate_dim": F, "num_layers": LAYERS, "num_query_heads": HEADS,
         "num_key_value_heads": KV, "layer_norm_epsilon": 1e-6, "dtype": "float32",
     }  # fmt: skip
+    gemma = {"head_dim": 6, "use_post_ffw_norm": True, "use_post_attention_norm": True, "sliding_window_size": 4}
+    experts = {"num_experts": 4, "top_k": 2, "rope_max_wavelength": 10_000}
     more: dict[str, dict[str, Any]] = {
         "Llama": {"rope_max_wavelength": 10_000},
         "Mistral": {"rope_max_wavelength": 10_000, "sliding_window": 32},
+        "Qwen2": {"rope_max_wavelength": 10_000, "tie_word_embeddings": True},
         "Qwen3": {"rope_max_wavelength": 10_000, "head_dim": 6, "tie_word_embeddings": True},
+        "Gemma": {"intermediate_dim": 2 * F, "head_dim": 6},  # which it halves, as the converter doubles it
+        "Gemma2": {
+            **gemma, "intermediate_dim": 2 * F, "final_logit_soft_cap": 8.0, "attention_logit_soft_cap": 5.0,
+            "use_sliding_window_attention": True, "query_head_dim_normalize": True,
+        },
         "Gemma3": {
-            "image_size": 8, "head_dim": 6, "query_head_dim_normalize": True, "use_query_key_norm": True,
-            "use_post_ffw_norm": True, "use_post_attention_norm": True, "use_sliding_window_attention": True,
-            "sliding_window_size": 4, "vision_encoder": None, "final_logit_soft_cap": None,
+            **gemma, "image_size": 8, "query_head_dim_normalize": True, "use_query_key_norm": True,
+            "use_sliding_window_attention": True, "vision_encoder": None, "final_logit_soft_cap": None,
             "attention_logit_soft_cap": None,
         },
+        "Phi3": {"num_key_value_heads": HEADS, "rope_max_wavelength": 10_000},
+        "Mixtral": {**experts, "sliding_window": 32},
+        "Qwen2Moe": {
+            **experts, "moe_intermediate_dim": 8, "shared_expert_intermediate_dim": 20, "norm_top_k_prob": False,
+        },
+        "Qwen3Moe": {
+            **experts, "moe_intermediate_dim": 8, "head_dim": 6, "norm_top_k_prob": True, "mlp_only_layers": [1],
+        },
     }  # fmt: skip
+    old = {
+        "vocabulary_size": V, "hidden_dim": D, "num_layers": LAYERS, "num_heads": HEADS, "max_sequence_length": 32,
+        "dtype": "float32",
+    }  # fmt: skip
+    if specimen.table == "keras:gpt2":
+        return models.GPT2Backbone(**old, intermediate_dim=4 * D)
+    if specimen.torch.endswith("ForSequenceClassification"):
+        name = specimen.torch.removesuffix("ForSequenceClassification")
+        backbone = getattr(models, f"{name}Backbone")(**old, intermediate_dim=F)
+        return getattr(models, f"{name}TextClassifier")(backbone, num_classes=2)
     torch = specimen.torch.removesuffix("ForCausalLM")
-    return getattr(models, f"{torch}Backbone")(**sizes, **more[torch])
+    names = {"Gemma2": "Gemma", "Qwen2": "Qwen", "Qwen2Moe": "QwenMoe"}
+    return getattr(models, f"{names.get(torch, torch)}Backbone")(**{**sizes, **more[torch]})
 
 
 def run_keras(made: Any, tree: Any) -> Any:
@@ -437,6 +464,10 @@ def run_keras(made: Any, tree: Any) -> Any:
     for path, variable in held.items():
         variable.assign(flat[path])
     inputs = {"token_ids": jnp.asarray(IDS), "padding_mask": jnp.ones_like(IDS)}
+    if "logits.kernel" in held:
+        return made(
+            {**inputs, "segment_ids": jnp.zeros_like(IDS)} if "segment_embedding.embeddings" in held else inputs
+        )
     return made.token_embedding(made(inputs), reverse=True)
 
 

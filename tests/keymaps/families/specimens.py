@@ -228,10 +228,27 @@ _TIED_BERT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 _TIED_ROBERTA = ("lm_head.decoder.weight", "lm_head.decoder.bias")
 
 
-def _keras(model: str, torch: str, **config: Any) -> Specimen:
-    tied = config["tie_word_embeddings"]
-    name, unused = f"keras-{torch.removesuffix('ForCausalLM').lower()}", (HEAD,) if tied else ()
-    return Specimen(name, f"keras:{model}", torch, {**DECODER, **rope(), **config}, "keras", {}, PROJ, unused=unused)
+def _keras(model: str, torch: str, targets: tuple[str, ...] = PROJ, **config: Any) -> Specimen:
+    config = {**DECODER, **rope(), **config}
+    experts = "experts_implementation" in config
+    return Specimen(
+        f"keras-{torch.removesuffix('ForCausalLM').lower()}",
+        f"keras:{model}",
+        torch,
+        config,
+        "keras",
+        {},
+        targets,
+        unused=(HEAD,) if config["tie_word_embeddings"] else (),
+        parameters=(*_EXPERTS, "gate.weight") if experts else (),
+    )
+
+
+def _keras_old(
+    model: str, torch: str, targets: tuple[str, ...], config: dict[str, Any], unused: tuple[str, ...] = ()
+) -> Specimen:
+    """The models before Llama."""
+    return Specimen(f"keras-{model}", f"keras:{model}", torch, config, "keras", {}, targets, unused=unused)
 
 
 def _easydel(model: str, torch: str, targets: tuple[str, ...] = PROJ, **config: Any) -> Specimen:
@@ -391,6 +408,9 @@ def _twin_with_experts(
     return dataclasses.replace(one, options={**options, "dense_size": F}, parameters=parameters)
 
 
+_KERAS_EXPERTS: dict[str, Any] = {
+    "num_experts_per_tok": 2, "experts_implementation": "eager", "tie_word_embeddings": False,
+}  # fmt: skip
 _DENSE_FIRST = {"maxtext:deepseek_v3": 3, "maxtext:kimi_k2": 1}
 
 
@@ -559,6 +579,25 @@ SPECIMENS = (
     _keras("llama", "MistralForCausalLM", tie_word_embeddings=False),
     _keras("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True, head_dim=6),
     _keras("gemma3", "Gemma3ForCausalLM", **{**GEMMA3, "layer_types": ["sliding_attention"] * LAYERS}),
+    _keras("gemma", "GemmaForCausalLM", **GEMMA),
+    _keras("gemma2", "Gemma2ForCausalLM", **GEMMA2),
+    _keras("qwen2", "Qwen2ForCausalLM", tie_word_embeddings=True),
+    _keras("mixtral", "MixtralForCausalLM", PROJ[:4], **_KERAS_EXPERTS, num_local_experts=4),
+    _keras(
+        "qwen_moe", "Qwen2MoeForCausalLM", (*PROJ, "shared_expert_gate"), **_KERAS_EXPERTS, num_experts=4,
+        moe_intermediate_size=8, shared_expert_intermediate_size=20, norm_topk_prob=False,
+    ),
+    _keras(
+        "qwen3_moe", "Qwen3MoeForCausalLM", PROJ[:4], **_KERAS_EXPERTS, num_experts=4, moe_intermediate_size=8,
+        head_dim=6, mlp_only_layers=[1], norm_topk_prob=True,
+    ),
+    _keras_old("gpt2", "GPT2LMHeadModel", ("c_attn", "c_proj", "c_fc"), _GPT2, unused=(HEAD,)),
+    _keras(
+        "phi3", "Phi3ForCausalLM", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), tie_word_embeddings=False,
+        num_key_value_heads=HEADS, pad_token_id=0,
+    ),
+    # keras-hub's BERT has the approximate GELU.
+    _keras_old("bert", "BertForSequenceClassification", _BERT, {**SIZES, "pad_token_id": 0, "hidden_act": "gelu_new"}),
     # Bonsai's Qwen 3 turns by 1e6 whatever `rope_theta` says.
     _bonsai(
         "qwen3", "Qwen3ForCausalLM", {**DECODER, **rope(1e6), "head_dim": 6, "tie_word_embeddings": False}, PROJ,

@@ -46,7 +46,7 @@ def adapted(name: str) -> Any:
     import copy
 
     specimen = BY_NAME[name]
-    fan = {"fan_in_fan_out": True} if specimen.table.startswith("gpt2") else {}
+    fan = {"fan_in_fan_out": True} if specimen.torch.startswith("GPT2") else {}
     model = get_peft_model(copy.deepcopy(base(name)), LoraConfig(**specimen.lora, **fan)).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -1,0 +1,70 @@
+"""BERT of keras-hub, with the names of keras-hub 0.32. Heads are separate axes.
+
+The head of `BertTextClassifier` is mapped, the head of `BertMaskedLM` is not.
+"""
+
+from jaxadapt.keymaps.families import KeyMap, Weight, bare
+
+_OURS = "transformer_layer_{l}."
+_AFFINE = (("gamma", "weight"), ("beta", "bias"))
+_HEADS = ("query", "key", "value")
+
+
+def _layers(prefix: str) -> tuple[Weight, ...]:
+    """Return the entries of the encoder's layers and of the norm before them; `prefix` is that of PyTorch's names."""
+    layer = f"{prefix}encoder.layer.{{l}}."
+    dense = (
+        ("feedforward_intermediate_dense", "intermediate.dense", "i o -> o i"),
+        ("feedforward_output_dense", "output.dense", "i o -> o i"),
+        ("self_attention_layer.attention_output", "attention.output.dense", "n h d -> d (n h)"),
+    )
+    norms = (
+        (f"{_OURS}self_attention_layer_norm", f"{layer}attention.output.LayerNorm"),
+        (f"{_OURS}feedforward_layer_norm", f"{layer}output.LayerNorm"),
+        ("embeddings_layer_norm", f"{prefix}embeddings.LayerNorm"),
+    )
+    attention = tuple((f"{_OURS}self_attention_layer.{p}", f"{layer}attention.self.{p}") for p in _HEADS)
+    return (
+        *(Weight(f"{a}.kernel", f"{b}.weight", "d n h -> (n h) d") for a, b in attention),
+        *(Weight(f"{a}.bias", f"{b}.bias", "n h -> (n h)") for a, b in attention),
+        *(Weight(f"{_OURS}{a}.kernel", f"{layer}{b}.weight", pattern) for a, b, pattern in dense),
+        *(Weight(f"{_OURS}{a}.bias", f"{layer}{b}.bias", "o -> o") for a, b, _ in dense),
+        *(Weight(f"{a}.{x}", f"{b}.{y}", "d -> d") for a, b in norms for x, y in _AFFINE),
+    )
+
+
+def _dense(leaf: str, module: str) -> tuple[Weight, ...]:
+    return Weight(f"{leaf}.kernel", f"{module}.weight", "i o -> o i"), Weight(
+        f"{leaf}.bias", f"{module}.bias", "o -> o"
+    )
+
+
+def _embedding(leaf: str, key: str) -> Weight:
+    return Weight(f"{leaf}.embeddings", f"{key}_embeddings.weight", "v d -> v d", kind="embedding")
+
+
+def _keymap(name: str, weights: tuple[Weight, ...], needs: tuple[str, ...]) -> KeyMap:
+    return KeyMap(
+        f"keras:{name}",
+        (*_layers(f"{name}."), *weights),
+        order=(
+            *(name, "classifier", "embeddings", "encoder", "pooler", "layer", "word_embeddings", "attention", "self"),
+            *("query", "key", "value", "intermediate", "output", "dense", "out_proj"),
+        ),
+        needs=(f"{_OURS}self_attention_layer.query.kernel", *needs),
+        buffers=(f"{name}.embeddings.position_ids", "embeddings.position_ids"),
+        spellings=bare(f"{name}."),
+    )
+
+
+BERT = _keymap(
+    "bert",
+    (
+        _embedding("token_embedding", "bert.embeddings.word"),
+        _embedding("position_embedding", "bert.embeddings.position"),
+        _embedding("segment_embedding", "bert.embeddings.token_type"),
+        *_dense("pooled_dense", "bert.pooler.dense"),
+        *_dense("logits", "classifier"),
+    ),
+    ("token_embedding.embeddings", "segment_embedding.embeddings", "pooled_dense.kernel"),
+)
