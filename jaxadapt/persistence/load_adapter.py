@@ -28,7 +28,7 @@ from jaxadapt.adapters.adapter import Adapter, Recipe, Site, Sites, file_entries
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, is_float
 from jaxadapt.configs import lora
-from jaxadapt.configs.base import PEFT_VERSION, Config
+from jaxadapt.configs.base import PEFT_VERSION, Config, release_of
 from jaxadapt.core import paths
 from jaxadapt.core.errors import (
     LOGGER,
@@ -414,7 +414,7 @@ def bind(
     except AdapterError as error:
         hint = rules.attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
         raise type(error)(f"{tensors.source}: {error}{hint}") from error
-    _warn_of_newer_attention(tensors, adapter_sites)
+    _warn_of_newer_peft(tensors, adapter_sites)
     return rules.Expected(tensors, recipe, adapter_sites, base, options)
 
 
@@ -451,13 +451,23 @@ def _bind_to_attached(
     )
     if not is_alike:
         return None
-    _warn_of_newer_attention(tensors, adapter_sites)
+    _warn_of_newer_peft(tensors, adapter_sites)
     recipe = Recipe(config, present.keymap, len(adapter_sites))
     return rules.Expected(tensors, recipe, adapter_sites, base, options)
 
 
-def _warn_of_newer_attention(tensors: PeftTensors, adapter_sites: Sites) -> None:
-    """Warn of a file with an attention's output projection that a newer PEFT wrote, which may add its product once."""
+def _warn_of_newer_peft(tensors: PeftTensors, adapter_sites: Sites) -> None:
+    """Warn of a newer PEFT's file with fields that are unknown here, or with an attention's output projection.
+
+    The newer PEFT may add the projection's product once.
+    """
+    config = tensors.config
+    unknown = [name for name, value in config.extra.items() if value not in (None, False, {}, [])]
+    if unknown and release_of(config.peft_version)[:3] > release_of(PEFT_VERSION):
+        warn(
+            f"{tensors.source}: written by PEFT {config.peft_version}, with fields that jaxadapt does not know and"
+            f" ignores: {', '.join(sorted(unknown))}. It follows PEFT {PEFT_VERSION}: compare the outputs with PEFT's"
+        )
     weights = (site.match.weight for site in adapter_sites if not site.method.copies)
     if any(w.kind == "attention" and w.products == 2 for w in weights) and is_newer_lora_file(tensors.config):
         warn(

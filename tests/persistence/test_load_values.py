@@ -106,3 +106,14 @@ def test_tensors_that_fill_whole_blocks_of_memory(tmp_path: Path, damaged: bool,
             found = loaded[name]["kernel"][tensor]
             assert found.dtype == dtype
             np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(value, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("value", "version", "warns"), [(3, "9.0.0", True), (None, "9.0.0", False), (3, "0.21.2", False)]
+)
+def test_fields_of_a_newer_peft_are_a_warning(tmp_path: Path, value: object, version: str, warns: bool):
+    tensors = jaxadapt.to_peft(small.trained())
+    config = jaxadapt.Config.from_dict({**tensors.config.to_dict(), "new_field": value, "peft_version": version})
+    newer = dataclasses.replace(tensors, config=config)
+    with pytest.warns(UserWarning, match=r"PEFT 9\.0\.0.*ignores: new_field") if warns else contextlib.nullcontext():
+        jaxadapt.load(newer, small.net())
