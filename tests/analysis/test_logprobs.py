@@ -48,7 +48,8 @@ def test_the_numbers():
         (0.3, 0.3, 0.1001, "undecided"),
         (0.0, 0.0, 0.0, "undecided"),
         (0.5, 0.5, 0.0, "applied"),
-        (0.5, 0.500_001, 0.0, "applied"),  # float32 rounds so
+        (0.5, 0.5001, 0.0, "applied"),  # sums in another order
+        (0.00029, 0.00029, 0.0, "undecided"),
         (0.5, 0.51, 0.0, "applied otherwise"),
     ],
 )

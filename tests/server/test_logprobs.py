@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxadapt.analysis import compare_logprobs
 from jaxadapt.server.protocol import RequestError, parse_request
-from tests.server.conftest import CONFIG, make_weights
+from tests.server.conftest import CONFIG, NAMES, make_weights
 from tests.server.test_app import GREEDY, ask
 
 
@@ -67,6 +68,26 @@ def test_each_new_token_has_its_logprob_and_those_of_the_most_probable_ones(serv
         np.testing.assert_allclose([top[base.spell(int(i))[0]] for i in best], want[best], atol=1e-4, rtol=0)
         ids.append(new)
     assert len(found["tokens"]) == 12
+
+
+@pytest.mark.peft
+def test_compare_logprobs_tells_that_the_server_applies_each_adapter(server, base, root):
+    """The request is that of docs/files.md; its first token has a null."""
+    folders = {"base": None, **{name: root / name for name in NAMES}}
+    texts = ["Hello you", "One two three"]
+    body = {"prompt": texts, "max_tokens": 0, "echo": True, "logprobs": 0}
+    served: dict[str, Any] = {}
+    for name in folders:
+        (reply,) = ask(server, {"model": "tiny" if name == "base" else name, **body})
+        served[name] = [choice["logprobs"]["token_logprobs"] for choice in reply.json()["choices"]]
+    expected: dict[str, Any] = {}
+    for name, folder in folders.items():
+        ids = [base.encode(text) for text in texts]
+        expected[name] = [peft_logprobs(folder, each)[np.arange(len(each) - 1), each[1:]] for each in ids]
+    found = compare_logprobs(served, expected)
+    assert [each.verdict for each in found] == ["applied"] * len(NAMES), list(map(str, found))
+    mixed = compare_logprobs(served | {"de": served["fr"], "it": served["base"]}, expected)
+    assert [each.verdict for each in mixed] == ["another adapter", "applied", "not applied"]
 
 
 def events(text: str) -> list[Any]:
