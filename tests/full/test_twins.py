@@ -30,5 +30,5 @@ def test_every_case_in_every_twin() -> None:
 
 @pytest.mark.peft
 def test_every_recorded_decoder() -> None:
-    names = "olmo3 or phi3 or gpt_neox or falcon or stablelm or minimax_m2 or qwen3_next"
+    names = "olmo3 or phi3 or gpt_neox or falcon or stablelm or glm4_moe or minimax_m2 or qwen3_next"
     run_tests("tests/keymaps/families/test_proof.py", "-k", f"({names}) and (logits or recorded)")
