@@ -1,4 +1,4 @@
-"""A library's model that no keymap matches is refused: PEFT would load its adapter without effect.
+"""A library's model that no keymap matches is refused: PEFT loads an adapter with other names without effect.
 
 The models here have the leaves of Bonsai's LLaDA (commit 3628425), and say that they are of that library.
 """

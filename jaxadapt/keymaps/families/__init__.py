@@ -237,8 +237,8 @@ def resolve_keymap(
 
     "auto" selects the family that matches most leaves, and of several such families the one with the fewest unused
     entries. A head or a norm without an entry stays unmapped, which is an error only if it is targeted. If no family
-    matches, it selects the generic keymap, except for a model of a library that has families: PyTorch's names of such a
-    model are not its paths.
+    matches, it selects the generic keymap, except for a model of a library that has families: its paths may not be
+    PyTorch's names.
 
     Args:
         keymap: a keymap, the name of a family, "auto" or None.
@@ -265,9 +265,9 @@ def resolve_keymap(
     libraries = {f"{cls.__module__.partition('.')[0]}:" for cls in model.__mro__}
     if found is GENERIC and any(name.startswith(tuple(libraries)) for name in families):
         raise errors.KeyMapError(
-            f"no keymap has the names of {model.__module__}.{model.__qualname__} in PyTorch. PEFT would find no module"
-            " with the names of the generic keymap, and would load the adapter without effect. Pass a KeyMap with an"
-            f" entry for each weight, or keymap={GENERIC.name!r} for an adapter that only JAX loads"
+            f"no keymap has the names of {model.__module__}.{model.__qualname__} in PyTorch. Where these are not the"
+            " model's own paths, PEFT would load the adapter without effect. Pass a KeyMap with an entry for each"
+            f" weight, or keymap={GENERIC.name!r} if the paths are PyTorch's names or only JAX loads the adapter"
             f"{describe_nearest_family(shapes)}"
         )
     return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -104,3 +107,31 @@ def test_a_vit_in_files_of_either_naming(tmp_path):
         assert set(jaxadapt.to_peft(adapter).tensors) == set(files[-1].tensors)
     new, old = (set(file.tensors) for file in files)
     assert new == {k.replace("encoder.layer", "layers").replace("attention.query", "q_proj") for k in old}
+
+
+@pytest.mark.parametrize("table", ["bonsai:vit/v4", "bonsai:dinov3/v4", "bonsai:gemma3/file"])
+def test_bonsais_spellings_are_the_names_in_files(table, tmp_path):
+    """As transformers writes them; published files have one more name in the path of Gemma's vision tower."""
+    name = table.partition("/")[0].replace(":", "-")
+    torch_side.base(name).save_pretrained(tmp_path)
+    keys = {
+        re.sub("^vision_tower", "vision_tower.vision_model", key) for key in load_file(tmp_path / "model.safetensors")
+    }
+    assert set(plan.base_plan(families.get_family(table), recorded(name)["leaves"]).keys) == keys
+
+
+def test_an_adapter_of_gemma_without_vision_fits_bonsais_gemma():
+    text = {k: v for k, v in BY_NAME["bonsai-gemma3"].config["text_config"].items() if k != "tie_word_embeddings"}
+    with torch.device("meta"):
+        model = get_peft_model(
+            tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**text)), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+        )
+    keys = {k.replace(".default", ""): tuple(x.shape) for k, x in model.named_parameters() if "lora_" in k}
+    file = jaxadapt.PeftTensors(
+        jaxadapt.LoraConfig(r=2, target_modules=r"model\.layers.*\.(q_proj|down_proj)"),
+        {key: values(key, shape) for key, shape in keys.items()},
+    )
+    tree = trees.nest({path: np.zeros(shape, "float32") for path, shape in recorded("bonsai-gemma3")["leaves"].items()})
+    adapter = jaxadapt.from_peft(file, tree)
+    assert adapter.keymap.name == "bonsai:gemma3/text"
+    assert set(jaxadapt.to_peft(adapter).tensors) == set(keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,13 @@ def adapted(name: str) -> Any:
 
 @functools.cache
 def logits(name: str, adapter: bool) -> np.ndarray:
-    model = adapted(name) if adapter else base(name)
+    return outputs(adapted(name) if adapter else base(name), BY_NAME[name].inputs)
+
+
+def outputs(model: Any, inputs: Iterable[str]) -> np.ndarray:
+    """The logits of a model, or its last states if it has no head."""
     with torch.no_grad():
-        out = model(**{key.partition("/")[0]: torch.from_numpy(INPUTS[key]) for key in BY_NAME[name].inputs})
+        out = model(**{key.partition("/")[0]: torch.from_numpy(INPUTS[key]) for key in inputs})
     return next(out[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in out).numpy()
 
 
