@@ -22,7 +22,7 @@ from jaxadapt.arrays.layout import Axes, FileLayout, TorchLayout
 from jaxadapt.arrays.products import LAYER, needs_layer_number
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt.core.errors import AttachError, FileError, raise_as
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import GENERIC, PEFT_PREFIX, KeyMap, Match, from_data, tied_heads, to_data
 from jaxadapt.keymaps.weight import MethodTensor, Modules
@@ -95,13 +95,11 @@ class Recipe:
     @classmethod
     def from_text(cls, text: str) -> Recipe:
         """Parse the text that `to_text` returns; raise `AttachError` for any other text."""
-        try:
+        with raise_as(AttachError, "cannot read the serialized adapter configuration", ValueError, KeyError, TypeError):
             data = json.loads(text)
             return cls(
                 Config.from_dict(data["config"], "the serialized state"), from_data(data["keymap"]), int(data["sites"])
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise AttachError(f"cannot read the serialized adapter configuration: {error}") from error
 
 
 def not_an_adapter(found: Any) -> AttachError:

@@ -472,7 +472,7 @@ def sites_of(adapter: Adapter) -> Sites:
 Tensors = tuple[tuple[str, tuple[tuple[str, Shape], ...]], ...]
 
 
-@functools.lru_cache(maxsize=16)  # every save of a run needs the same sites
+@functools.lru_cache(maxsize=64)  # every save of a run needs the same sites, and every call outside jit
 def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     """Return the sites of an adapter's leaves: adapted ones first, then copies."""
     method, leaves = get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}

@@ -3,8 +3,10 @@ whether a server applies an adapter."""
 
 from jaxadapt.core.lazy import lazy_names
 
-_NAMES = {
-    "analysis.changes": "diff measure_norms norms_png",
-    "analysis.logprobs": "compare_logprobs",
-}
-__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "analysis.changes": "diff measure_norms norms_png",
+        "analysis.logprobs": "compare_logprobs",
+    },
+)

@@ -33,7 +33,7 @@ from jaxadapt.configs.validation import (
     one_of,
     read_peft_type,
 )
-from jaxadapt.core.errors import ConfigError, repeated
+from jaxadapt.core.errors import ConfigError, raise_as, repeated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -390,10 +390,8 @@ class Config:
         names = _defaults(cls).keys() - {"extra"}
         known: dict[str, Any] = {"peft_version": None, **{key: x for key, x in values.items() if key in names}}
         extra = {key: value for key, value in values.items() if key not in names}
-        try:
+        with raise_as(ConfigError, source, ConfigError):
             return cls(**known, extra=extra)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from error
 
 
 def class_of(peft_type: str) -> type[Config] | None:

@@ -138,6 +138,22 @@ def raise_listed(
         raise error(f"{message}\n{bullets(lines, limit)}{advice}")
 
 
+@contextlib.contextmanager
+def raise_as(error: type[Exception], text: str, *kinds: type[Exception]) -> Generator[None]:
+    """Raise errors of these kinds within a context as one of another class, with a text and a colon before theirs.
+
+    >>> with raise_as(FormatError, "a.json: expected a number", ValueError):
+    ...     int("x")
+    Traceback (most recent call last):
+    ...
+    jaxadapt.core.errors.FormatError: a.json: expected a number: invalid literal for int() with base 10: 'x'
+    """
+    try:
+        yield
+    except kinds as problem:
+        raise error(f"{text}: {problem}") from problem
+
+
 def warn(message: str) -> None:
     """Issue a `UserWarning` that points at the user's line that called into this library."""
     frame, level, stacklevel = inspect.currentframe(), 0, 1

@@ -18,6 +18,7 @@ from jaxadapt.core.errors import AdapterError, bullets
 
 SEPARATOR = "."
 _K = TypeVar("_K")
+_N = TypeVar("_N")
 _V = TypeVar("_V")
 
 
@@ -192,6 +193,18 @@ def group(pairs: Iterable[tuple[_K, _V]]) -> dict[_K, list[_V]]:
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
     return groups
+
+
+def nest(triples: Iterable[tuple[_K, _N, _V]]) -> dict[_K, dict[_N, _V]]:
+    """Return `{key: {name: value}}` of (key, name, value) triples, in their order; of equal names the last value.
+
+    >>> nest([("a", "x", 1), ("b", "x", 2), ("a", "y", 3)])
+    {'a': {'x': 1, 'y': 3}, 'b': {'x': 2}}
+    """
+    nested: dict[_K, dict[_N, _V]] = {}
+    for key, name, value in triples:
+        nested.setdefault(key, {})[name] = value
+    return nested
 
 
 def group_findings(findings: Iterable[Finding], missing: str = "missing", unexpected: str = "unexpected") -> list[str]:

@@ -37,7 +37,7 @@ from rich.table import Table
 import jaxadapt
 from jaxadapt.configs.base import class_of
 from jaxadapt.configs.table import FACTS
-from jaxadapt.core.errors import AdapterError, ConfigError, FileError
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, raise_as
 from jaxadapt.demo.llama import PROJECTIONS, LinenLlama, LlamaConfig, to_linen, to_nnx
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2, batches, chunks, python_topics, spread
 from jaxadapt.methods.base import METHODS, get_method
@@ -378,10 +378,8 @@ def run(
     model = SmolLM2.open()
     tokenizer = model.tokenizer()
     console.print(f"base model: {MODEL_NAME}, from {model.path.name}", soft_wrap=True)
-    try:
+    with raise_as(FileError, f"{out}: expected a folder or a path to create one at, found", OSError):
         out.mkdir(parents=True, exist_ok=True)  # before training, so that an error costs no time
-    except OSError as error:
-        raise FileError(f"{out}: expected a folder or a path to create one at, found: {error}") from error
     # CPUs multiply in float32 by default; accelerators would round to fewer bits, and the comparison
     # with PEFT would measure the rounding.
     with jax.default_matmul_precision("highest"):

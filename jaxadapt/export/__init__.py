@@ -2,8 +2,10 @@
 
 from jaxadapt.core.lazy import lazy_names
 
-_NAMES = {
-    "export.adapter_files": "export_adapter",
-    "export.base_files": "export_base import_base",
-}
-__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "export.adapter_files": "export_adapter",
+        "export.base_files": "export_base import_base",
+    },
+)

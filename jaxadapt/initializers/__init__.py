@@ -2,7 +2,9 @@
 
 from jaxadapt.core.lazy import lazy_names
 
-_NAMES = {
-    "initializers.start_adapter": "Batches for_original_base start",
-}
-__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "initializers.start_adapter": "Batches for_original_base start",
+    },
+)

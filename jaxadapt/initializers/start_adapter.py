@@ -25,7 +25,7 @@ from jaxadapt.arrays import quantized, regions
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, met, raise_listed
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, met, raise_as, raise_listed
 from jaxadapt.initializers import statistics
 from jaxadapt.initializers.kinds import Array, Factors, InitKind, ModuleValues, init_kind
 from jaxadapt.keymaps.keymap import KeyMap
@@ -146,10 +146,8 @@ class Initialization:
             return {}
         out: dict[str, Factors] = {}
         for b in self.pairs:
-            try:
+            with raise_as(AttachError, b.leaf, AttachError):
                 out |= {module: compute(values) for module, values in self.module_values(b, data).items()}
-            except AttachError as error:
-                raise AttachError(f"{b.leaf}: {error}") from error
         return out
 
     def gradients(self, leaves: Mapping[str, Array]) -> dict[str, Array]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.matching import is_parameter, tensor_names
 from jaxadapt.configs.table import FACTS
+from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight, name_regex
@@ -57,14 +58,14 @@ def adapted_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     >>> adapted_keys(["base_model.model.q.lora_A.weight"])
     {'q': {'lora_A': 'base_model.model.q.lora_A.weight'}}
     """
-    found: dict[str, dict[str, str]] = {}
     names = tensor_names(tuple(FACTS))
     tensor = _tensor_pattern(names.with_parts, names.prefixes)
-    for key in keys:
-        match = tensor.fullmatch(key.removeprefix(PEFT_PREFIX))
-        if match is not None and match["module"] != SHARED_MODULE and not key.endswith(_ROWS):
-            found.setdefault(match["module"], {})[match["name"].replace(".", "_")] = key
-    return found
+    matches = [(key, tensor.fullmatch(key.removeprefix(PEFT_PREFIX))) for key in keys]
+    return paths.nest(
+        (match["module"], match["name"].replace(".", "_"), key)
+        for key, match in matches
+        if match is not None and match["module"] != SHARED_MODULE and not key.endswith(_ROWS)
+    )
 
 
 def named_parameter(config: Config, module: str) -> str:

@@ -2,8 +2,10 @@
 
 from jaxadapt.core.lazy import lazy_names
 
-_NAMES = {
-    "merging.combination": "resize_rank to_lora",
-    "merging.pairs": "convert_variant plain_lora",
-}
-__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "merging.combination": "resize_rank to_lora",
+        "merging.pairs": "convert_variant plain_lora",
+    },
+)

@@ -136,11 +136,12 @@ def refuse_dependent(adapters: Mapping[str, Adapter]) -> None:
     It does if each of them scales the outputs or adds to a weight that it does not read, or if all change the weight in
     the same way and each changes what the one before it gives.
     """
-    by_leaf: dict[str, dict[str, Site]] = {}
-    for name, adapter in adapters.items():
-        for site in sites_of(adapter):
-            if not site.method.copies:
-                by_leaf.setdefault(site.leaf, {})[name] = site
+    by_leaf = paths.nest(
+        (site.leaf, name, site)
+        for name, adapter in adapters.items()
+        for site in sites_of(adapter)
+        if not site.method.copies
+    )
     dependent: list[str] = []
     for leaf, found in by_leaf.items():
         effects = {(site.method.peft_type, site.effects) for site in found.values()}

@@ -424,12 +424,12 @@ def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
         return None
     leaves = {path: at_least_float32(jnp.asarray(x)) for path, x in adapter.flat().items()}
     shared = {name: leaves[paths.join(SHARED_NODE, name)] for name in adapter.shared}
-    tensors: dict[str, dict[str, Array]] = {}
-    for site in sites:
-        for tensor, entry in site.bound:
-            for key, row in zip(entry.keys, entry.form.to_rows(leaves[entry.path]), strict=True):
-                module = key.removeprefix(adapter.keymap.prefix).removesuffix(tensor.suffix)
-                tensors.setdefault(module, {})[tensor.name] = row
+    tensors = paths.nest(
+        (key.removeprefix(adapter.keymap.prefix).removesuffix(tensor.suffix), tensor.name, row)
+        for site in sites
+        for tensor, entry in site.bound
+        for key, row in zip(entry.keys, entry.form.to_rows(leaves[entry.path]), strict=True)
+    )
     by_leaf = {site.leaf: site for site in sites}
     pairs: dict[str, Pair] = {}
     with jax.default_matmul_precision("highest"):

@@ -25,7 +25,7 @@ from jaxadapt.arrays.tensor_source import Derived, TensorSource, TensorSpec, as_
 from jaxadapt.configs import lora, matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
+from jaxadapt.core.errors import ConfigError, MismatchError, met, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
 # ---------------------------------------------------------------- pairs
@@ -306,24 +306,16 @@ def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collec
     fields = lora.fields_set(config, "base", "tensor", "copy", "token", "model")
     advice = lora.merge_advice(config)
     problems = [f"{name}={value!r}: {advice}" for name, value in fields.items() if name not in keep]
-    rules = (
-        (
-            lora.changes_base(config) and not converts and config.kasa_config is None,
-            (
-                f"{lora.init_field(config)}: this initialization changed the base of the adapter; pass the"
-                " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora"
-                " and pissa"
-            ),
-        ),
-        (
-            config.target_parameters and (config.rank_pattern or config.alpha_pattern or converts),
-            (
-                "target_parameters with patterns or a changed base: load the adapter into its model and use"
-                " jaxadapt.merging.resize_rank"
-            ),
-        ),
+    problems += met(
+        {
+            f"{lora.init_field(config)}: this initialization changed the base of the adapter; pass the"
+            " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora"
+            " and pissa": lora.changes_base(config) and not converts and config.kasa_config is None,
+            "target_parameters with patterns or a changed base: load the adapter into its model and use"
+            " jaxadapt.merging.resize_rank": config.target_parameters
+            and (config.rank_pattern or config.alpha_pattern or converts),
+        }
     )
-    problems += [problem for applies, problem in rules if applies]
     raise_listed(ConfigError, f"{source}: a plain LoRA cannot express this adapter:", problems)
 
 

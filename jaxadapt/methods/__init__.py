@@ -2,10 +2,12 @@
 
 from jaxadapt.core.lazy import lazy_names
 
-_NAMES = {
-    "configs.matching": "MethodInfo describe_methods",
-    "methods.applied": "AppliedMethod",
-    "methods.base": "Change Drop Effects METHODS Method Start Target get_method register",
-    "methods.matrix": "MatrixMethod",
-}
-__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "configs.matching": "MethodInfo describe_methods",
+        "methods.applied": "AppliedMethod",
+        "methods.base": "Change Drop Effects METHODS Method Start Target get_method register",
+        "methods.matrix": "MatrixMethod",
+    },
+)

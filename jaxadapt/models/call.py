@@ -25,7 +25,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, Use, contradiction_message
-from jaxadapt.core.errors import AttachError, raise_listed
+from jaxadapt.core.errors import AttachError, raise_as, raise_listed
 from jaxadapt.keymaps.weight import Kind
 from jaxadapt.methods.applied import (
     AppliedMethod,
@@ -286,11 +286,9 @@ def _run_rewritten(
     def run(weights: Mapping[str, Any], *args: Any) -> tuple[Any, Mapping[str, Any]]:
         return layer.run({**kept, **weights}, *args, **kwargs)
 
-    try:
+    with raise_as(AttachError, layer.name, AttachError):
         check_biases(hooks.values(), others)
         return tracing.rewrite(run, {leaf: params[leaf] for leaf in hooks}, hooks, *args, forward=forward)
-    except AttachError as error:
-        raise AttachError(f"{layer.name}: {error}") from error
 
 
 def changed_bias(layer: str, hooks: Mapping[str, Hook | Stacked], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -434,29 +434,40 @@ class Module(Carrier):
         return Adapted(self.tree, ((name, config),), (name,), **shared)
 
 
-class Wrapper(Module):
-    """An adapted Linen module."""
+class _Wrapped(Carrier):
+    """A model in a wrapper, which holds the adapters or their configurations; operations return another wrapper."""
+
+    @functools.cached_property
+    def _wrapper(self) -> Any:
+        return self.tree
 
     def names(self) -> list[str]:
-        return [name for name, _ in self.tree.adapters]
+        return list(dict(self._wrapper.adapters))
 
     def active(self) -> list[str]:
-        return list(self.tree.active)
+        return list(self._wrapper.active)
+
+    def delete(self, name: str) -> Any:
+        check_names([name], self.names())
+        kept = {each: adapter for each, adapter in dict(self._wrapper.adapters).items() if each != name}
+        active = tuple(each for each in self.active() if each != name)
+        are_pairs = isinstance(self._wrapper.adapters, tuple)
+        return self._wrapper.clone(adapters=tuple(kept.items()) if are_pairs else kept, active=active)
+
+    def activate(self, names: Sequence[str]) -> Any:
+        check_names(names, self.names())
+        return self._wrapper.clone(active=tuple(names))
+
+
+class Wrapper(_Wrapped, Module):
+    """An adapted Linen module."""
 
     def _wrap(self, config: Config, name: str, shared: Mapping[str, Any]) -> Adapted:
         check_free(name, self.names())
         return self.tree.with_adapter(name, config, shared)
 
-    def delete(self, name: str) -> Any:
-        check_names([name], self.names())
-        return self.tree.without_adapter(name)
-
     def detach(self) -> Any:
         return self.tree.module
-
-    def activate(self, names: Sequence[str]) -> Any:
-        check_names(names, self.names())
-        return dataclasses.replace(self.tree, active=tuple(names))
 
 
 class Params(Carrier):
@@ -539,21 +550,21 @@ class Variables(Params):
         return variables
 
 
-class Tree(Carrier):
+class Tree(_Wrapped):
     """A model that is a pytree and is called, with or without adapters."""
 
     has_base = True
 
     @functools.cached_property
-    def _model(self) -> pytree.AdaptedTree:
+    def _wrapper(self) -> pytree.AdaptedTree:
         return self.tree if isinstance(self.tree, pytree.AdaptedTree) else pytree.AdaptedTree(self.tree)
 
     @property
     def params(self) -> Any:
-        return self._model.base
+        return self._wrapper.base
 
     def base(self) -> planning.BaseParams:
-        return pytree.TreeParams(self.leaves(), self._model)
+        return pytree.TreeParams(self.leaves(), self._wrapper)
 
     def leaves(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
         return pytree.leaves(self.params, wanted)
@@ -561,47 +572,36 @@ class Tree(Carrier):
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
         return pytree.replace(self.tree, new)
 
-    def names(self) -> list[str]:
-        return list(self._model.adapters)
-
-    def active(self) -> list[str]:
-        return list(self._model.active)
-
     def adapt(
         self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
     ) -> Any:
         refuse({"rngs": options["rngs"]}, "for NNX models only; pass key=jax.random.key(seed)")
         check_free(name, self.names())
-        return pytree.adapt(self._model, name, config, keymap, dtype, options)
+        return pytree.adapt(self._wrapper, name, config, keymap, dtype, options)
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         check_names([name], self.names())
-        return self._model.adapters[name]
+        return self._wrapper.adapters[name]
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         present = self.extract(name)
         check_fit(adapter, present.config, present.flat(), name)
-        return self._model.with_adapters({name: dataclasses.replace(present, params=adapter.params)})
+        return self._wrapper.with_adapters({name: dataclasses.replace(present, params=adapter.params)})
 
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
     ) -> Any:
         refuse({"rngs": rngs}, "for NNX models only; call model.clone(dropout_key=key) in training")
-        return self._model.clone(base=pytree.fill(self.params, new), active=()).attach(name, adapter)
-
-    def delete(self, name: str) -> Any:
-        check_names([name], self.names())
-        return self._model.delete(name)
+        return self._wrapper.clone(base=pytree.fill(self.params, new), active=()).attach(name, adapter)
 
     def detach(self) -> Any:
         return self.params
 
-    def activate(self, names: Sequence[str]) -> Any:
-        check_names(names, self.names())
-        return self._model.clone(active=tuple(names))
-
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
-        return self._model.map_adapters(f, self.names() if names is None else names)
+        adapters = {name: self.extract(name) for name in (self.names() if names is None else names)}
+        return self._wrapper.with_adapters(
+            {name: dataclasses.replace(x, params=paths.unflatten(f(name, x))) for name, x in adapters.items()}
+        )
 
 
 class Value(Carrier):

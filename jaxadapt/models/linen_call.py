@@ -23,14 +23,12 @@ from flax.core.scope import Scope, in_filter, subtract_filters
 from jaxadapt.adapters.adapter import (
     CONFIG_NODE,
     Adapter,
-    Recipe,
     Site,
-    Sites,
     collection_name,
     integers_name,
     map_stack,
 )
-from jaxadapt.adapters.sites import sites_from_shapes
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -329,8 +327,7 @@ def build_overlay(
     replacing: dict[str, dict[str, Method]] = {}
     for order, (name, adapter) in enumerate(read.items()):
         values = adapter.sites
-        shapes = tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
-        for site in cached_sites(adapter.recipe, shapes):
+        for site in sites_of(adapter):
             keys = keys_by_leaf[site.leaf]
             if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
@@ -394,15 +391,6 @@ def _resolve_like(config: Config, resolved: Config) -> Config:
     if str(config.get("target_modules")).lower() == matching.ALL_LINEAR:
         config = config.with_targets(resolved.get("target_modules"))
     return config.replace(**{name: resolved.get(name) for name in taken}) if taken else config
-
-
-_Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
-
-
-@functools.lru_cache(maxsize=64)
-def cached_sites(recipe: Recipe, shapes: _Shapes) -> Sites:
-    """Return the sites of an adapter. They are cached, because outside jit every call needs them."""
-    return sites_from_shapes(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
 
 
 def _repeat_data(site: Site, of_call: Mapping[str, Any], w: Any) -> dict[str, Any]:

@@ -343,11 +343,6 @@ class Adapted:
                 )
         return dataclasses.replace(self, adapters=(*self.adapters, (name, config)), active=(name,))
 
-    def without_adapter(self, name: str) -> Adapted:
-        """Return a wrapper without one of its adapters."""
-        kept = tuple(pair for pair in self.adapters if pair[0] != name)
-        return dataclasses.replace(self, adapters=kept, active=tuple(each for each in self.active if each != name))
-
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the module, for example for `apply(…, method=model.encode)`."""
         # "module" is missing while copy or pickle builds an instance; dunder names are protocol look-ups by Python.

@@ -245,10 +245,11 @@ def activate(walk: graph.ModelWalk, names: tuple[str, ...]) -> None:
     """
     layers = walk.adapted
     if len(names) > 1:
-        methods_by_leaf: dict[str, dict[str, Method]] = {}
-        for path, layer in layers:
-            for name, leaf, tensors in adapters_on(layer, names):
-                methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached_to(tensors).method
+        methods_by_leaf = paths.nest(
+            (paths.join(path, leaf), name, attached_to(tensors).method)
+            for path, layer in layers
+            for name, leaf, tensors in adapters_on(layer, names)
+        )
         refuse_rivals(methods_by_leaf)
     for _, layer in layers:
         if getattr(layer, graph.ACTIVE) != names:

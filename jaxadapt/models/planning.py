@@ -285,8 +285,8 @@ def _list_holders(walk: graph.ModelWalk, owners: Iterable[graph.Owner]) -> dict[
 # ---------------------------------------------------------------- abstract call
 
 
-Observe = Callable[[str, str, call.Layer, call.Args, Mapping[str, Any]], Mapping[str, Any]]
-"""`observe(leaf, attribute, layer, args, kwargs)` sees a call of a leaf's layer, and returns parameters to replace."""
+Observe = Callable[[str, str, call.Layer, call.Args, Mapping[str, Any]], Mapping[str, Any] | None]
+"""`observe(leaf, attribute, layer, args, kwargs)` sees a call of a leaf's layer, and may return values to replace."""
 
 
 def instrument(model: nnx.Module, leaves: Sequence[str], observe: Observe) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -316,7 +316,7 @@ def _observed(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any
 
     def method(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         values = observe(leaf, attr, graph.bind_layer(self, base, f), args, kwargs)
-        return f(graph.plain_view(self, base, values), *args, **kwargs)
+        return f(graph.plain_view(self, base, values or {}), *args, **kwargs)
 
     return method
 
@@ -339,9 +339,7 @@ def trace_axes(
     traced: dict[str, TracedAxes] = {}
     problems: dict[str, str] = {}
 
-    def observe(
-        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> None:
         weight = layer.params[attr]
         try:
             found = tracing.uses(functools.partial(layer.output, **kwargs), {attr: weight}, *args)[attr]
@@ -350,7 +348,6 @@ def trace_axes(
                 problems[leaf] = f"one call shows {traced[leaf]}, another {seen}"
         except AttachError as error:
             problems[leaf] = str(error)
-        return {}
 
     jaxprs.trace(*instrument(model, leaves, observe), args)
     not_called = "its module's __call__ never ran with these inputs"
@@ -388,11 +385,8 @@ def describe_uses(walk: graph.ModelWalk | None, inputs: call.Args) -> dict[str, 
     custom = custom_leaves(walk.leaves, [leaf for leaf, hook in hooks.items() if not hook.by_weight])
     notes |= {leaf: f"{classes[leaf].__name__}, not called with these inputs" for leaf in custom}
 
-    def observe(
-        leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> None:
         notes[leaf] = call.describe(layer.name, layer, {attr: hooks[leaf]}, args, kwargs)[attr]
-        return {}
 
     jaxprs.trace(*instrument(walk.model, custom, observe), inputs)
     return notes

@@ -64,9 +64,6 @@ DECODER = Names(
 )
 TOKEN_TYPES, LABELS = "token_type_ids", "labels"
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and the keyword arguments of one call."""
-
 
 def _bind(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
     """Return the arguments of a method by name, without `self`."""
@@ -306,7 +303,7 @@ def with_embeddings(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     embed: Callable[[Array], Array],
-) -> Arguments:
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call with an adapter whose virtual tokens are embeddings.
 
     Args:

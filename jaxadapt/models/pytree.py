@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,17 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, Site, Sites, is_array
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, raise_listed, repeated, warn
+from jaxadapt.core.errors import AttachError, raise_as, raise_listed, repeated, warn
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.applied import AppliedMethod, Hook, Stacked, check_biases, refuse_rivals, together
 from jaxadapt.methods.base import CALL_KEY, Drop, Method, get_method
 from jaxadapt.models import call, planning, tracing
-from jaxadapt.models.linen_call import cached_sites
 
 if TYPE_CHECKING:
     from jaxadapt.models.linen_wrapper import Survey
@@ -196,18 +197,6 @@ class AdaptedTree:
         active = (*(each for each in self.active if each != name), name)
         return copy.with_adapters({name: adapter}).clone(active=active)
 
-    def delete(self, name: str) -> AdaptedTree:
-        """Return a copy without an adapter."""
-        kept = {each: adapter for each, adapter in self.adapters.items() if each != name}
-        return self.clone(adapters=kept, active=tuple(each for each in self.active if each != name))
-
-    def map_adapters(self, f: Callable[[str, Adapter], Mapping[str, Any]], names: Sequence[str]) -> AdaptedTree:
-        """Return a copy with the values that `f` returns in place of the leaves of some adapters."""
-        chosen = {name: self.adapters[name] for name in names}
-        return self.with_adapters(
-            {name: dataclasses.replace(x, params=paths.unflatten(f(name, x))) for name, x in chosen.items()}
-        )
-
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the base."""
         # "base" is missing while copy or pickle builds an instance; dunder names are protocol look-ups by Python.
@@ -220,7 +209,7 @@ class AdaptedTree:
 
         Raises `AttachError` for a use of an adapted weight that no adapter can follow.
         """
-        return self.apply(_call, *args, **kwargs)
+        return self.apply(operator.call, *args, **kwargs)
 
     def apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return `fn(base, *args, **kwargs)` with the active adapters applied, for a method other than the call.
@@ -243,7 +232,7 @@ class AdaptedTree:
         def run(changed: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
             return fn(fill(self.base, {**fixed, **changed}), *args, **kwargs)
 
-        forward = [leaf for leaf, hook in by_use.items() if hook.forward and fn is _call]
+        forward = [leaf for leaf, hook in by_use.items() if hook.forward and fn is operator.call]
         return tracing.rewrite(run, {leaf: weights[leaf] for leaf in by_use}, by_use, args, kwargs, forward=forward)
 
     def _hooks(self) -> dict[str, Hook | Stacked]:
@@ -254,8 +243,7 @@ class AdaptedTree:
         for name in self.active:
             adapter = self.adapters[name]
             values, shared = adapter.sites, adapter.shared
-            shapes = tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
-            for site in cached_sites(adapter.recipe, shapes):
+            for site in sites_of(adapter):
                 rate = site.method.dropout(site.hparams)
                 dropping |= {name: None} if rate else {}
                 whole = {} if site.method.copies else shared
@@ -313,15 +301,9 @@ def _changed_biases(hooks: Mapping[str, Hook | Stacked], weights: Mapping[str, A
         fixed |= {paths.join(module, name): x for name, x in changed.items()}
         followed = {name: hook for name, hook in own.items() if not hook.by_weight}
         others = {name: x for name, x in values.items() if name not in followed and name != "bias"}
-        try:
+        with raise_as(AttachError, module, AttachError):
             check_biases(followed.values(), others)
-        except AttachError as error:
-            raise AttachError(f"{module}: {error}") from error
     return fixed
-
-
-def _call(model: Any, *args: Any, **kwargs: Any) -> Any:
-    return model(*args, **kwargs)
 
 
 def adapter_filter(model: Any) -> Any:
@@ -345,9 +327,7 @@ def adapter_filter(model: Any) -> Any:
         raise AttachError(f"expected an adapted model that is a pytree, found {type(model).__name__}")
     adapters: dict[str, Adapter] = {}
     for name, adapter in model.adapters.items():
-        sites = cached_sites(
-            adapter.recipe, tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
-        )
+        sites = sites_of(adapter)
         frozen = {paths.join(site.leaf, tensor.name) for site in sites for tensor in site.tensors if not tensor.trained}
         frozen |= {each.entry.path for each in sites.shared if not each.tensor.trained}
         marks = {path: name in model.active and path not in frozen for path in adapter.flat()}

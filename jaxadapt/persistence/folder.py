@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import as_source
@@ -243,18 +243,6 @@ PICTURE = "adapter_norms.png"
 _LONG = 24 * 3600.0  # seconds
 
 
-class Pushed(NamedTuple):
-    """The place of an uploaded adapter.
-
-    Attributes:
-        address: the address for `load`, pinned to the commit.
-        url: the page of the commit, or of the pull request.
-    """
-
-    address: str
-    url: str
-
-
 def push(
     source: Any,
     repo: str,
@@ -268,7 +256,7 @@ def push(
     card: consumers.Card | None = None,
     progress: Progress = None,
     **saving: Any,
-) -> Pushed:
+) -> location.Pushed:
     """Upload an adapter to the Hugging Face Hub in one commit: configuration, weights and model card.
 
     Args:
@@ -324,13 +312,13 @@ def push(
         save_adapter.save(source, own, name=name, progress=progress, **saving)
         below = Path(made) if name == "default" else Path(made) / name
 
-        def send() -> Pushed:
+        def send() -> location.Pushed:
             return _push(below, place, page, commit, progress)
 
         if not save_adapter.is_distributed(jax.tree.leaves(carrier(source).pytree())):
             return send()
         # All processes call this. A long timeout: if process 0 dies, the lost connection to it ends the others.
-        return Pushed(*save_adapter.run_on_leader(f"push to {place}", send, _LONG))
+        return location.Pushed(*save_adapter.run_on_leader(f"push to {place}", send, _LONG))
 
 
 def _push(
@@ -339,7 +327,7 @@ def _push(
     page: consumers.Card,
     commit: dict[str, Any],
     progress: Progress,
-) -> Pushed:
+) -> location.Pushed:
     from jaxadapt.storage import hub  # imports the client of the Hub
 
     info = inspect(source)  # raises for unreadable files before anything is sent
@@ -365,8 +353,7 @@ def _push(
             LOGGER.info("%s: the card on the Hub was written by a person and is kept", place)
     files[location.CARD] = consumers.merge_card(card, new).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
-    uploaded = hub.upload(place, files, **commit, stale=sorted({*location.WEIGHTS} - {weights}), progress=progress)
-    return Pushed(str(place._replace(revision=uploaded.reference or uploaded.oid)), uploaded.url)
+    return hub.upload(place, files, **commit, stale=sorted({*location.WEIGHTS} - {weights}), progress=progress)
 
 
 def _read_card(path: location.Location) -> str:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxadapt.core.errors import ConfigError, FileError, FormatError, warn
+from jaxadapt.core.errors import ConfigError, FileError, FormatError, raise_as, warn
 from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.local_files import file_error
 
@@ -120,10 +120,7 @@ class RunFolder:
 
     def _read_record(self, step: int, path: location.Location) -> StepRecord:
         """Read a step's metrics and objective from its header, once for each version of the file."""
-        try:
-            key = (path, location.content_version(path))
-        except OSError as error:
-            raise file_error("read", str(path), error) from error
+        key = (path, location.content_version(path))
         if key not in self._said:
             document = read_document(path, safetensors.read_header(path))
             best = document.get("best")
@@ -256,10 +253,8 @@ def array_crcs(header: safetensors.Header) -> dict[str, int]:
 
 def read_document(path: location.Location, header: safetensors.Header) -> dict[str, Any]:
     """Return the JSON document in a step's header, which stores all but the arrays. Raises `FormatError`."""
-    try:
+    with raise_as(FormatError, f"{path}: the metadata {META!r} of its header is damaged", ValueError, RecursionError):
         document = json.loads(header.metadata.get(META, "null"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: the metadata {META!r} of its header is damaged: {error}") from error
     if not isinstance(document, dict):
         raise FormatError(f"{path}: not a training checkpoint of jaxadapt: no {META!r} in its header")
     if document.get("schema") != SCHEMA:

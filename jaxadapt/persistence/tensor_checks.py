@@ -41,11 +41,8 @@ _VARIANTS = (("lora_magnitude_vector", "use_dora", (_LINEAR, _EMBEDDING)), ("lor
 
 def split_modules(shapes: Shapes, config: Config) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
     """Return {module: {tensor: shape}} of the method's tensors, and the other keys."""
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
     splits = {key: peft_tensors.split_key(key, config.peft_type) for key in shapes}
-    for key, split in splits.items():
-        if split is not None:
-            modules.setdefault(split[0], {})[split[1]] = shapes[key]
+    modules = paths.nest((*split, shapes[key]) for key, split in splits.items() if split is not None)
     return modules, [key for key, split in splits.items() if split is None]
 
 

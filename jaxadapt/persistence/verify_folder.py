@@ -109,13 +109,10 @@ def _stored_shapes(place: location.Location) -> tensor_checks.Shapes:
         return {key: info.shape for key, info in safetensors.read_header(place).tensors.items()}
     if place.suffix != ".json":
         return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(place).items()}
-    try:
+    expected = f"{place}: expected a JSON object {{key: [size, …]}}, found another value"
+    with errors.raise_as(errors.FormatError, expected, ValueError, TypeError, AttributeError, RecursionError):
         values: Any = json.loads(location.read_text_bytes(place))
         return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as problem:
-        raise errors.FormatError(
-            f"{place}: expected a JSON object {{key: [size, …]}}, found another value: {problem}"
-        ) from problem
 
 
 # ---------------------------------------------------------------- findings about the base

@@ -2,10 +2,12 @@
 
 from jaxadapt.core.lazy import lazy_names
 
-_NAMES = {
-    "models.call": "Rows",
-    "serving.bank": "Bank attach create detach get prepare put route",
-    "serving.generation": "Decoder KVCache Sampling linen_forward nnx_forward",
-    "serving.pool": "AdapterPool Lease",
-}
-__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "models.call": "Rows",
+        "serving.bank": "Bank attach create detach get prepare put route",
+        "serving.generation": "Decoder KVCache Sampling linen_forward nnx_forward",
+        "serving.pool": "AdapterPool Lease",
+    },
+)

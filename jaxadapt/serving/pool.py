@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.core.errors import AdapterError, AttachError, FileError, bullets, close_matches, warn
+from jaxadapt.core.errors import AdapterError, AttachError, FileError, bullets, close_matches, raise_as, warn
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.applied import Implementation
 from jaxadapt.models.call import Rows
@@ -77,10 +77,8 @@ def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
 
     A folder with the base's name is left out with a warning. Raises `FileError` if the folder cannot be read.
     """
-    try:
+    with raise_as(FileError, f"cannot list the adapters in {os.fspath(root)}", OSError):
         found = {path.name: path for path in sorted(Path(root).iterdir()) if is_adapter(path)}
-    except OSError as error:
-        raise FileError(f"cannot list the adapters in {os.fspath(root)}: {error}") from error
     if BASE in found:
         warn(f"{found.pop(BASE)}: {BASE!r} is the name of the base, so the adapter cannot be leased; rename the folder")
     return found
@@ -97,11 +95,11 @@ def list_files(path: str | os.PathLike[str]) -> Files:
     A file that cannot be described counts as missing: reading the adapter says why.
     """
     found: list[tuple[str, tuple[int, ...]]] = []
-    try:
-        with os.scandir(path) as entries:
-            own = [entry for entry in entries if entry.name in _NAMES]
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise FileError(f"cannot read the adapter folder {os.fspath(path)}: {error}") from error
+    with (
+        raise_as(FileError, f"cannot read the adapter folder {os.fspath(path)}", OSError, ValueError),  # a NUL in it
+        os.scandir(path) as entries,
+    ):
+        own = [entry for entry in entries if entry.name in _NAMES]
     for entry in own:
         with contextlib.suppress(OSError):
             at = entry.stat()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, numpy_dtype
-from jaxadapt.core.errors import FileError, FormatError, bullets, problems_text
+from jaxadapt.core.errors import FileError, FormatError, bullets, problems_text, raise_as
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 
 if TYPE_CHECKING:
@@ -124,12 +124,9 @@ def _choose_file_names(folder: location.Location, count: int) -> list[str]:
     """Return `count` unused file names: the old set must stay intact until the new one is complete."""
     if count == 1:
         return [SINGLE_FILE]
-    for generation in itertools.count(1):
-        stem = "model" if generation == 1 else f"model-{generation}"
-        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        if not any(location.exists(folder / name) for name in names):
-            return names
-    raise AssertionError
+    stems = itertools.chain(["model"], (f"model-{generation}" for generation in itertools.count(2)))
+    sets = ([f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] for stem in stems)
+    return next(names for names in sets if not any(location.exists(folder / name) for name in names))
 
 
 def write_model(
@@ -289,10 +286,7 @@ def _change_config(path: location.Location, config: bytes, dtype: str | None, un
     def replace_dtype(fields: dict[str, Any]) -> dict[str, Any]:
         return {k: dtype if k in ("dtype", "torch_dtype") and isinstance(v, str) else v for k, v in fields.items()}
 
-    try:
+    expected = f"{path}: cannot set the dtype {dtype}: expected a JSON file, but reading failed"
+    with raise_as(FormatError, expected, ValueError):
         fields = json.loads(config, object_hook=None if dtype is None else replace_dtype)
-    except ValueError as error:
-        raise FormatError(
-            f"{path}: cannot set the dtype {dtype}: expected a JSON file, but reading failed: {error}"
-        ) from error
     return json.dumps(untie_config(fields) if untie else fields, indent=2).encode() + b"\n"

@@ -21,7 +21,7 @@ import re
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import (
@@ -47,6 +47,7 @@ from jaxadapt.storage.location import (
     HUB_EXAMPLE,
     WEIGHTS,
     HubAddress,
+    Pushed,
     Token,
     parse_hub_address,
 )
@@ -469,14 +470,6 @@ def _explain_missing_adapter(place: HubAddress, token: Token) -> Generator[None]
 # ---------------------------------------------------------------- upload
 
 
-class Commit(NamedTuple):
-    """The result of an upload: the commit's id, its page, and the reference of the pull request, if any."""
-
-    oid: str
-    url: str
-    reference: str | None
-
-
 def upload(
     place: HubAddress,
     files: Mapping[str, Path | bytes],
@@ -488,7 +481,7 @@ def upload(
     token: Token = None,
     stale: Sequence[str] = (),
     progress: Progress = None,
-) -> Commit:
+) -> Pushed:
     """Upload files into an adapter's folder in one commit. A missing repository or branch is created.
 
     Args:
@@ -523,7 +516,8 @@ def upload(
             api.create_tag(place.repo, tag=tag, revision=commit.oid)
     report("upload", total, total)
     LOGGER.info("%s: %d files, %d bytes, commit %s", place, len(files), total, commit.oid)
-    return Commit(commit.oid, commit.pr_url or commit.commit_url, commit.pr_revision)
+    address = place._replace(revision=commit.pr_revision or commit.oid)
+    return Pushed(str(address), commit.pr_url or commit.commit_url)
 
 
 def _prepare_repository(api: Any, place: HubAddress, private: bool | None, create_pr: bool, tag: str | None) -> None:

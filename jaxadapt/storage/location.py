@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt.core.errors import FileError, FormatError, raise_as
 from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error, file_errors, read_errors
 
 if TYPE_CHECKING:
@@ -324,6 +324,18 @@ class HubAddress(NamedTuple):
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
+class Pushed(NamedTuple):
+    """The place of an uploaded adapter.
+
+    Attributes:
+        address: the address for `load`, pinned to the commit.
+        url: the page of the commit, or of the pull request.
+    """
+
+    address: str
+    url: str
+
+
 def could_be_repository(path: str) -> bool:
     """Return True if a missing path could be a Hub address in the form "org/name" of other libraries."""
     return _HUB_ADDRESS.fullmatch(path) is not None and not path.startswith(".")
@@ -462,10 +474,8 @@ def _read_to_end(file: IO[bytes], max_bytes: int) -> bytes:
 
 def read_json(place: Location, max_bytes: int = MAX_TEXT) -> Any:
     """Read the JSON value of a text file. Raises the errors of `read_text_bytes`, and `FormatError` for other text."""
-    try:
+    with raise_as(FormatError, f"{place}: expected JSON, found", ValueError, RecursionError):
         return json.loads(read_text_bytes(place, max_bytes))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{place}: expected JSON, found: {error}") from error
 
 
 # ---------------------------------------------------------------- ranged reads

@@ -44,6 +44,7 @@ from jaxadapt.core.errors import (
     FileError,
     FormatError,
     Progress,
+    raise_as,
     reporter,
 )
 from jaxadapt.models.foreign import get_dialect
@@ -192,10 +193,8 @@ def is_multi_process(taken: step_files.Snapshot | None) -> bool:
 def remove_steps(paths: Iterable[location.Location]) -> None:
     """Remove steps in this order. Raise `FileError` if this fails."""
     for path in paths:
-        try:
+        with local_files.file_errors("delete", path):
             path.unlink(missing_ok=True)
-        except OSError as error:
-            raise local_files.file_error("delete", str(path), error) from error
 
 
 def _check_counts(keep: int | None, keep_best: int | None, keep_every: int | None, *, ranked: bool) -> None:
@@ -253,7 +252,8 @@ def _read_below(step: step_files.StoredStep, prefix: str) -> dict[str, Any]:
 
 def _stored_foreign_tree(stored: step_files.Snapshot, leaves: Mapping[str, Any]) -> ForeignTree:
     """Return a saved tree of another library with its leaves only, enough to convert them to PEFT's names."""
-    try:
+    damaged = "the checkpoint's description of its tree is damaged"
+    with raise_as(FormatError, damaged, KeyError, TypeError, AttributeError):
         return ForeignTree(
             given=LoraTree(None),
             dialect=get_dialect(stored.guest["dialect"]),
@@ -262,8 +262,6 @@ def _stored_foreign_tree(stored: step_files.Snapshot, leaves: Mapping[str, Any])
             base={path: tuple(shape) for path, shape in stored.guest["base"].items()},
             stored=dict(stored.guest["stored"]),
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error
 
 
 class CheckpointManager(run_folder.RunFolder):

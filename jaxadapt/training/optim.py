@@ -84,10 +84,6 @@ def _leaves_by_path(name: str, adapter: Adapter) -> dict[str, _Leaf]:
     }
 
 
-def _map_leaves(f: Callable[[_Leaf], Any], tree: Any) -> Any:
-    return jax.tree.map(f, _leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
-
-
 # ---------------------------------------------------------------- labels
 
 
@@ -104,7 +100,7 @@ def roles(tree: Any) -> Any:
     >>> roles(adapter.collection)["lora"]["default"]["q"]
     {'kernel': {'lora_A': 'A', 'lora_B': 'B'}}
     """
-    return _map_leaves(lambda leaf: leaf.role, tree)
+    return jax.tree.map(lambda leaf: leaf.role, _leaves(tree))
 
 
 def decay_mask(tree: Any) -> Any:
@@ -119,7 +115,7 @@ def decay_mask(tree: Any) -> Any:
     >>> adapter = jaxadapt.init(base, config, key=jax.random.key(0))
     >>> tx = optax.adamw(1e-3, mask=decay_mask(adapter.collection))
     """
-    return _map_leaves(lambda leaf: leaf.decays, tree)
+    return jax.tree.map(lambda leaf: leaf.decays, _leaves(tree))
 
 
 # ---------------------------------------------------------------- a penalty
@@ -188,7 +184,7 @@ def lora_plus(
     if ratio <= 0:
         raise ConfigError(f"ratio: expected a positive number, found {ratio!r}")
     groups = {"A": "A", "copy": "A", "other": "A", "embedding": "embedding", "frozen": "frozen"}
-    labels = _map_leaves(lambda leaf: groups.get(leaf.role, "B") + ("" if leaf.decays else " plain"), tree)
+    labels = jax.tree.map(lambda leaf: groups.get(leaf.role, "B") + ("" if leaf.decays else " plain"), _leaves(tree))
     rates = {"A": learning_rate, "embedding": embedding_learning_rate, "B": _scale_rate(learning_rate, ratio)}
     transforms: dict[Any, optax.GradientTransformation] = {
         name + plain: make(rate, weight_decay=decay)
@@ -228,7 +224,7 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
             return 1.0
         return math.sqrt(sizes["r"] / reference)
 
-    scales = _map_leaves(factor, tree)
+    scales = jax.tree.map(factor, _leaves(tree))
 
     def scale(updates: Any, _: Any) -> Any:
         return jax.tree.map(lambda f, x: jax.tree.map(lambda x: (x * f).astype(x.dtype), x), scales, updates)
@@ -258,7 +254,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     >>> tx = lora_fa(adapter.collection, optax.adamw(1e-3))
     >>> state = tx.init(adapter.collection)
     """
-    flat, structure = jax.tree.flatten(_leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
+    flat, structure = jax.tree.flatten(_leaves(tree))
     sites = {
         key: tensors
         for key, tensors in _tensors_by_site(flat).items()
@@ -312,7 +308,7 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
     """
     if reg < 0:
         raise ConfigError(f"reg: expected a number of at least 0, found {reg!r}")
-    flat, structure = jax.tree.flatten(_leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
+    flat, structure = jax.tree.flatten(_leaves(tree))
     pairs = [
         (tensors["lora_A"], tensors["lora_B"])
         for tensors in _tensors_by_site(flat).values()
@@ -340,11 +336,9 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
 
 def _tensors_by_site(flat: Sequence[_Leaf]) -> dict[tuple[str, str], dict[str, int]]:
     """Return `{(adapter, base leaf): {tensor: index}}`, without the tensors of a whole adapter."""
-    indices: dict[tuple[str, str], dict[str, int]] = {}
-    for i, leaf in enumerate(flat):
-        if leaf.site is not None:
-            indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
-    return indices
+    return paths.nest(
+        ((leaf.adapter, leaf.site.leaf), leaf.tensor, i) for i, leaf in enumerate(flat) if leaf.site is not None
+    )
 
 
 def _matrices_of(leaf: _Leaf) -> Site:

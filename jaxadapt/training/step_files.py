@@ -30,7 +30,16 @@ from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import can_hold, numpy_dtype
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, FormatError, MismatchError, Report, byte_counter, no_report, raise_listed
+from jaxadapt.core.errors import (
+    AttachError,
+    FormatError,
+    MismatchError,
+    Report,
+    byte_counter,
+    no_report,
+    raise_as,
+    raise_listed,
+)
 from jaxadapt.models.carriers import DEFAULT, Carrier, Object, carrier, lora_carrier
 from jaxadapt.persistence import run_folder, save_adapter
 from jaxadapt.storage import atomic, local_files, location, safetensors, sharded_write
@@ -130,10 +139,8 @@ def adapter_names(held: Carrier) -> list[str]:
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """Return `[(path, leaf)]` and the structure. Segments of paths are escaped, so that all paths differ."""
     pytree = carrier(tree).pytree()
-    try:
+    with raise_as(AttachError, "JAX cannot flatten this tree", ValueError):  # a dict has keys of several types
         leaves, structure = jax.tree_util.tree_flatten_with_path(pytree)
-    except ValueError as error:  # for example numbers and strings as keys of one dict
-        raise AttachError(f"JAX cannot flatten this tree: {error}") from error
     named = [
         ("/".join(_quote(jax.tree_util.keystr((entry,), simple=True)) for entry in path), leaf) for path, leaf in leaves
     ]
@@ -664,10 +671,8 @@ def _fill_model(held: Carrier, others: Any, stored: Snapshot, values: Mapping[st
 
 def _rebuild(part: str, plain: Any, values: Mapping[str, Any]) -> Any:
     """Build a tree from its stored structure and the values by path."""
-    try:
+    with raise_as(FormatError, f"{part}: its stored structure is damaged", ValueError, KeyError, TypeError):
         return _build_node(plain, part, values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{part}: its stored structure is damaged: {error}") from error
 
 
 def _build_node(node: Any, path: str, values: Mapping[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors, require_floats
 from jaxadapt.arrays.tensor_source import TensorSource, View, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, Report, byte_counter, raise_listed
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -209,10 +210,7 @@ _RANK = ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 
 def infer_config(tensors: View, layout: Layout, file: TensorSource, metadata: Mapping[str, str]) -> Config | None:
     """Return the configuration that the tensors, the alphas and diffusers' metadata show; None if PEFT has none."""
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in tensors.shapes.items():
-        module, name = split_key(key)
-        modules.setdefault(module, {})[name] = shape
+    modules = paths.nest((*split_key(key), shape) for key, shape in tensors.shapes.items())
     fields = None if layout.method == OPAQUE else _FIELDS[layout.method](modules)
     if fields is None:
         return None
@@ -276,11 +274,11 @@ def _stated_alphas(
 
 def diffusers_metadata(settings: Mapping[str, tuple[int, float]], use_dora: bool) -> str:
     """Return the text of diffusers' metadata, from {module: (rank, alpha)}: the fields that it needs for every file."""
-    models: dict[str, dict[str, tuple[int, float]]] = {}
-    for module, values in settings.items():
-        model, _, name = module.partition(".")
-        # transformers 5 has no "text_model" in CLIP; without it, the name is the end of that of every version.
-        models.setdefault(model, {})[name.removeprefix("text_model.")] = values
+    split = {module: module.partition(".") for module in settings}
+    # transformers 5 has no "text_model" in CLIP; without it, the name is the end of that of every version.
+    models = paths.nest(
+        (model, name.removeprefix("text_model."), settings[module]) for module, (model, _, name) in split.items()
+    )
     fields: dict[str, Any] = {}
     for model, own in models.items():
         for number, (field, pattern) in enumerate((("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))):
@@ -596,10 +594,8 @@ def split_models(tensors: PeftTensors) -> dict[str, PeftTensors]:
             f"{tensors.source}: PEFT has no method for these tensors ({lycoris_types(tensors.tensors)}), so"
             " that they only pass through; write one file (.safetensors) instead"
         )
-    by_model: dict[str, dict[str, str]] = {}
-    for key in tensors.tensors:
-        model, _, rest = key.removeprefix(PEFT_PREFIX).partition(".")
-        by_model.setdefault(model, {})[PEFT_PREFIX + rest] = key
+    split = {key: key.removeprefix(PEFT_PREFIX).partition(".") for key in tensors.tensors}
+    by_model = paths.nest((model, PEFT_PREFIX + rest, key) for key, (model, _, rest) in split.items())
     raise_listed(
         MismatchError,
         f"{tensors.source}: cannot write PEFT's folders, because these modules are of a model whose names"

@@ -33,7 +33,7 @@ from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import Whole, as_source
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError, Report
+from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatError, MismatchError, Report, raise_as
 from jaxadapt.persistence.formats import Format, Opened, Place, Wanted
 from jaxadapt.storage import location, orbax
 
@@ -80,10 +80,8 @@ def read_recipe(path: Path) -> Recipe | None:
         return None
     if not isinstance(document, dict) or document.get("schema") != _SCHEMA:
         raise FormatError(f"{os.fspath(path)}: its {_RECIPE}/ is damaged, or a newer version of jaxadapt wrote it")
-    try:
+    with raise_as(FormatError, f"{os.fspath(path)}: its {_RECIPE}/ is damaged", AttachError, KeyError, TypeError):
         return Recipe.from_text(document["recipe"])
-    except (AttachError, KeyError, TypeError) as error:
-        raise FormatError(f"{os.fspath(path)}: its {_RECIPE}/ is damaged: {error}") from error
 
 
 def read_config(path: Path) -> Config:
@@ -130,11 +128,13 @@ def _find_leaves(
     own = (collection_name(like.config), integers_name(collection_name(like.config)))
     wanted = set(like.flat())
     # The same paths occur several times: an optimizer's moments are trees of the same structure.
-    candidates: dict[tuple[str, tuple[str, ...]], dict[str, tuple[str, ...]]] = {}
-    for item, key in ((item, key) for item, leaves in items.items() for key in leaves):
-        for prefix, dotted in _places(key, own, name):
-            if dotted in wanted:
-                candidates.setdefault((item, prefix), {})[dotted] = key
+    candidates = paths.nest(
+        ((item, prefix), dotted, key)
+        for item, leaves in items.items()
+        for key in leaves
+        for prefix, dotted in _places(key, own, name)
+        if dotted in wanted
+    )
     parameters = [p for p in candidates if "opt_state" not in (p[0], *p[1])]
     complete = [p for p in parameters if len(candidates[p]) == len(wanted)]
     if not complete:
