@@ -35,7 +35,7 @@ from jaxadapt.core.errors import (
     reporter,
     warn,
 )
-from jaxadapt.export import conversion, gguf_files
+from jaxadapt.export import conversion, expert_forms, gguf_files
 from jaxadapt.initializers import kinds, start_adapter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -408,9 +408,11 @@ def export_adapter(
     tied = facts.tied if facts else _read_tied(base)
     with reporter(progress) as report, _open(source, report) as tensors:
         tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
-        plain = _plain(tensors, chosen, base, first, dtype)
-        _check_reader(plain, chosen, tied)
-        plain = dataclasses.replace(plain, config=plain.config.replace(inference_mode=True))
+        plain = _plain(expert_forms.to_form(tensors, chosen.name, base), chosen, base, first, dtype)
+        plain = expert_forms.name_shared(
+            dataclasses.replace(plain, config=plain.config.replace(inference_mode=True)), chosen.name
+        )
+        _check_reader(expert_forms.without_parameters(plain, chosen.name), chosen, tied)
         if facts is not None:
             count = gguf_files.write_adapter(plain, path, facts, dtype, report)
         else:

@@ -80,21 +80,23 @@ _SETTINGS = {
 }  # fmt: skip
 PROPERTIES = frozenset((
     *_SETTINGS, "any", "type", "method", "ia3", "bias", "fraction", "expression", "embedding", "tied embedding",
-    "variant", "init", "norm copies", "heads", "copies", "other tensors",
+    "variant", "init", "norm copies", "heads", "copies", "other tensors", "shared experts",
 ))  # fmt: skip
 """The properties of an adapter that some program refuses or misreads."""
 
 _IGNORED = (WRONG, "ignored")
 _REFUSE = (REFUSED, "refused")
 _ONLY_LORA = (REFUSED, "reads only LoRA")
+_SHARED = (WRONG, "taken for routed experts, so that they have no effect")
 _ON_ORIGINAL = (WRONG, "added to the original base weights")
 
 _RULES: Mapping[str, tuple[str, _Rule]] = {
-    "PEFT": ("0.21.2, measured", {"type": (REFUSED, "unknown to this version")}),
+    "PEFT": ("0.21.2, measured", {"type": (REFUSED, "unknown to this version"), "shared experts": _SHARED}),
     "transformers load_adapter": (
         "5.12.1 and 5.24.0, measured",
         {
             "type": (REFUSED, "unknown to PEFT"),
+            "shared experts": _SHARED,
             "dora": (WRONG, "the magnitudes are not loaded"),
             "alora": (WRONG, "the adapter has no effect"),
             **dict.fromkeys(
@@ -110,8 +112,8 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
         {
             "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA,
             **dict.fromkeys(("dora", "lora_bias", "bias", "tokens", "alora", "kasa", "init", "variant"), _REFUSE),
-            "copies": _REFUSE, "norm copies": _REFUSE, "parameters": (UNKNOWN, "not measured"),
-            "other tensors": (REFUSED, "unknown names"),
+            "copies": _REFUSE, "norm copies": _REFUSE, "other tensors": (REFUSED, "unknown names"),
+            "parameters": (WRONG, "experts are right for GPT-OSS, without effect in Mixtral, and else refused"),
         },
     ),
     "llama.cpp": (
@@ -181,7 +183,9 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
 
 _VARIANTS = ("use_qalora", "layer_replication", "use_bdlora", "arrow_config", "velora_config", "monteclora_config")
 _CONVERTED = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
-_CURED = frozenset(("any", "rslora", "alpha_pattern", "rank_pattern", "fraction", "init", "expression"))
+_CURED = frozenset(
+    ("any", "rslora", "alpha_pattern", "rank_pattern", "fraction", "init", "expression", "shared experts")
+)
 """The properties that an export removes."""
 
 _PAIR = re.compile(r"(base_model\.model\..+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
@@ -233,9 +237,11 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
     if verdict in (RIGHT, UNKNOWN) or "type" in hits:
         return ""
     if _is_exported(name, properties):
+        own = "vllm --base BASE" if "parameters" in hits else "plain"
+        form = "transformers" if "shared experts" in hits else own
+        command = _EXPORTS.get(name, f"jaxadapt export ADAPTER --for {form} --out FOLDER")
         # START is the folder of the initial adapter, for an initialization that changed the base.
-        start = " --first START" if "init" in properties else ""
-        return _EXPORTS.get(name, "jaxadapt export ADAPTER --for plain --out FOLDER") + start
+        return f"{command} --first START" if "init" in properties else command
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
     peft_type = properties.get("method") or properties.get("type", "LORA")
     facts = FACTS[peft_type]
@@ -248,7 +254,7 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
 
 def _is_exported(name: str, properties: Mapping[str, str]) -> bool:
     """Return True if `jaxadapt export` has a form for an adapter with these properties that the program reads."""
-    lost = properties.keys() - _CURED - ({"dora"} if name == "MLX" else set())
+    lost = properties.keys() - _CURED - {"MLX": {"dora"}, "vLLM": {"parameters"}}.get(name, set())
     if name in _EXPORTS:
         lost -= {"layers"}
     elif "embedding" in lost or "tied embedding" in lost:
@@ -329,13 +335,18 @@ def _key_properties(config: Config, keys: list[str], found: Mapping[str, str]) -
     """Return the properties that only keys show. All programs pass over the base's weight of an adapted module."""
     known = {"dora", "lora_bias", "kasa", "tokens", "bias", "variant"}
     is_explained = config.peft_type != "LORA" or config.get("modules_to_save") or not known.isdisjoint(found)
-    others = []
-    if not is_explained:
-        others = [key for key in keys if not _PAIR.fullmatch(key) and not key.endswith(".base_layer.weight")]
+    others = [key for key in keys if not (is_explained or _PAIR.fullmatch(key) or key.endswith(".base_layer.weight"))]
     count = "a tensor" if len(others) == 1 else f"{len(others)} tensors"
     return {
         "layers": "" if "layers" in found else _partial_layers(keys),
         "other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}" if others else "",
+        # Llama 4's are at `feed_forward`, and PEFT finds them.
+        "shared experts": (
+            "target_modules that are shared experts"
+            if any(".mlp.shared_expert" in key for key in keys)
+            and "shared_expert" not in str(config.get("target_parameters"))
+            else ""
+        ),
     }
 
 

@@ -100,6 +100,13 @@ def test_other_methods():
         ({"lora_alpha": 13.37}, "Ollama", REFUSED, "lora_alpha=13.37: expected an integer"),
         ({"lora_alpha": 16.0}, "Ollama", RIGHT, ""),
         ({"modules_to_save": ["score"]}, "vLLM", RIGHT, ""),
+        (
+            {"target_parameters": ["w"]},
+            "vLLM",
+            WRONG,
+            "target_parameters: experts are right for GPT-OSS, without effect in Mixtral, and else refused",
+        ),
+        ({"target_parameters": ["w"]}, "transformers load_adapter", RIGHT, ""),
     ],
 )
 def test_programs_that_were_read(settings, program: str, verdict: str, reason: str):
@@ -116,6 +123,7 @@ EVERY_PROPERTY = [
     (jaxadapt.LoraConfig(target_modules=["q"], lora_bias=True, layers_to_transform=[0]), (), None),
     (jaxadapt.LoraConfig(target_modules=["q"], alora_invocation_tokens=[1]), ["base_model.model.q.unknown"], None),
     (jaxadapt.LoraConfig(target_modules=["q"], kasa_config={"beta": 0.1}), (), None),
+    (jaxadapt.LoraConfig(target_modules=["up"]), ["base_model.model.0.mlp.shared_experts.up.lora_A.weight"], None),
     (jaxadapt.LoraConfig(target_modules=["wte"]), (), None),
     (jaxadapt.LoraConfig(target_modules=["wte"]), (), True),
     (jaxadapt.IA3Config(target_modules=["q"]), (), None),
@@ -161,6 +169,8 @@ MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
         ({"use_bdlora": {"nblocks": 2}}, "vLLM", PLAIN),
         ({"layer_replication": [[0, 1]]}, "vLLM", MERGE_IN_MEMORY),
         ({"target_parameters": ["w"]}, "MLX", MERGE_IN_MEMORY),
+        ({"target_parameters": ["w"]}, "vLLM", "jaxadapt export ADAPTER --for vllm --base BASE --out FOLDER"),
+        ({"target_parameters": ["w"], "modules_to_save": ["lm_head"]}, "vLLM", MERGE_IN_MEMORY),
         ({"use_dora": True}, "llama.cpp", MERGE),
         ({"use_dora": True, "use_rslora": True}, "transformers load_adapter", MERGE),
         ({"use_dora": True, "use_rslora": True}, "MLX", MLX),
@@ -175,6 +185,24 @@ def test_the_way_out(settings, program: str, remedy: str):
     config = jaxadapt.LoraConfig(**{"target_modules": ["q_proj"], **settings})
     found = next(r for r in consumers.judge_readers(config) if r.name == program)
     assert found.remedy == remedy
+
+
+@pytest.mark.parametrize(
+    ("block", "fields", "verdict"),
+    [
+        ("mlp.shared_experts", {"target_modules": ["up_proj"]}, WRONG),
+        ("mlp.shared_experts", {"target_modules": [], "target_parameters": ["shared_experts.up_proj.weight"]}, RIGHT),
+        ("feed_forward.shared_expert", {"target_modules": ["up_proj"]}, RIGHT),
+    ],
+)
+def test_shared_experts_that_peft_takes_for_routed_ones(block: str, fields, verdict: str):
+    """Measured on DeepSeek-V3 and Llama 4; tests/export/test_expert_forms.py runs it."""
+    keys = [f"base_model.model.model.layers.1.{block}.up_proj.lora_{n}.weight" for n in "AB"]
+    readers = {r.name: r for r in consumers.judge_readers(jaxadapt.LoraConfig(**fields), keys)}
+    for name in ("PEFT", "transformers load_adapter"):
+        assert readers[name].verdict == verdict
+        remedy = "jaxadapt export ADAPTER --for transformers --out FOLDER"
+        assert readers[name].remedy == (remedy if verdict == WRONG else "")
 
 
 def test_keys_show_modules_that_layers_lack():
