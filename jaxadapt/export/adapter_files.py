@@ -367,7 +367,8 @@ def export_adapter(
         path: the folder to write, or the GGUF file.
         program: one of these names.
         base: the base model: its folder, its config.json or, for "gguf", a GGUF file. Needed for "gguf" (its
-            configuration only), for `rank`, and to export PiSSA and OLoRA without `first` (its weights).
+            configuration only), for `rank`, to export PiSSA and OLoRA without `first` (its weights), and for experts
+            (`target_parameters`) in vLLM (its configuration).
         first: the folder of the initial adapter, for one whose initialization changed the base (PiSSA, OLoRA, CorDA,
             LoRA-GA). The result is for the original base and has twice the rank.
         rank: approximate the change of the weights by the nearest LoRA of this rank, for methods that are no LoRA

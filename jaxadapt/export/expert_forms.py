@@ -32,6 +32,7 @@ import numpy as np
 from jaxadapt.adapters import experts
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
+from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, raise_listed
 from jaxadapt.keymaps import families
@@ -39,10 +40,16 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.storage import hf_model, location
 
 _LLAMA4 = f"{families.LAYER}feed_forward."
+_TAKEN_FOR_ROUTED = ("gate_proj", "up_proj", "down_proj")
+# Linear layers that PEFT reads under their weights' names only (`name_shared`).
+_DENSE = tuple(
+    (f"{families.LAYER}{module}.weight", (f"{families.LAYER}{module}",))
+    for module in (f"mlp.{block}{name}" for block in ("shared_experts.", "") for name in _TAKEN_FOR_ROUTED)
+)
 _NAMES: Mapping[str, tuple[str, families.Modules]] = {
     "mixtral": ("mixtral", families.EACH_MIXTRAL),
     "qwen3_moe": ("qwen3_moe", families.EACH_QWEN3),
-    "deepseek_v3": ("deepseek_v3", families.EACH_QWEN3),
+    "deepseek_v3": ("deepseek_v3", (*families.EACH_QWEN3, *_DENSE)),
     "llama4_text": (
         "llama4",
         (
@@ -60,7 +67,6 @@ _NAMES: Mapping[str, tuple[str, families.Modules]] = {
 _FUSED = re.compile(r"(?P<owner>.+\.experts)(?P<inner>\.base_layer)?\.lora_A\.weight")
 _SINGLE = re.compile(r"(?P<expert>.+\.experts\.\d+\.)(?P<name>\w+)\.lora_A\.weight")
 _SHARED = ".mlp.shared_expert"
-_TAKEN_FOR_ROUTED = ("gate_proj", "up_proj", "down_proj")
 _MERGE = "Merge it instead: `jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)` (`jaxadapt merge` for other adapters)"
 
 
@@ -97,15 +103,15 @@ def to_form(tensors: PeftTensors, program: str, base: str | os.PathLike[str] | N
     )
     arrays: dict[str, Any] = dict(tensors.tensors)
     if kind == "gpt_oss":
-        config, arrays = _with_both(config, arrays)
-    else:
-        if kind == "llama4_text":
-            arrays = _exchanged(config, arrays)
-        keymap = dataclasses.replace(families.get_family(family), expert_modules=names)
-        # A layout without entries: each parameter is (expert, out, in), with gate before up.
-        config, arrays = experts.split_experts(config, arrays, keymap, KeyMap("vLLM", ()))
-        config, arrays = _with_zeros(config, arrays, [modules for _, modules in names[:2]])
-    return dataclasses.replace(tensors, config=config, tensors=arrays)
+        changed, arrays = _with_both(config, arrays)
+        return dataclasses.replace(tensors, config=changed, tensors=arrays)
+    if kind == "llama4_text":
+        arrays = _exchanged(config, arrays)
+    keymap = dataclasses.replace(families.get_family(family), expert_modules=names)
+    # A layout without entries: each parameter is (expert, out, in), with gate before up.
+    single, arrays = experts.split_experts(config, arrays, keymap, KeyMap("vLLM", ()))
+    single, arrays = _with_zeros(single, arrays, [modules for _, modules in names[:2]])
+    return dataclasses.replace(tensors, config=single, tensors=arrays)
 
 
 def name_shared(plain: PeftTensors, program: str) -> PeftTensors:
@@ -117,7 +123,7 @@ def name_shared(plain: PeftTensors, program: str) -> PeftTensors:
     return dataclasses.replace(
         plain,
         config=config.replace(
-            target_modules=[name for name in modules if name not in parts],
+            target_modules=[name for name in modules if name not in parts and matching.is_target(config, name)],
             target_parameters=[*(config.get("target_parameters") or ()), *(f"{name}.weight" for name in parts)],
             lora_dropout=0.0,  # PEFT has no dropout for parameters; it does not matter after the training
         ),
@@ -198,8 +204,8 @@ def _with_both(config: LoraConfig, arrays: Mapping[str, Any]) -> tuple[LoraConfi
 
 
 def _with_zeros(
-    config: LoraConfig, arrays: Mapping[str, Any], modules: Sequence[tuple[str, ...]]
-) -> tuple[LoraConfig, dict[str, Any]]:
+    config: Config, arrays: Mapping[str, Any], modules: Sequence[tuple[str, ...]]
+) -> tuple[Config, dict[str, Any]]:
     """Add zeros for the projections of an expert that are not adapted, beside one that is.
 
     Args:
@@ -218,6 +224,6 @@ def _with_zeros(
             result[f"{expert}{name}.lora_A.weight"] = np.zeros((len(a), len(b)), a.dtype)
             result[f"{expert}{name}.lora_B.weight"] = np.zeros((a.shape[1], len(a)), b.dtype)
             added.append(f"{expert}{name}".removeprefix(PEFT_PREFIX))
-    targets = config.target_modules
+    targets: Any = config.get("target_modules")
     # An expression does not name the zeros; the plain form lists all modules in its place.
     return config if isinstance(targets, str) else config.replace(target_modules=[*(targets or ()), *added]), result

@@ -255,10 +255,7 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
 def _is_exported(name: str, properties: Mapping[str, str]) -> bool:
     """Return True if `jaxadapt export` has a form for an adapter with these properties that the program reads."""
     lost = properties.keys() - _CURED - {"MLX": {"dora"}, "vLLM": {"parameters"}}.get(name, set())
-    if name in _EXPORTS:
-        lost -= {"layers"}
-    elif "embedding" in lost or "tied embedding" in lost:
-        lost -= {"embedding", "tied embedding"} - _RULES[name][1].keys()
+    lost -= ({"layers"} if name in _EXPORTS else {"layers", "embedding", "tied embedding"}) - _RULES[name][1].keys()
     if "variant" in properties and set(properties["variant"].split(", ")) <= set(_CONVERTED):
         lost -= {"variant"}
     return not lost
@@ -659,8 +656,7 @@ def _settings(config: Config, tensors: Kinds, nbytes: int, page: Card, image: st
 def _readers(readers: Sequence[Reader]) -> list[str]:
     """List the programs that read the adapter rightly, and the others with the reasons and the ways out."""
     right = [reader.name for reader in readers if reader.verdict == RIGHT]
-    lines = ["## Who reads it", ""]
-    lines += [f"As it is: {', '.join(right)}.", ""] if right else []
+    lines = ["## Who reads it", "", *([f"As it is: {', '.join(right)}.", ""] if right else [])]
     rows = [
         (names, WORDS[verdict], "; ".join(map(_reason, reasons)), _code(remedy))
         for verdict, names, reasons, remedy in grouped(readers)

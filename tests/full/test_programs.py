@@ -26,7 +26,7 @@ pytest.importorskip("peft")
 from jaxadapt.export import export_adapter
 from jaxadapt.export.conversion import convert
 from tests.export import test_adapter_export as tiny
-from tests.full.programs import measure, table
+from tests.full.programs import measure, table, vllm_experts
 
 FOLDER = os.environ.get("JAXADAPT_PROGRAMS")
 pytestmark = [
@@ -162,3 +162,24 @@ def test_merged_models(smollm2) -> None:
         assert found["float32"] < 1e-3
         for dtype in ("float16", "bfloat16", "q8_0"):
             assert found[dtype] < 4 * results[measure.BASE_ALONE][dtype]
+
+
+@pytest.mark.parametrize("kind", vllm_experts.MODELS)
+def test_experts_in_peft_transformers_and_vllm(kind: str, tmp_path: Path) -> None:
+    """vLLM computes LoRA of experts on a GPU only. Its own code places the tensors; B·A of each is PEFT's change."""
+    found = vllm_experts.measure_model(kind, PROGRAMS, tmp_path)
+    for name, results in found.items():
+        assert results["effect"] > 0.1
+        assert results["peft"] == 0
+        assert results["transformers, peft's file"] < 1e-5
+        exported = results["vllm, exported"]
+        assert isinstance(exported, dict), exported
+        assert max(exported.values()) < 1e-6, (name, exported)  # float32
+    as_they_are = [found[name]["vllm, peft's file"] for name in ("routed experts", "gate and up only", "down only")]
+    if kind == "gpt_oss":
+        assert max(as_they_are[0].values()) < 1e-6
+        assert as_they_are[1:] == ["AssertionError: "] * 2
+    elif kind == "mixtral":  # loads without a message, and changes no expert
+        assert all(each[key] == 1 for each in as_they_are for key in each if key.startswith("experts."))
+    else:
+        assert all("contains fused 3D MoE weights" in each for each in as_they_are)
