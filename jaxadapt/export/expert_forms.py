@@ -1,9 +1,9 @@
 """Adapters of experts in the form that vLLM, PEFT and transformers read.
 
-PEFT adapts all experts of a layer in one parameter (`target_parameters`). vLLM 0.32 and 0.33 read this fused form for
-GPT-OSS (`is_3d_moe_weight`). Of the other models here they read a LoRA for each expert. They refuse the fused form of
-these, except Mixtral's: it loads without a message and has no effect, because the block is called `block_sparse_moe`
-in vLLM (`lora/model_manager.py`, `lora/lora_model.py`).
+PEFT adapts all experts of a layer in one parameter (`target_parameters`). vLLM 0.32.0 (run; 0.33.0 read) reads this
+fused form for GPT-OSS (`is_3d_moe_weight`). For the other models here it reads a LoRA for each expert, and refuses the
+fused form. Mixtral's alone loads without a message and has no effect, because the block is called `block_sparse_moe` in
+vLLM (`lora/model_manager.py`, `lora/lora_model.py`).
 
     …mlp.experts(.base_layer).lora_A ──► …block_sparse_moe.experts.3.w1.lora_A     (Mixtral)
                                          …mlp.experts.3.gate_proj.lora_A           (Qwen 3 MoE, DeepSeek V3)
@@ -170,8 +170,7 @@ def _find_parameters(config: LoraConfig, arrays: Mapping[str, Any]) -> dict[str,
 def _exchanged(config: LoraConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Return Llama 4's tensors with A on the inputs and B on the outputs.
 
-    PEFT has them the other way round: the parameters are (expert, in, out), and PEFT takes the last axis for the
-    inputs. A's rows are in the order (expert, rank), B's columns in the order (rank, expert).
+    PEFT has A on the outputs: the parameters are (expert, in, out), and PEFT takes the last axis for the inputs. A's rows are in the order (expert, rank), B's columns in the order (rank, expert).
     """
     result = dict(arrays)
     for owner, stems in _find_parameters(config, arrays).items():
