@@ -170,7 +170,8 @@ def _find_parameters(config: LoraConfig, arrays: Mapping[str, Any]) -> dict[str,
 def _exchanged(config: LoraConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Return Llama 4's tensors with A on the inputs and B on the outputs.
 
-    PEFT has A on the outputs: the parameters are (expert, in, out), and PEFT takes the last axis for the inputs. A's rows are in the order (expert, rank), B's columns in the order (rank, expert).
+    PEFT has A on the outputs: the parameters are (expert, in, out), and PEFT takes the last axis for the inputs.
+    A's rows are in the order (expert, rank), B's columns in the order (rank, expert).
     """
     result = dict(arrays)
     for owner, stems in _find_parameters(config, arrays).items():
