@@ -23,6 +23,7 @@ FALCON = KeyMap(
         *("transformer", "lm_head", "word_embeddings", "h", "self_attention", "query_key_value", "dense"),
         *("mlp", "dense_h_to_4h", "dense_4h_to_h"),
     ),
+    complete=True,  # Bloom has a norm of the embedding, and else the same names
     same=("m",),
     tied=(("lm_head.weight", "transformer.word_embeddings.weight"),),
     spellings=bare("transformer."),

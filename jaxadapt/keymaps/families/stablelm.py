@@ -22,5 +22,6 @@ STABLELM = decoder_keymap(
         Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
     ),
     same=("m",),
-    needs=(f"{LAYER}input_layernorm.bias",),  # a Llama of nnx.RMSNorm has the other names
+    # A Llama of nnx.RMSNorm has no bias, and Phi 2 and Starcoder 2 have no gate.
+    needs=(f"{LAYER}input_layernorm.bias", f"{LAYER}mlp.gate_proj.kernel"),
 )

@@ -18,7 +18,7 @@ import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families, plan
 from tests.keymaps.families import jax_side, specimen_arrays, torch_side
-from tests.keymaps.families.specimens import BY_NAME, DECODER, IDS, LAYERS, PROJ, rope, values
+from tests.keymaps.families.specimens import BY_NAME, DECODER, IDS, LAYERS, PROJ, recorded, rope, values
 from tests.support import peft_harness as harness
 from tests.support.twins import decoders, trees
 
@@ -39,6 +39,15 @@ def test_the_files_of_transformers_are_read_bit_for_bit(name, tmp_path):
     assert set(found) == set(leaves)
     for path, x in leaves.items():
         np.testing.assert_array_equal(found[path], x, err_msg=path)
+
+
+def test_models_with_the_same_names_of_layers_are_not_taken_for_a_family():
+    bloom = recorded("falcon")["leaves"] | {"transformer.word_embeddings_layernorm.scale": (16,)}
+    assert families.resolve_keymap("auto", bloom).name == "generic"
+    ungated = {path: shape for path, shape in recorded("stablelm")["leaves"].items() if ".gate_proj." not in path}
+    assert families.resolve_keymap("auto", ungated).name == "llama"
+    with_rms_norm = {path: shape for path, shape in recorded("stablelm")["leaves"].items() if "norm.bias" not in path}
+    assert families.resolve_keymap("auto", with_rms_norm).name == "llama"
 
 
 REFUSED = (  # PEFT's reason for each
