@@ -368,7 +368,7 @@ class Model(_Variables, Object):
             present is not None
             and not changes
             and is_same(present, adapter)
-            and trees.have_same_shapes(present.params, adapter.params)
+            and graph.have_same_shapes(present.params, adapter.params)
         ):
             graph.set_values(self._adapters[name], values)
             return self.tree if self.active() == [name] else self.activate((name,))

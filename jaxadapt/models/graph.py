@@ -318,6 +318,12 @@ def set_values(variables: Mapping[str, Any], values: Mapping[str, Any]) -> None:
             var.set_value(value)
 
 
+def have_same_shapes(one: Any, other: Any) -> bool:
+    """Return True if two trees of arrays have one structure and the same shapes."""
+    (x, x_tree), (y, y_tree) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return x_tree == y_tree and all(a.shape == b.shape for a, b in zip(x, y, strict=True))
+
+
 @functools.cache
 def _is_plain(own: type, content: type) -> bool:
     """Return True if variables of this type and content give and take arrays as they are.

@@ -501,9 +501,3 @@ def rebox(node: Any, value: Any) -> Any:
     if isinstance(node, meta.AxisMetadata):
         return node.replace_boxed(value)
     return node.replace(value) if isinstance(node, nnx.Variable) else value
-
-
-def have_same_shapes(one: Any, other: Any) -> bool:
-    """Return True if two trees of arrays have one structure and the same shapes."""
-    (x, x_tree), (y, y_tree) = jax.tree.flatten(one), jax.tree.flatten(other)
-    return x_tree == y_tree and all(a.shape == b.shape for a, b in zip(x, y, strict=True))
