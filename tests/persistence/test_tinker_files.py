@@ -447,6 +447,17 @@ def test_a_jax_gpt_oss_loads_the_folder(tmp_path: Path):
         np.testing.assert_allclose(found, change, atol=1e-5)
 
 
+def test_experts_that_the_cookbook_has_converted_are_read(tmp_path: Path):
+    """Its adapters of Qwen 3.5 have single experts beside in_proj_q, in_proj_k and in_proj_v."""
+    experts = {f"mlp.experts.{expert}.gate_proj": (WIDE, HIDDEN) for expert in range(EXPERTS)}
+    tensors = in_layer(0, LINEAR | experts, "model.language_model")
+    found = peft_changes(jaxadapt.read(write(tmp_path / "tinker", tensors)))
+    expected = {name.removesuffix(".weight"): x for name, x in joint_changes(tensors).items()}
+    assert found.keys() == expected.keys()
+    for name, change in expected.items():
+        np.testing.assert_allclose(found[name], change, atol=1e-6)
+
+
 def test_16_bit_tensors_keep_their_bits(tmp_path: Path):
     """Joined weights are made of the file's own numbers and zeros."""
     tensors = {key: x.astype(ml_dtypes.bfloat16) for key, x in JOINT["gpt-oss"][2].items()}

@@ -37,7 +37,7 @@ LEAVES = {
     "keymaps/families/qwen3_next.py": 6,
     "keymaps/families/sigmoid_moe.py": 9,
     "keymaps/families/stablelm.py": 3,
-    "persistence/formats/tinker_files.py": 233,
+    "persistence/formats/tinker_files.py": 234,
 }
 OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 40, 0, 1
 CHAIN, CIRCLES = 17, ()

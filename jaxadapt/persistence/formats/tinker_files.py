@@ -49,6 +49,7 @@ _SIGNS = {
 }
 _KEY = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.experts|(?:model|backbone)\.layers\.\d+\.mixer\.experts)\.(w[123])")
+_EACH = re.compile(r".+\.experts\.\d+\.\w+_proj")  # in files that the cookbook has converted
 _QKV = re.compile(r"(.+\.linear_attn\.in_proj_)([qkv])")
 _LAYER = re.compile(r"model\.layers\.(\d+)\..+")
 _GPT_OSS = re.compile(r"(model\.layers\.\d+)\.attn(\.[qkvo]_proj)")
@@ -323,7 +324,7 @@ def _problem(module: str, specs: Mapping[str, TensorSpec]) -> str:
     a, b = (tuple(specs[side].shape) for side in "AB")
     if not all(is_float(spec.dtype) for spec in specs.values()):
         return f"expected floating-point numbers, found {specs['A'].dtype} and {specs['B'].dtype}"
-    if "experts" in module.split("."):
+    if "experts" in module.split(".") and not _EACH.fullmatch(module):
         return _problem_of_experts(module, a, b)
     is_pair = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
     return "" if is_pair else f"expected A (r, in) and B (out, r), found {list(a)} and {list(b)}"
