@@ -110,6 +110,7 @@ def to_form(tensors: PeftTensors, program: str, base: str | os.PathLike[str] | N
     keymap = dataclasses.replace(families.get_family(family), expert_modules=names)
     # A layout without entries: each parameter is (expert, out, in), with gate before up.
     single, arrays = experts.split_experts(config, arrays, keymap, KeyMap("vLLM", ()))
+    assert isinstance(single, LoraConfig)
     single, arrays = _with_zeros(single, arrays, [modules for _, modules in names[:2]])
     return dataclasses.replace(tensors, config=single, tensors=arrays)
 
@@ -204,7 +205,7 @@ def _with_both(config: LoraConfig, arrays: Mapping[str, Any]) -> tuple[LoraConfi
 
 
 def _with_zeros(
-    config: Config, arrays: Mapping[str, Any], modules: Sequence[tuple[str, ...]]
+    config: LoraConfig, arrays: Mapping[str, Any], modules: Sequence[tuple[str, ...]]
 ) -> tuple[Config, dict[str, Any]]:
     """Add zeros for the projections of an expert that are not adapted, beside one that is.
 
@@ -221,9 +222,10 @@ def _with_zeros(
     for expert, names in present.items():
         a, b = (np.asarray(arrays[f"{expert}{names[0]}.lora_{side}.weight"]) for side in "AB")
         for name in {*wide, down}.difference(names):
-            result[f"{expert}{name}.lora_A.weight"] = np.zeros((len(a), len(b)), a.dtype)
-            result[f"{expert}{name}.lora_B.weight"] = np.zeros((a.shape[1], len(a)), b.dtype)
             added.append(f"{expert}{name}".removeprefix(PEFT_PREFIX))
-    targets: Any = config.get("target_modules")
+            rank = config.rank_of(added[-1])
+            result[f"{expert}{name}.lora_A.weight"] = np.zeros((rank, len(b)), a.dtype)
+            result[f"{expert}{name}.lora_B.weight"] = np.zeros((a.shape[1], rank), b.dtype)
+    targets = config.target_modules
     # An expression does not name the zeros; the plain form lists all modules in its place.
     return config if isinstance(targets, str) else config.replace(target_modules=[*(targets or ()), *added]), result

@@ -47,6 +47,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_parameters": BOTH, "target_modules": ["q_proj"], "rank_pattern": {"down_proj": 4},
          "alpha_pattern": {"gate_up_proj": 5}, "use_rslora": True},
     ),
+    "qwen3_moe, gate and up of another rank": (
+        "qwen3_moe",
+        {"target_parameters": BOTH[:1], "target_modules": ["o_proj"], "rank_pattern": {"gate_up_proj": 4}},
+    ),
     "qwen3_moe": ("qwen3_moe", {"target_parameters": [*BOTH, "mlp.gate.weight"], "target_modules": ["v_proj"]}),
     "deepseek_v3": ("deepseek_v3", {"target_parameters": BOTH[1:], "target_modules": ["o_proj"]}),
     "llama4": ("llama4", {"target_parameters": [*BOTH, "router.weight"], "target_modules": ["o_proj"]}),

@@ -25,7 +25,7 @@ ANY_PYTREE = 1, 461  # what the tree of any pytree adds: files and statements
 LEAVES = {
     "analysis/logprobs.py": 71,
     "cli/served.py": 27,
-    "export/expert_forms.py": 111,
+    "export/expert_forms.py": 113,
     "keymaps/families/bonsai.py": 41,
     "keymaps/families/falcon.py": 4,
     "keymaps/families/gpt_neox.py": 3,
