@@ -182,9 +182,9 @@ TABLE = {
     "maxtext": "LLAMA31 LLAMA3 QWEN2 QWEN3 GEMMA2 GEMMA3 GEMMA3_4B GEMMA3_12B GEMMA3_27B"
     " MIXTRAL QWEN3_MOE GPT_OSS GPT_OSS_BLOCKS DEEPSEEK_V3 KIMI_K2",
     "keras": "LLAMA QWEN2 QWEN3 MIXTRAL QWEN_MOE QWEN3_MOE",
-    "keras_gemma": "GEMMA GEMMA2 GEMMA3",
+    "keras_gemma": "GEMMA GEMMA2 GEMMA3 GEMMA4",
     "keras_fused": "GPT2 PHI3",
-    "keras_encoder": "BERT",
+    "keras_encoder": "BERT ROBERTA",
     "easydel": "LLAMA",
     "openpi": "PI0",
     "bonsai": "QWEN3 GEMMA3 VIT DINOV3 WHISPER UMT5",

@@ -1,6 +1,9 @@
-"""BERT of keras-hub, with the names of keras-hub 0.32. Heads are separate axes.
+"""BERT and RoBERTa of keras-hub, with the names of keras-hub 0.32. XLM-RoBERTa has RoBERTa's. Heads are separate axes.
 
-The head of `BertTextClassifier` is mapped, the head of `BertMaskedLM` is not.
+The heads of `BertTextClassifier` and `RobertaTextClassifier` are mapped, the heads of masked language models are not.
+
+RoBERTa's embedding of positions has no entry. PyTorch's has two more rows, and PyTorch adds a token type, which
+keras-hub lacks. Adapters are saved and loaded, but whole models cannot be exported or imported.
 """
 
 from jaxadapt.keymaps.families import KeyMap, Weight, bare
@@ -67,4 +70,13 @@ BERT = _keymap(
         *_dense("logits", "classifier"),
     ),
     ("token_embedding.embeddings", "segment_embedding.embeddings", "pooled_dense.kernel"),
+)
+ROBERTA = _keymap(
+    "roberta",
+    (
+        _embedding("embeddings.token_embedding", "roberta.embeddings.word"),
+        *_dense("pooled_dense", "classifier.dense"),
+        *_dense("logits", "classifier.out_proj"),
+    ),
+    ("embeddings.token_embedding.embeddings",),
 )

@@ -448,8 +448,24 @@ def keras_backbone(specimen: Specimen) -> Any:
     }  # fmt: skip
     if specimen.table == "keras:gpt2":
         return models.GPT2Backbone(**old, intermediate_dim=4 * D)
+    if specimen.table == "keras:gemma4":
+        parts: dict[str, dict[str, Any]] = {
+            "e": {"hidden_size_per_layer_input": 5, "vocab_size_per_layer_input": V},
+            "large": {"num_global_key_value_heads": 1},
+            "moe": {
+                "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4,
+                "expert_intermediate_dim": 8, "num_experts_per_token": 2,
+            },
+        }  # fmt: skip
+        return models.Gemma4Backbone(
+            **sizes, **parts[specimen.options["size"]], image_size=8, head_dim=6, global_head_dim=8,
+            sliding_window_size=4, layer_types=list(specimen.config["layer_types"]), final_logit_soft_cap=8.0,
+            local_rope_wavelength=10_000, global_rope_wavelength=1_000_000, global_rope_partial_rotary_factor=0.25,
+        )  # fmt: skip
     if specimen.torch.endswith("ForSequenceClassification"):
         name = specimen.torch.removesuffix("ForSequenceClassification")
+        if name == "Roberta":  # two positions less, as its converter makes it
+            old["max_sequence_length"] -= 2
         backbone = getattr(models, f"{name}Backbone")(**old, intermediate_dim=F)
         return getattr(models, f"{name}TextClassifier")(backbone, num_classes=2)
     torch = specimen.torch.removesuffix("ForCausalLM")
@@ -464,6 +480,8 @@ def run_keras(made: Any, tree: Any) -> Any:
     for path, variable in held.items():
         variable.assign(flat[path])
     inputs = {"token_ids": jnp.asarray(IDS), "padding_mask": jnp.ones_like(IDS)}
+    if "position_ids" in made.input:
+        inputs["position_ids"] = _positions()
     if "logits.kernel" in held:
         return made(
             {**inputs, "segment_ids": jnp.zeros_like(IDS)} if "segment_embedding.embeddings" in held else inputs

@@ -27,9 +27,25 @@ def source(specimen: Specimen, key: str) -> str:
 
 
 def base_leaves(specimen: Specimen, shapes: Shapes) -> dict[str, np.ndarray]:
-    made = plan.base_plan(families.get_family(specimen.table), shapes)
+    made = base_plan(specimen, shapes)
     tensors = {key: values(source(specimen, key), shape) for key, shape in whole(made).items()}
-    return made.decode(pieces.cut_parts(tensors, made.keys))
+    leaves = made.decode(pieces.cut_parts(tensors, made.keys))
+    for leaf, (rows, *others) in specimen.unmapped:
+        if not others:
+            leaves[leaf] = values(rows, (1,)).reshape(())
+            continue
+        (added,), first, (count, width) = others, specimen.config["pad_token_id"] + 1, shapes[leaf]
+        every = values(rows, (specimen.config["max_position_embeddings"], width))
+        leaves[leaf] = every[first : first + count] + values(added, (1, width))
+    return leaves
+
+
+def base_plan(specimen: Specimen, shapes: Shapes) -> plan.Plan:
+    """The plan of the leaves that have an entry."""
+    unmapped = dict(specimen.unmapped)
+    return plan.base_plan(
+        families.get_family(specimen.table), {leaf: x for leaf, x in shapes.items() if leaf not in unmapped}
+    )
 
 
 def whole(made: plan.Plan) -> Shapes:

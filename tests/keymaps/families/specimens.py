@@ -41,6 +41,8 @@ class Specimen:
         unused: keys of the state dict that the JAX model lacks (they are tied to others).
         copies: keys of the state dict that are tied to others, and have a leaf of their own in the JAX model.
         rivals: the tables an error has to name, where names do not tell.
+        unmapped: `(leaf, (key, key))` of leaves without an entry: rows of the first tensor, to which the library adds
+            the second one; `(leaf, (key,))` of a number that is a tensor of one entry in PyTorch.
         inputs: which of `INPUTS` the model takes; a "/" and what follows it belong to no name of PyTorch.
     """
 
@@ -56,6 +58,7 @@ class Specimen:
     copies: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("input_ids",)
     parameters: tuple[str, ...] = ()
+    unmapped: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def keymap(self) -> str | None:
@@ -225,6 +228,9 @@ def _maxtext_gemma(generation: int, scan: int | None, head_dim: int = 6, size: s
 
 _BERT = ("query", "key", "value", "dense")
 _TIED_BERT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+_ROBERTA_POSITIONS = (
+    "roberta.embeddings.position_embeddings.weight", "roberta.embeddings.token_type_embeddings.weight",
+)  # fmt: skip
 _TIED_ROBERTA = ("lm_head.decoder.weight", "lm_head.decoder.bias")
 
 
@@ -249,6 +255,12 @@ def _keras_old(
 ) -> Specimen:
     """The models before Llama."""
     return Specimen(f"keras-{model}", f"keras:{model}", torch, config, "keras", {}, targets, unused=unused)
+
+
+def _keras_gemma4(size: str) -> Specimen:
+    one = _gemma4("keras:gemma4", size)
+    scalars = ((f"decoder_block_{i}.layer_scalar", (f"model.layers.{i}.layer_scalar",)) for i in range(LAYERS))
+    return dataclasses.replace(one, table="keras:gemma4", side="keras", options={"size": size}, unmapped=tuple(scalars))
 
 
 def _easydel(model: str, torch: str, targets: tuple[str, ...] = PROJ, **config: Any) -> Specimen:
@@ -598,6 +610,14 @@ SPECIMENS = (
     ),
     # keras-hub's BERT has the approximate GELU.
     _keras_old("bert", "BertForSequenceClassification", _BERT, {**SIZES, "pad_token_id": 0, "hidden_act": "gelu_new"}),
+    dataclasses.replace(
+        _keras_old(
+            "roberta", "RobertaForSequenceClassification", (*_BERT, "out_proj"),
+            {**SIZES, "pad_token_id": 0, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+        ),
+        unmapped=(("embeddings.position_embedding.embeddings", _ROBERTA_POSITIONS),),
+    ),
+    *map(_keras_gemma4, _GEMMA4),
     # Bonsai's Qwen 3 turns by 1e6 whatever `rope_theta` says.
     _bonsai(
         "qwen3", "Qwen3ForCausalLM", {**DECODER, **rope(1e6), "head_dim": 6, "tie_word_embeddings": False}, PROJ,

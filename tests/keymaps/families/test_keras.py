@@ -81,6 +81,15 @@ def test_a_phi3_with_fewer_key_heads_is_refused_by_name(tmp_path: Path):
     assert not (tmp_path / "whole").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "leaf"), [("keras-roberta", "position_embedding"), ("keras-gemma4-e", "layer_scalar")]
+)
+def test_a_whole_model_with_a_leaf_that_has_no_entry_is_refused_by_name(name: str, leaf: str, tmp_path: Path):
+    with pytest.raises(KeyMapError, match=rf"(?s)'{BY_NAME[name].table}'.*{leaf}.*no entry"):
+        jaxadapt.export.export_base(base(name), tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
 @pytest.mark.peft
 @pytest.mark.parametrize("name", ["keras-gpt2", "keras-phi3"])
 @pytest.mark.parametrize("dora", [False, True])

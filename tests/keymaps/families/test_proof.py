@@ -15,7 +15,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import KeyMapError
-from jaxadapt.keymaps import check, families, keymap, plan
+from jaxadapt.keymaps import check, families, keymap
 from jaxadapt.keymaps import plan as pieces
 from jaxadapt.keymaps.families import FAMILIES
 from tests.keymaps.families import jax_side, specimen_arrays
@@ -35,6 +35,14 @@ ELSEWHERE = [s for s in SPECIMENS if (RECORDED / f"{s.name}.json").exists()]
 
 def shapes_of(specimen: Specimen) -> dict[str, tuple[int, ...]]:
     return jax_side.side(specimen).shapes if specimen in LIVE else recorded(specimen.name)["leaves"]
+
+
+def keys_without_entry(specimen: Specimen) -> set[str]:
+    return {key for _, keys in specimen.unmapped for key in keys}
+
+
+def without(shapes: Any, names: Any) -> Any:
+    return {name: shape for name, shape in shapes.items() if name not in names}
 
 
 def test_every_proved_table_has_its_proof():
@@ -82,14 +90,15 @@ def test_what_was_recorded_is_what_the_package_does(specimen, tmp_path):
 @EVERY
 def test_base_weights_go_both_ways_bit_for_bit(specimen):
     weights, shapes = torch_side.state(specimen), shapes_of(specimen)
-    made = plan.base_plan(families.get_family(specimen.table), shapes)
+    made = specimen_arrays.base_plan(specimen, shapes)
     whole = specimen_arrays.whole(made)
-    assert whole == {key: x.shape for key, x in weights.items() if key not in specimen.unused}
+    gone = {*specimen.unused, *keys_without_entry(specimen)}
+    assert whole == {key: x.shape for key, x in weights.items() if key not in gone}
     tied = dict(families.get_family(specimen.table).tied)
     for key in specimen.unused:
         np.testing.assert_array_equal(weights[key], weights[tied[key]])
     leaves = made.decode(pieces.cut_parts({key: weights[key] for key in whole}, made.keys))
-    assert {path: x.shape for path, x in leaves.items()} == shapes
+    assert {path: x.shape for path, x in leaves.items()} == without(shapes, dict(specimen.unmapped))
     back = made.encode(leaves)
     for key, parts in pieces.group_by_file_key(made.keys).items():
         again = pieces.join_parts([back[part] for part in parts], parts, np)
@@ -119,6 +128,11 @@ def test_the_check_says_so(specimen):
     """`jaxadapt check-keymap` finds nothing to complain of, and what is taken away it misses."""
     tensors = {key: tuple(x.shape) for key, x in torch_side.state(specimen).items()}
     shapes, table = shapes_of(specimen), families.get_family(specimen.table)
+    lost = keys_without_entry(specimen)
+    if lost:  # they are named, on both sides
+        found = check.check_keymap(table, shapes, tensors).problems
+        assert {kind: set(names) for kind, names in found.items()} == {"unclaimed": {*lost, *dict(specimen.unmapped)}}
+    shapes, tensors = without(shapes, dict(specimen.unmapped)), without(tensors, lost)
     for leaves, keys in ((shapes, None), (shapes, tensors), (None, tensors)):
         assert check.check_keymap(table, leaves, keys).problems == {}
     claimed = check.check_keymap(table, shapes, tensors).claims
