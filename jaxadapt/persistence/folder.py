@@ -43,7 +43,7 @@ from jaxadapt.storage import location
 def read_config(path: str | os.PathLike[str]) -> Config:
     """Read the configuration of an adapter folder (or of an `adapter_config.json`), without the tensors.
 
-    An adapter on the Hub is fetched: the names of its tensors tell which program's configuration it is.
+    Of an adapter on the Hub, only the configuration is fetched, unless it names no modules, as Tinker's and mlx-lm's.
     Raises `FileError` if it cannot be read, `ConfigError` if it is not a PEFT configuration.
 
     >>> import tempfile, jax, jaxadapt
@@ -55,6 +55,14 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     ...     read_config(folder)
     LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
+    if location.is_hub_address(path):
+        from jaxadapt.storage import hub  # imports the client of the Hub
+
+        file = hub.fetch_config(str(path))
+        values = peft_folder.parse_json(formats.read_text(file)) or {}
+        # PEFT writes a type, and the names that "all-linear" and None stand for.
+        is_peft = "peft_type" in values and values.get("target_modules", ()) not in (None, "all-linear")
+        path = file if is_peft else hub.fetch_folder(str(path))
     place = formats.look(path)
     file_format = formats.find(place) or peft_folder.FORMAT
     if file_format.read_config is not None:

@@ -396,6 +396,13 @@ def _has_adapter(place: HubAddress) -> bool:
     return True
 
 
+def fetch_config(address: str) -> Path:
+    """Fetch only the configuration of an adapter. Return its path in the cache."""
+    place = parse_hub_address(address)
+    with translate_errors(place, None), _explain_missing_adapter(place, None):
+        return _fetch_file(place, CONFIG, None, None, no_report)
+
+
 def _pull(
     place: HubAddress,
     optional_files: Sequence[str],

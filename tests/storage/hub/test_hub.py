@@ -101,6 +101,11 @@ def test_read_config_has_the_configuration_of_the_tensors_program(hub, saved):
     assert found.target_modules == ("lm_head", "q_proj")
 
 
+def test_read_config_fetches_only_the_configuration(hub, saved):
+    hub.put(REPO, {CONFIG: contents(saved)[CONFIG]})  # there are no weights
+    assert jaxadapt.read_config(f"hf://{REPO}").r == jaxadapt.read_config(saved).r
+
+
 def test_inspect_read_and_read_config_take_addresses(hub, saved):
     hub.put(REPO, contents(saved))
     there, here = f"hf://{REPO}", saved
