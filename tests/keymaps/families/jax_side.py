@@ -403,7 +403,8 @@ class _EarlierNumpy:
 
 
 def keras(specimen: Specimen) -> Side:
-    made = keras_backbone(specimen)
+    with jax.numpy_rank_promotion("allow"):  # its layers are called when they are built
+        made = keras_backbone(specimen)
     shapes = {v.path.replace("/", "."): tuple(v.shape) for v in made.weights}
     return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, lambda tree: run_keras(made, tree), merges=True)
 
