@@ -75,3 +75,17 @@ def test_what_pefts_functions_are_called_here():
         assert names, ours
         for name in names:
             operator.attrgetter(name)(jaxadapt)
+
+
+@pytest.mark.peft
+def test_the_number_of_methods():
+    import peft
+
+    from jaxadapt.methods import METHODS
+
+    prompts = sum(method.scope == "model" for method in METHODS.values())
+    text = (
+        f"{len(METHODS)} of the {len(peft.PeftType)} methods of PEFT {peft.__version__}"
+        f" ({len(METHODS) - prompts} change weights, {prompts} add virtual tokens)"
+    )
+    assert text in TEXT["README.md"]
