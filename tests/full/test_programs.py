@@ -167,7 +167,7 @@ def test_merged_models(smollm2) -> None:
 @pytest.mark.parametrize("kind", vllm_experts.MODELS)
 def test_experts_in_peft_transformers_and_vllm(kind: str, tmp_path: Path) -> None:
     """vLLM computes LoRA of experts on a GPU only. Its own code places the tensors; B·A of each is PEFT's change."""
-    found = vllm_experts.measure_model(kind, PROGRAMS, tmp_path)
+    found = vllm_experts.measure_apart(kind, PROGRAMS, tmp_path)
     for name, results in found.items():
         assert results["effect"] > 0.1
         assert results["peft"] == 0

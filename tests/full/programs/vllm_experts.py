@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,16 @@ def measure_model(kind: str, programs: Path, work: Path) -> dict[str, dict[str, 
     return results
 
 
+def measure_apart(kind: str, programs: Path, work: Path) -> dict[str, dict[str, Any]]:
+    """Return what `measure_model` returns, from a process of its own.
+
+    transformers' `load_adapter` replaces a method of PEFT for models such as Mixtral
+    (`integrations/peft.py: patch_moe_parameter_targeting`). Adapters of GPT-OSS in the same process are then wrong.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_model, kind, programs, work).result()
+
+
 def record_modules(kind: str, modules: dict[str, list[str]]) -> None:
     """Write the names of the modules that vLLM reads in the second layer, for the tests of CI."""
     recorded = json.loads(MODULES.read_text()) if MODULES.exists() else {}
@@ -233,7 +245,7 @@ def main() -> None:
     programs, chosen = Path(sys.argv[1]), sys.argv[2:] or list(MODELS)
     for kind in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            results = measure_model(kind, programs, Path(folder))
+            results = measure_apart(kind, programs, Path(folder))
             found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             found[kind] = results
             modules = json.loads((Path(folder) / "placed.npz.modules.json").read_text())
