@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxadapt.adapters import routed_experts
 from jaxadapt.adapters.adapter import (
     Covered,
     FileShapes,
@@ -382,11 +383,19 @@ def _select_sites(
     mapped, unmapped = _inventory(keymap, shapes, unsure)
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
-    selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
+    routed = routed_experts.list_parameters(keymap, shapes)
+    selected = matching.select_names(
+        config,
+        names,
+        linear=_linear_modules(method, mapped),
+        output=keymap.output,
+        advice="".join(routed_experts.left_out(config, (), routed)),
+    )
     parameter_sites, unmatched = (
         _bind_parameters(config, method, keymap, shapes) if config.get("target_parameters") else ([], [])
     )
-    warnings = doubtful_selection(config, names, (*selected, *adapted_modules(parameter_sites)))
+    chosen = (*selected, *adapted_modules(parameter_sites))
+    warnings = [*doubtful_selection(config, names, chosen), *routed_experts.left_out(config, chosen, routed)]
     if unmatched and not parameter_sites and not selected:
         raise TargetError("\n".join(unmatched))
     warnings += unmatched

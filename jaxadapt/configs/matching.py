@@ -198,6 +198,7 @@ def select_names(
     *,
     linear: Collection[str] | None = None,
     output: str | None = None,
+    advice: str = "",
 ) -> tuple[str, ...]:
     """Return the names that `config` targets, in their order.
 
@@ -207,6 +208,7 @@ def select_names(
     Args:
         names: the modules that can be adapted.
         linear, output: see `resolve_targets`; used for "all-linear" only.
+        advice: a line for the error if nothing matches.
 
     Raises:
         TargetError: nothing matches, or `target_modules` is null.
@@ -225,7 +227,7 @@ def select_names(
             "target_modules: expected names or an expression, found null, and PEFT has no default for this model; list"
             f" the modules. Available are {errors.describe_available(names)}"
         )
-    raise errors.TargetError(_no_match_message(resolved, names))
+    raise errors.TargetError("\n  ".join(filter(None, (_no_match_message(resolved, names), advice))))
 
 
 def _excluded(config: Config, name: str) -> bool:

@@ -35,7 +35,7 @@ from jaxadapt.core.errors import (
     reporter,
     warn,
 )
-from jaxadapt.export import conversion, expert_forms, gguf_files
+from jaxadapt.export import conversion, expert_forms, expert_stacks, gguf_files
 from jaxadapt.initializers import kinds, start_adapter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -366,9 +366,9 @@ def export_adapter(
         source: an adapter's folder or address, `PeftTensors`, or a model, variables or an `Adapter` as in `to_peft`.
         path: the folder to write, or the GGUF file.
         program: one of these names.
-        base: the base model: its folder, its config.json or, for "gguf", a GGUF file. Needed for "gguf" (its
-            configuration only), for `rank`, to export PiSSA and OLoRA without `first` (its weights), and for experts
-            (`target_parameters`) in vLLM (its configuration).
+        base: the base model: its folder, its config.json or, for "gguf", a GGUF file. Needed for "gguf" and for experts
+            in "mlx" and "vllm" (its configuration only), for `rank`, and to export PiSSA and OLoRA without `first` (its
+            weights).
         first: the folder of the initial adapter, for one whose initialization changed the base (PiSSA, OLoRA, CorDA,
             LoRA-GA). The result is for the original base and has twice the rank.
         rank: approximate the change of the weights by the nearest LoRA of this rank, for methods that are no LoRA
@@ -408,8 +408,10 @@ def export_adapter(
     facts = gguf_files.read_base(base) if chosen.style == "gguf" and base is not None else None
     tied = facts.tied if facts else _read_tied(base)
     with reporter(progress) as report, _open(source, report) as tensors:
+        tensors, stacks = expert_stacks.split(tensors, chosen.style, base)
         tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
-        plain = _plain(expert_forms.to_form(tensors, chosen.name, base), chosen, base, first, dtype)
+        tensors = expert_forms.to_form(tensors, chosen.name, base)
+        plain = expert_stacks.stack(_plain(tensors, chosen, base, first, dtype), stacks)
         plain = expert_forms.name_shared(
             dataclasses.replace(plain, config=plain.config.replace(inference_mode=True)), chosen.name
         )

@@ -369,8 +369,22 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 """{model_type of config.json: conventions}."""
 
-LINEAR = ("ATTN_Q", "ATTN_K", "ATTN_V", "ATTN_QKV", "ATTN_OUT", "FFN_GATE", "FFN_UP", "FFN_DOWN", "OUTPUT")
-"""The kinds of tensors to which llama.cpp adds a LoRA, besides TOKEN_EMBD."""
+OF_ADAPTERS: Mapping[str, Architecture] = {
+    **ARCHITECTURES,
+    "mixtral": Architecture("llama", interleaves=True),
+    "qwen3_moe": Architecture("qwen3moe"),
+    "gpt_oss": Architecture("gpt-oss"),
+    "llama4": Architecture("llama4"),
+    "llama4_text": Architecture("llama4"),
+}  # for adapters alone: whole models of the additional types are not written
+
+LINEAR = (
+    "ATTN_Q", "ATTN_K", "ATTN_V", "ATTN_QKV", "ATTN_OUT", "FFN_GATE", "FFN_UP", "FFN_DOWN", "OUTPUT",
+    "FFN_GATE_INP", "FFN_GATE_SHEXP", "FFN_UP_SHEXP", "FFN_DOWN_SHEXP",
+)  # fmt: skip
+"""The kinds of matrices to which llama.cpp adds a LoRA, besides TOKEN_EMBD."""
+
+STACKS = ("FFN_GATE_EXP", "FFN_UP_EXP", "FFN_DOWN_EXP")  # of experts, in the same way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,12 +421,12 @@ def read_base(path: Any) -> Base:
     """
     place = location.to_location(path)
     if place.suffix == ".gguf":
-        return gguf_base(File(place))
+        return gguf_base(File(place), OF_ADAPTERS)
     place = place / "config.json" if place.name != "config.json" else place
     config = hf_model.read_model_config(place)
     if config is None:
         raise FormatError(f"{place}: expected the config.json of the base model, or a .gguf file, found none")
-    architecture = _find_architecture(ARCHITECTURES.get(str(config.get("model_type"))), config.get("model_type"), place)
+    architecture = _find_architecture(config.get("model_type"), OF_ADAPTERS, place)
     text: Any = config.get("text_config")
     inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
 
@@ -429,11 +443,10 @@ def read_base(path: Any) -> Base:
     )
 
 
-def gguf_base(file: File) -> Base:
-    """Return the facts of a base model in a GGUF file. Raises `ConfigError` for other architectures."""
+def gguf_base(file: File, known: Mapping[str, Architecture] = ARCHITECTURES) -> Base:
+    """Return the facts of a base model in a GGUF file. Raises `ConfigError` for other architectures than `known`."""
     name = file.value("general.architecture")
-    by_name = {each.name: each for each in ARCHITECTURES.values()}
-    architecture = _find_architecture(by_name.get(str(name)), name, file.path)
+    architecture = _find_architecture(name, {each.name: each for each in known.values()}, file.path)
     if file.value("general.type", "model") != "model":
         raise FormatError(f"{file.path}: expected a whole model, found general.type {file.value('general.type')!r}")
     if (parts := file.value("split.count", 1)) != 1:
@@ -451,13 +464,13 @@ def gguf_base(file: File) -> Base:
     return Base(str(file.path), architecture, layers, heads, kv_heads, "output.weight" not in file.tensors)
 
 
-def _find_architecture(found: Architecture | None, name: object, source: Any) -> Architecture:
-    if found is None:
+def _find_architecture(name: object, known: Mapping[str, Architecture], source: Any) -> Architecture:
+    if str(name) not in known:
         raise ConfigError(
-            f"{source}: cannot write GGUF for the architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}."
+            f"{source}: cannot write GGUF for the architecture {name!r}; expected one of {', '.join(known)}."
             " For another, merge the adapter (`jaxadapt merge`) and convert the model with llama.cpp's own converter"
         )
-    return found
+    return known[str(name)]
 
 
 def interleave_rows(values: Array, heads: int | None) -> Array:
@@ -614,10 +627,10 @@ def _plan(tensors: PeftTensors, arrays: TensorSource, base: Base) -> dict[str, t
         is_table = "lora_embedding" in keys.a
         a, b = (arrays.specs[key].shape for key in keys)
         heads = base.head_count(kind)
-        are_pair = len(a) == len(b) == 2 and a[0] == b[1]
+        are_pair = len(a) == len(b) == (3 if kind in STACKS else 2) and a[:-2] == b[:-2] and a[-2] == b[-1]
         rules = (
             (not name, f"{base.architecture.name} has no such tensor in GGUF"),
-            (kind not in (*LINEAR, "TOKEN_EMBD"), f"llama.cpp adds no LoRA to {name}"),
+            (kind not in (*LINEAR, *STACKS, "TOKEN_EMBD"), f"llama.cpp adds no LoRA to {name}"),
             (
                 kind in ("TOKEN_EMBD", "OUTPUT") and base.tied is not False,
                 "the head is tied to the token embedding, which llama.cpp cannot adapt",

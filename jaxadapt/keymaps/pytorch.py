@@ -24,6 +24,7 @@ from jaxadapt.configs.matching import is_parameter, tensor_names
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
+from jaxadapt.core.name_groups import group_names
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight, name_regex
 
@@ -152,11 +153,8 @@ def state_dict_keymap(
     adapted = adapted_shapes(tensors)
     heads = {head for head, _ in tied}
     keys = match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
-    raise_listed(
-        MismatchError,
-        f"{source}: the model has no weight for these modules:",
-        [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}],
-    )
+    if missing := [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}]:
+        raise MismatchError(f"{source}: the model has no place for {group_names(missing)}")
     row_modules = token_row_modules(tensors)
     lookups = {module for module, own in adapted.items() if any("_embedding_" in name for name in own)}
     linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}

@@ -126,7 +126,8 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
             "embedding": (UNKNOWN, "right if the base has a head of its own; if its head is tied, the program stops"),
             "tied embedding": (REFUSED, "stops the program at the first token, because the head is tied to it"),
             "bias": (UNKNOWN, "not measured"), "variant": (UNKNOWN, "not measured"),
-            "parameters": (UNKNOWN, "not measured"), "other tensors": (REFUSED, "unknown names"),
+            "parameters": (REFUSED, "its converter stops at routed experts, and reads routers"),
+            "other tensors": (REFUSED, "unknown names"),
         },
     ),
     "Ollama": (
@@ -241,7 +242,8 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
         form = "transformers" if "shared experts" in hits else own
         command = _EXPORTS.get(name, f"jaxadapt export ADAPTER --for {form} --out FOLDER")
         # START is the folder of the initial adapter, for an initialization that changed the base.
-        return f"{command} --first START" if "init" in properties else command
+        base = " --base BASE" if name == "MLX" and "parameters" in properties else ""
+        return f"{command}{base}{' --first START' if 'init' in properties else ''}"
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
     peft_type = properties.get("method") or properties.get("type", "LORA")
     facts = FACTS[peft_type]
@@ -254,7 +256,8 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
 
 def _is_exported(name: str, properties: Mapping[str, str]) -> bool:
     """Return True if `jaxadapt export` has a form for an adapter with these properties that the program reads."""
-    lost = properties.keys() - _CURED - {"MLX": {"dora"}, "vLLM": {"parameters"}}.get(name, set())
+    own = {"MLX": {"dora", "parameters"}, "vLLM": {"parameters"}, "llama.cpp": {"parameters"}}
+    lost = properties.keys() - _CURED - own.get(name, set())
     lost -= ({"layers"} if name in _EXPORTS else {"layers", "embedding", "tied embedding"}) - _RULES[name][1].keys()
     if "variant" in properties and set(properties["variant"].split(", ")) <= set(_CONVERTED):
         lost -= {"variant"}

@@ -49,6 +49,7 @@ from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, entry_for_copy, is_guess
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.planning import BaseParams
+from jaxadapt.persistence import no_place
 from jaxadapt.storage import local_files
 
 # ---------------------------------------------------------------- expected
@@ -347,7 +348,9 @@ def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
     try:
         plan.check({key: plan.shapes[key] for key in may_lack} | given.shapes, expected.file.source, unusable, keymap)
     except MismatchError as error:
-        expected.refusals.append(f"{error}{attention_hint(given.keys() - plan.keys.keys())}")
+        others = given.keys() - plan.keys.keys()
+        line = no_place.first_line(expected.file.source, [key for key in given if key in others], expected.file.config)
+        expected.refusals.append(f"{line}{error}{attention_hint(others)}")
     return source
 
 

@@ -27,7 +27,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import errors, paths
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.persistence import fingerprint, folder, tensor_checks
+from jaxadapt.persistence import fingerprint, folder, no_place, tensor_checks
 from jaxadapt.persistence.formats import SEVERITIES, Finding, count, error, first, note, warning, with_subjects
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
@@ -147,6 +147,7 @@ def check_base(
         yield _explain_missing(modules, missing, names, base, source)
     yield from _check_shapes(shapes, config, base, names)
     if not missing:
+        yield from no_place.find_left_out(config, modules, base)
         yield from _check_completeness(modules, config, base, source)
 
 
@@ -177,7 +178,7 @@ def _explain_missing(
             " jaxadapt.models.LoraTree(model, on_shared='concat')",
         )  # fmt: skip
     close = errors.close_matches(missing[:3], [key.removesuffix(".weight") for key in base if key.endswith(".weight")])
-    text = f"{source} has no weight for {len(missing)} of {count(modules, 'module')}, such as {first}"
+    text = no_place.in_base(source, missing, count(modules, "module"))
     text += f"; it has {', '.join(close[:4])}" if close else ""
     return error("base", missing, text, "modules of this base", _IS_THE_BASE)
 
@@ -284,7 +285,9 @@ def _check_completeness(
     if config.get("target_modules") is None or matching.is_all_linear(config) or config.peft_type != "LORA":
         return []
     candidates = [key.removesuffix(".weight") for key, s in base.items() if key.endswith(".weight") and len(s) > 1]
-    absent = [m for m in candidates if m not in modules and matching.is_target(config, m)]
+    absent = [
+        m for m in no_place.without_single(candidates, modules) if m not in modules and matching.is_target(config, m)
+    ]
     return with_subjects(error(
         "missing", absent, f"the file lacks {count(absent, 'module')} of {source} that target_modules selects",
         "tensors for every target",
@@ -301,7 +304,7 @@ def _check_family(modules: Sequence[str], keymap: KeyMap) -> Iterator[Finding]:
         yield error(
             "base",
             missing,
-            f"{keymap.name} lacks {len(missing)} of {count(modules, 'module')}, such as {missing[0]}",
+            no_place.in_base(keymap.name, missing, count(modules, "module")),
             "PyTorch's module names of the family",
             f"check the family and the prefix of the keys; `jaxadapt families {keymap.name}` lists the names",
         )

@@ -26,7 +26,7 @@ pytest.importorskip("peft")
 from jaxadapt.export import export_adapter
 from jaxadapt.export.conversion import convert
 from tests.export import test_adapter_export as tiny
-from tests.full.programs import measure, table, vllm_experts
+from tests.full.programs import experts, measure, table, vllm_experts
 
 FOLDER = os.environ.get("JAXADAPT_PROGRAMS")
 pytestmark = [
@@ -150,6 +150,28 @@ def test_adapters_that_mlx_trained(family: str, tmp_path: Path) -> None:
             got = measure.read_by_peft(base, tmp_path / name)
             assert abs(got - want).max() < 1e-4, name  # float32 on both sides
         assert abs(want - plain).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("program", "kind"),
+    [("mlx", kind) for kind in experts.KINDS] + [("llama", kind) for kind in experts.KINDS if kind != "deepseek_v3"],
+)
+def test_routed_experts(program: str, kind: str, tmp_path: Path) -> None:
+    """Experts, routers and shared experts, as PEFT adapts them in transformers 5, and all of them at once."""
+    base = experts.small(tmp_path, PROGRAMS, program, kind)
+    plain = measure.log_probabilities(measure.peft_logits(base.model(), base))
+    wanted, files = [plain], [None]
+    for name, fields in experts.cases(kind).items():
+        folder = tmp_path / name.replace(" ", "-")
+        wanted.append(experts.train(base, folder, fields))
+        files.append(f"{folder}.gguf" if program == "llama" else f"{folder}-mlx")
+        export_adapter(folder, files[-1], "gguf" if program == "llama" else "mlx", base=base.folder / "config.json")
+        assert abs(wanted[-1] - plain).max() > 0.3, name
+    model = base.gguf if program == "llama" else tmp_path / "mlx"
+    found = measure.run(program, PROGRAMS, model, files, base, tmp_path / "x.npy")
+    alone = abs(found[0] - plain).max()  # mlx-lm's Llama 4 has another epsilon: 3e-4
+    for got, want in zip(found, wanted, strict=True):
+        assert abs(got - want).max() < max(1e-4, 5 * alone)  # float32 on both sides
 
 
 def test_merged_models(smollm2) -> None:

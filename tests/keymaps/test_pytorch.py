@@ -94,7 +94,7 @@ def test_a_first_part_of_the_names_may_differ(model, adapter, expected):
 
 
 def test_every_module_that_the_model_lacks_is_listed():
-    with pytest.raises(MismatchError, match=r"(?s)it: the model has no weight for these modules.*a\.k.*a\.v"):
+    with pytest.raises(MismatchError, match=r"it: the model has no place for a\.\{k,v\}"):
         pytorch.state_dict_keymap({"a.q.weight": (6, 4)}, lora("a.k", 6, (4,)) | lora("a.v", 6, (4,)), "it", _sizes)
     keymap = pytorch.state_dict_keymap(
         {"emb.weight": (6, 4)}, lora("head", 6, (4,)), "it", _sizes, tied=(("head.weight", "emb.weight"),)

@@ -78,6 +78,17 @@ def test_the_rules_are_the_measurements(case: str):
         assert bool(reader.reasons) == (reader.verdict != RIGHT)
 
 
+def test_routed_experts_are_exported_for_llama_cpp_and_mlx():
+    config = jaxadapt.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
+    found = {reader.name: reader for reader in consumers.judge_readers(config, ())}
+    assert found["llama.cpp"].verdict == REFUSED
+    assert found["llama.cpp"].reasons == (
+        "target_parameters: its converter stops at routed experts, and reads routers",
+    )
+    assert "--for gguf --base BASE" in found["llama.cpp"].remedy
+    assert found["MLX"].remedy == "jaxadapt export ADAPTER --for mlx --out FOLDER --base BASE"
+
+
 def test_other_methods():
     found = verdicts(jaxadapt.IA3Config(target_modules=["q_proj"]), ["base_model.model.q_proj.ia3_l"])
     assert [found[name] for name in PROGRAMS] == [RIGHT, RIGHT, REFUSED, REFUSED]  # measured
@@ -168,7 +179,7 @@ MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
         ({"init_lora_weights": "pissa"}, "vLLM", f"{PLAIN} --first START"),
         ({"use_bdlora": {"nblocks": 2}}, "vLLM", PLAIN),
         ({"layer_replication": [[0, 1]]}, "vLLM", MERGE_IN_MEMORY),
-        ({"target_parameters": ["w"]}, "MLX", MERGE_IN_MEMORY),
+        ({"target_parameters": ["w"]}, "MLX", f"{MLX} --base BASE"),
         ({"target_parameters": ["w"]}, "vLLM", "jaxadapt export ADAPTER --for vllm --base BASE --out FOLDER"),
         ({"target_parameters": ["w"], "modules_to_save": ["lm_head"]}, "vLLM", MERGE_IN_MEMORY),
         ({"use_dora": True}, "llama.cpp", MERGE),

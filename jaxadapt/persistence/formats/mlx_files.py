@@ -277,8 +277,10 @@ def write_folder(tensors: PeftTensors, folder: location.Location, wanted: Wanted
     sides = {
         f"{keys[name]}.lora_{side}": key for name, pair in modules.items() for side, key in zip("ab", pair, strict=True)
     }
+    stacks = {name: key for name, key in sides.items() if len(arrays.specs[key].shape) == 3}  # of experts, not turned
+    matrices = {name: key for name, key in sides.items() if name not in stacks}
     vectors = {f"{keys[name]}.m": f"{PEFT_PREFIX}{name}{MAGNITUDE}" for name in modules if config.use_dora}
-    file = combine(tensors.source, [transpose(arrays, sides), rename(arrays, vectors)])
+    file = combine(tensors.source, [transpose(arrays, matrices), rename(arrays, stacks | vectors)])
     document: dict[str, Any] = {
         "fine_tune_type": "dora" if config.use_dora else "lora",
         "num_layers": 0,  # no layers by position: `keys` has full names
@@ -297,14 +299,12 @@ def _refuse_modules(
     tensors: PeftTensors, arrays: TensorSource, modules: dict[str, PairKeys], tied: bool | None, dora: bool
 ) -> None:
     problems: list[str] = []
-    has_parameters = bool(tensors.config.get("target_parameters"))
     why = "the head is tied to it" if tied else "the head may be tied to it; pass base="
     for module, keys in modules.items():
         a, b = (arrays.specs[key].shape for key in keys)
         obstacles = {
-            "mlx-lm adapts modules, and this is a parameter (target_parameters)": has_parameters,
             f"expected matrices A (r, in) and B (out, r), found {list(a)} and {list(b)}": (
-                len(a) != 2 or len(b) != 2 or a[0] != b[1]
+                len(a) not in (2, 3) or len(b) != len(a) or a[:-2] != b[:-2] or a[-2] != b[-1]
             ),
             f"mlx-lm would change the token embedding and the head; {why}": (
                 tied is not False and _TABLES.search(module) is not None
