@@ -126,8 +126,7 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
             "embedding": (UNKNOWN, "right if the base has a head of its own; if its head is tied, the program stops"),
             "tied embedding": (REFUSED, "stops the program at the first token, because the head is tied to it"),
             "bias": (UNKNOWN, "not measured"), "variant": (UNKNOWN, "not measured"),
-            "parameters": (REFUSED, "its converter stops at routed experts, and reads routers"),
-            "other tensors": (REFUSED, "unknown names"),
+            "parameters": (REFUSED, "its converter stops at experts"), "other tensors": (REFUSED, "unknown names"),
         },
     ),
     "Ollama": (
@@ -187,7 +186,7 @@ _CONVERTED = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
 _CURED = frozenset(
     ("any", "rslora", "alpha_pattern", "rank_pattern", "fraction", "init", "expression", "shared experts")
 )
-"""The properties that an export removes."""
+_OWN_FORMS = {"MLX": {"dora", "parameters"}, "vLLM": {"parameters"}, "llama.cpp": {"parameters"}}
 
 _PAIR = re.compile(r"(base_model\.model\..+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
@@ -242,8 +241,7 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
         form = "transformers" if "shared experts" in hits else own
         command = _EXPORTS.get(name, f"jaxadapt export ADAPTER --for {form} --out FOLDER")
         # START is the folder of the initial adapter, for an initialization that changed the base.
-        base = " --base BASE" if name == "MLX" and "parameters" in properties else ""
-        return f"{command}{base}{' --first START' if 'init' in properties else ''}"
+        return f"{command} --first START" if "init" in properties else command
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
     peft_type = properties.get("method") or properties.get("type", "LORA")
     facts = FACTS[peft_type]
@@ -256,8 +254,7 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
 
 def _is_exported(name: str, properties: Mapping[str, str]) -> bool:
     """Return True if `jaxadapt export` has a form for an adapter with these properties that the program reads."""
-    own = {"MLX": {"dora", "parameters"}, "vLLM": {"parameters"}, "llama.cpp": {"parameters"}}
-    lost = properties.keys() - _CURED - own.get(name, set())
+    lost = properties.keys() - _CURED - _OWN_FORMS.get(name, set())
     lost -= ({"layers"} if name in _EXPORTS else {"layers", "embedding", "tied embedding"}) - _RULES[name][1].keys()
     if "variant" in properties and set(properties["variant"].split(", ")) <= set(_CONVERTED):
         lost -= {"variant"}

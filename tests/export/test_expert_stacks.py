@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.export import export_adapter
-from jaxadapt.keymaps.families import moe
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -103,11 +102,7 @@ def test_single_experts_give_the_same_stacks(program, tmp_path):
     """transformers 4's names, as jaxadapt saves them too: one LoRA for each expert."""
     fields = experts.cases("mixtral")["experts"]
     wrapped("mixtral", tmp_path / "in", **fields)
-    from jaxadapt.adapters import experts as joint
-
-    fused = jaxadapt.read(tmp_path / "in")
-    config, tensors = joint.split_experts(fused.config, fused.tensors, moe.MIXTRAL)
-    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path / "single")
+    export_adapter(tmp_path / "in", tmp_path / "single", "vllm", base=tmp_path)
     found = []
     for name in ("in", "single"):
         path = tmp_path / (f"{name}.gguf" if program == "gguf" else f"{name}-mlx")

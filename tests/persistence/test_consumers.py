@@ -82,11 +82,9 @@ def test_routed_experts_are_exported_for_llama_cpp_and_mlx():
     config = jaxadapt.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
     found = {reader.name: reader for reader in consumers.judge_readers(config, ())}
     assert found["llama.cpp"].verdict == REFUSED
-    assert found["llama.cpp"].reasons == (
-        "target_parameters: its converter stops at routed experts, and reads routers",
-    )
+    assert found["llama.cpp"].reasons == ("target_parameters: its converter stops at experts",)
     assert "--for gguf --base BASE" in found["llama.cpp"].remedy
-    assert found["MLX"].remedy == "jaxadapt export ADAPTER --for mlx --out FOLDER --base BASE"
+    assert found["MLX"].remedy == "jaxadapt export ADAPTER --for mlx --out FOLDER"
 
 
 def test_other_methods():
@@ -179,7 +177,7 @@ MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
         ({"init_lora_weights": "pissa"}, "vLLM", f"{PLAIN} --first START"),
         ({"use_bdlora": {"nblocks": 2}}, "vLLM", PLAIN),
         ({"layer_replication": [[0, 1]]}, "vLLM", MERGE_IN_MEMORY),
-        ({"target_parameters": ["w"]}, "MLX", f"{MLX} --base BASE"),
+        ({"target_parameters": ["w"]}, "MLX", MLX),
         ({"target_parameters": ["w"]}, "vLLM", "jaxadapt export ADAPTER --for vllm --base BASE --out FOLDER"),
         ({"target_parameters": ["w"], "modules_to_save": ["lm_head"]}, "vLLM", MERGE_IN_MEMORY),
         ({"use_dora": True}, "llama.cpp", MERGE),
