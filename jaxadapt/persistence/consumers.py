@@ -183,7 +183,7 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
 
 _VARIANTS = ("use_qalora", "layer_replication", "use_bdlora", "arrow_config", "velora_config", "monteclora_config")
 _CONVERTED = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
-_CURED = frozenset(
+_CURED = frozenset(  # the properties that every export removes; _OWN_FORMS: those that a form of its own has
     ("any", "rslora", "alpha_pattern", "rank_pattern", "fraction", "init", "expression", "shared experts")
 )
 _OWN_FORMS = {"MLX": {"dora", "parameters"}, "vLLM": {"parameters"}, "llama.cpp": {"parameters"}}
