@@ -81,7 +81,7 @@ NORMS = tuple(
     Weight(f"{_OURS}self_attention.{name}_norm.scale", f"{_HF}self_attn.{name[0]}_norm.weight", "h -> h")
     for name in ("query", "key")
 )
-LLAMA3 = make_keymap("llama3", QUERY_SCALED)
+LLAMA3, MISTRAL = (make_keymap(name, QUERY_SCALED) for name in ("llama3", "mistral"))
 QWEN2 = make_keymap("qwen2", (*PLAIN, *_BIASES), needs=tuple(w.leaf for w in _BIASES))
 QWEN3 = make_keymap("qwen3", (*PLAIN, *NORMS), needs=tuple(w.leaf for w in NORMS))
 

@@ -326,8 +326,10 @@ def maxtext(specimen: Specimen) -> Side:
         more |= {"model_name": "gemma3-4b", "override_model_config": True, "local_rope_max_timescale": 10_000}
         more |= {"rope_linear_scaling_factor": 1.0}
         theta = 1_000_000
+    more |= _maxtext_more(specimen)
+    activation, theta = more.pop("activation", activation), more.pop("theta", theta)
     count = o.get("layers", LAYERS) // (2 if o["model"] == "gemma2" else 1)
-    blocks = {"llama3.1": "llama2", "llama3": "llama2", "deepseek_v3": "deepseek"}
+    blocks = {"llama3.1": "llama2", "llama3": "llama2", "deepseek_v3": "deepseek", "deepseek2": "deepseek"}
     block = blocks.get(o["model"], o["model"])
     config = pyconfig.initialize(
         ["record", str(base)],
@@ -336,13 +338,13 @@ def maxtext(specimen: Specimen) -> Side:
         max_target_length=IDS.shape[1], max_prefill_predict_length=IDS.shape[1], attention="dot_product",
         dtype="float32", weight_dtype="float32", matmul_precision="highest", float32_logits=True,
         base_emb_dim=D, base_num_query_heads=HEADS,
-        base_num_kv_heads=HEADS if block == "deepseek" else KV, base_mlp_dim=F, base_num_decoder_layers=count,
+        base_num_kv_heads=HEADS if block in ("deepseek", "gpt3") else KV, base_mlp_dim=F, base_num_decoder_layers=count,
         head_dim=o["head_dim"], vocab_size=V, normalization_layer_epsilon=1e-6,
-        decoder_block=block, use_qk_norm=qwen3, attention_bias=block in ("qwen2", "gpt_oss"),
+        decoder_block=block, use_qk_norm=more.pop("use_qk_norm", qwen3), attention_bias=block in ("qwen2", "gpt_oss"),
         logits_via_embedding=o["tied"], normalize_embedding_logits="gemma" in o["model"], logits_dot_in_fp32=True,
         rope_max_timescale=theta, rope_use_scale=False,
-        rope_type={"llama3.1": "llama3.1", "deepseek_v3": "yarn"}.get(o["model"], "default"),
-        mlp_activations=[activation, "linear"],
+        rope_type=more.pop("rope_type", {"llama3.1": "llama3.1", "deepseek_v3": "yarn"}.get(o["model"], "default")),
+        mlp_activations=more.pop("mlp_activations", [activation, "linear"]),
         scan_layers=o["scan"] is not None, param_scan_axis=o["scan"] or 0, enable_dropout=False, **more,
     )  # fmt: skip
     mesh = jax.sharding.Mesh(utils.create_device_mesh(config), config.mesh_axes)
@@ -359,6 +361,45 @@ def maxtext(specimen: Specimen) -> Side:
     # DeepSeek's routers have a variable of a kind of its own for the bias, which training changes by itself.
     bias = importlib.import_module("maxtext.layers.moe").MoEBiasVar
     return _of_nnx(make, run, nnx.Any(nnx.Param, bias))
+
+
+def _maxtext_more(specimen: Specimen) -> dict[str, Any]:
+    """The fields of MaxText's configuration of the models that have a file of their own."""
+    o = specimen.options
+    if "more" not in o:
+        return {}
+    model, found, named = o["model"], dict(o["more"]), {"override_model_config": True}
+    if "experts_implementation" in specimen.config:  # every token to each of its experts, none dropped
+        found |= {"sparse_matmul": False, "megablox": False, "capacity_factor": -1.0, "shared_experts": 1}
+        found |= {"num_experts": 4, "num_experts_per_tok": 1 if model == "llama4" else 2}
+        found["base_moe_mlp_dim"] = specimen.config["intermediate_size"] if model == "llama4" else 8
+    if model == "gemma4":
+        found |= {"use_post_attn_norm": True, "use_post_ffw_norm": True, "sliding_window_size": 4}
+        found |= {"local_rope_max_timescale": 10_000, "global_rope_max_timescale": 1_000_000, "theta": 1_000_000}
+        found |= {"global_rope_proportion": 0.25, "local_rope_proportion": 1.0, "final_logits_soft_cap": 8.0}
+        found |= {"activation": "gelu", "v_norm_with_scale": False, "norm_topk_prob": True, **named}
+        found |= {
+            "model_name": specimen.name.removeprefix("maxtext-"),
+            "num_experts": found.get("num_experts", 1),
+        }  # (one is none)
+    if model == "qwen3_next":
+        found |= {"norm_topk_prob": True, "use_qk_norm": False, "inhomogeneous_layer_cycle_interval": 4}
+        found |= {"gdn_conv_kernel_dim": 4, "gdn_key_head_dim": 4, "gdn_value_head_dim": 6, "gdn_num_key_heads": 2}
+        found |= {"gdn_num_value_heads": 4, "gdn_chunk_size": 64, "partial_rotary_factor": 0.25}
+    if model == "llama4":
+        found |= {"nope_layer_interval": 4, "temperature_tuning": True, "chunk_attn_window_size": 4}
+        found |= {"inhomogeneous_layer_cycle_interval": 1 if o["scan"] is None else 4, "rope_type": "llama3.1"}
+        found |= {"use_qk_norm": specimen.config["use_qk_norm"], "model_name": "llama4-17b-16e", **named}
+    if model == "deepseek2":
+        found |= {"attention_type": "mla", "q_lora_rank": 0, "kv_lora_rank": 12, "qk_nope_head_dim": 6}
+        found |= {"qk_rope_head_dim": 4, "v_head_dim": 5, "first_num_dense_layers": 1, "shared_experts": 2}
+        found |= {"routed_score_func": "softmax", "routed_scaling_factor": 1.0, "routed_bias": False}
+        found |= {"rope_type": "yarn", "rope_interleave": True, "rope_factor": 1.0, "max_position_embeddings": 4096}
+    if model == "olmo3":
+        found |= {"use_qk_norm": True, "sliding_window_size": 4, "model_name": "olmo3-7b", **named}
+    if model == "gpt3":
+        found |= {"trainable_position_size": 32, "mlp_activations": ["gelu"], "fused_qkv": True}
+    return found
 
 
 # ---- transformers 4.57 -------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ GEMMA3N = Specimen(
 )  # fmt: skip
 
 
-_LLAMAS = ("maxtext:llama3.1", "maxtext:llama3")
+_LLAMAS = ("maxtext:llama3.1", "maxtext:llama3", "maxtext:mistral")
 
 
 def _maxtext(model: str, torch: str, scan: int | None, head_dim: int = 6, tied: bool = False) -> Specimen:
@@ -208,8 +208,7 @@ def _maxtext(model: str, torch: str, scan: int | None, head_dim: int = 6, tied: 
     name = f"maxtext-{model}{suffix.replace('/', '-')}" + (f"-h{head_dim}" if head_dim != 6 else "")
     unused = (HEAD,) if tied else ()
     name += "-tied" if tied else ""
-    table = {"mistral": "llama3"}.get(model, model)
-    return Specimen(name, f"maxtext:{table}{suffix}", torch, config, "maxtext", options, PROJ, rivals, unused)
+    return Specimen(name, f"maxtext:{model}{suffix}", torch, config, "maxtext", options, PROJ, rivals, unused)
 
 
 def _maxtext_gemma(generation: int, scan: int | None, head_dim: int = 6, size: str = "", count: int = 0) -> Specimen:
@@ -224,6 +223,84 @@ def _maxtext_gemma(generation: int, scan: int | None, head_dim: int = 6, size: s
     table = f"maxtext:gemma{generation}{size}{suffix}"
     name = table.replace(":", "-").replace("/", "-") + ("" if head_dim == 6 else f"-h{head_dim}")
     return Specimen(name, table, torch, config, "maxtext", options, PROJ, unused=(HEAD,))
+
+
+def _maxtext_of(
+    model: str,
+    torch: str,
+    config: Mapping[str, Any],
+    scan: int | None = None,
+    targets: tuple[str, ...] = PROJ,
+    parameters: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+    blocks: bool = False,
+    rivals: tuple[str, ...] = (),
+    **options: Any,
+) -> Specimen:
+    """A model of MaxText that has a file of its own; `options` are fields of MaxText's configuration."""
+    config = {**DECODER, "head_dim": 6, "tie_word_embeddings": bool(unused), **config}
+    layers = config["num_hidden_layers"]
+    suffix = ("-blocks" if blocks else "") + ("" if scan is None else f"/scan{scan}")
+    made = {"model": model.partition("-")[0], "scan": scan, "head_dim": config["head_dim"], "tied": bool(unused)}
+    return Specimen(
+        f"maxtext-{model}{suffix.replace('/', '-')}", f"maxtext:{made['model']}{suffix}", torch, config, "maxtext",
+        {**made, "layers": layers, "more": options}, targets, rivals, unused=unused, parameters=parameters,
+    )  # fmt: skip
+
+
+_FULL_SIXTH = [*["sliding_attention"] * 5, "full_attention"]
+_LARGE4 = {**GEMMA4, **_GEMMA4["large"], "num_hidden_layers": 6, "layer_types": _FULL_SIXTH}
+_GLOBAL = {"global_head_dim": 8, "global_num_kv_heads": 1, "share_kv_projections": True}
+_QWEN3_NEXT = {
+    **rope(), "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    "head_dim": 8, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "norm_topk_prob": True, "experts_implementation": "eager",
+}  # fmt: skip
+_LLAMA4 = {
+    **rope(), "num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 1, "moe_layers": [1, 3],
+    "intermediate_size": 8, "intermediate_size_mlp": F, "use_qk_norm": False, "experts_implementation": "eager",
+    "attention_chunk_size": 4, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+_DEEPSEEK2 = {
+    **rope(), "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1,
+    "n_shared_experts": 2, "q_lora_rank": None, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+    "v_head_dim": 5, "head_dim": 4, "num_key_value_heads": HEADS, "experts_implementation": "eager",
+}  # fmt: skip
+_OLMO3 = {**rope(), "num_hidden_layers": 4, "head_dim": 4, "sliding_window": 4, "pad_token_id": 0}
+_GPT3 = {"head_dim": 4, "activation_function": "gelu_new", "n_inner": F, "layer_norm_epsilon": 1e-6}
+# (PEFT takes the names gate_proj, up_proj, down_proj and gate for the routed experts, also at the end of a name.)
+_HYBRID = (*PROJ[:4], "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate")
+_MLA = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+def _maxtext_families() -> tuple[Specimen, ...]:
+    gemma4 = {"torch": "Gemma4ForCausalLM", "unused": (HEAD,)}
+    made = [
+        _maxtext_of("gemma4-31b", config=_LARGE4, **gemma4, **_GLOBAL),
+        _maxtext_of(
+            "gemma4-26b", config={**_LARGE4, **_GEMMA4["moe"]}, parameters=_EXPERTS, targets=(*PROJ, "proj"), **gemma4,
+            **_GLOBAL,
+        ),
+        _maxtext_of(
+            "qwen3_next", "Qwen3NextForCausalLM", _QWEN3_NEXT, targets=_HYBRID,
+            parameters=(*_EXPERTS, "mlp.gate.weight"), rivals=("maxtext:qwen3_next", "maxtext:qwen3_5"),
+        ),
+    ]  # fmt: skip
+    for scan in (None, 1):
+        blocks = scan is not None
+        two_blocks = {"num_hidden_layers": 8 if blocks else 4}
+        made += [
+            _maxtext_of(
+                "llama4", "Llama4ForCausalLM", {**_LLAMA4, **two_blocks, "moe_layers": [1, 3, 5, 7]}, scan,
+                parameters=(*_EXPERTS, "router.weight"), blocks=blocks, interleave_moe_layer_step=2,
+            ),
+            _maxtext_of("deepseek2", "DeepseekV2ForCausalLM", _DEEPSEEK2, scan, _MLA, _EXPERTS),
+            _maxtext_of("gpt3", "GPT2LMHeadModel", _GPT3, scan, ("c_attn", "c_proj", "c_fc")),
+        ]  # fmt: skip
+    scout = {**_LLAMA4, "moe_layers": [0, 1, 2, 3], "use_qk_norm": True, "intermediate_size": F}
+    made.append(_maxtext_of("olmo3", "Olmo3ForCausalLM", _OLMO3))
+    made.append(_maxtext_of("llama4-scout", "Llama4ForCausalLM", scout, parameters=_EXPERTS))
+    return tuple(made)
 
 
 _BERT = ("query", "key", "value", "dense")
@@ -563,13 +640,14 @@ SPECIMENS = (
     *(_maxtext("llama3.1", "LlamaForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("llama3.1", "LlamaForCausalLM", None, head_dim=16),
     *(_maxtext("llama3", "LlamaForCausalLM", scan) for scan in (None, 1)),
-    _maxtext("mistral", "MistralForCausalLM", None),
+    *(_maxtext("mistral", "MistralForCausalLM", scan) for scan in (None, 1)),
     *(_maxtext("qwen2", "Qwen2ForCausalLM", scan, head_dim=4) for scan in (None, 1)),
     *(_maxtext("qwen3", "Qwen3ForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("qwen3", "Qwen3ForCausalLM", None, tied=True),
     *(_maxtext_gemma(2, scan, h) for scan, h in ((None, 6), (1, 16))),
     _maxtext_gemma(3, None),
     *(_maxtext_gemma(3, 1, size=size, count=count) for size, count in (("-4b", 34), ("-12b", 48), ("-27b", 62))),
+    *_maxtext_families(),
     _moe_of("tunix", "qwen3_moe", "Qwen3MoeForCausalLM"),
     *(_moe_of("maxtext", "mixtral", "MixtralForCausalLM", scan) for scan in (None, 1)),
     *(_moe_of("maxtext", "qwen3_moe", "Qwen3MoeForCausalLM", scan) for scan in (None, 0, 1)),
