@@ -17,19 +17,21 @@ def group_names(names: Iterable[str], limit: int = 6) -> str:
     >>> names = [f"layers.{l}.mlp.{p}_proj" for l in (0, 1, 2, 5) for p in ("gate", "up", "down")]
     >>> group_names([*names, "lm_head"])
     'layers.{0-2,5}.mlp.{gate,up,down}_proj (12), lm_head'
+    >>> group_names(["a..b", "", "h.01.x"])
+    'a..b, , h.01.x'
     """
-    numbers: dict[tuple[str, ...], dict[tuple[int, ...], None]] = {}
+    numbers: dict[tuple[str | None, ...], dict[tuple[int, ...], None]] = {}
     for name in names:
         parts = name.split(".")
         is_number = [_is_number(part) for part in parts]
-        template = tuple("" if known else part for part, known in zip(parts, is_number, strict=True))
+        template = tuple(None if known else part for part, known in zip(parts, is_number, strict=True))
         own = tuple(int(part) for part, known in zip(parts, is_number, strict=True) if known)
         numbers.setdefault(template, {})[own] = None
     groups: dict[tuple[str, ...], dict[str, int]] = {}
     for template, found in numbers.items():
         for ranges, count in _ranges(list(found)):
             texts = iter(ranges)
-            *start, end = (part or next(texts) for part in template)
+            *start, end = (next(texts) if part is None else part for part in template)
             groups.setdefault((*start, str(count)), {})[end] = count
     lines: list[str] = []
     for (*start, _), ends in groups.items():
