@@ -60,8 +60,15 @@ def test_an_nnx_model_is_refused_until_generic_names_are_asked_for(cls, tmp_path
     jaxadapt.load(tmp_path, cls(nnx.Rngs(0)), keymap="generic")
 
 
-def test_a_model_of_ones_own_has_the_names_of_its_paths(tmp_path):
-    jaxadapt.save(jaxadapt.adapt(Own(nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1)), tmp_path)
+class InOwnFile(Own):
+    """In a file gemma.py, which is not the package."""
+
+    __module__ = "gemma"
+
+
+@pytest.mark.parametrize("cls", [Own, InOwnFile])
+def test_a_model_of_ones_own_has_the_names_of_its_paths(cls, tmp_path):
+    jaxadapt.save(jaxadapt.adapt(cls(nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1)), tmp_path)
     assert len(jaxadapt.read(tmp_path).tensors) == 2
 
 

@@ -190,7 +190,7 @@ TABLE = {
     "keras": "LLAMA QWEN2 QWEN3 MIXTRAL QWEN_MOE QWEN3_MOE",
     "keras_gemma": "GEMMA GEMMA2 GEMMA3 GEMMA4",
     "keras_fused": "GPT2 PHI3",
-    "keras_encoder": "BERT ROBERTA",
+    "keras_encoder": "BERT ROBERTA ELECTRA",
     "easydel": "LLAMA",
     "openpi": "PI0",
     "bonsai": "QWEN3 GEMMA3 VIT DINOV3 WHISPER UMT5",
@@ -268,8 +268,8 @@ def resolve_keymap(
         if families is FAMILIES
         else _recognize(families.values(), leaves)
     )
-    libraries = {f"{cls.__module__.partition('.')[0]}:" for cls in model.__mro__}
-    if found is GENERIC and any(name.startswith(tuple(libraries)) for name in families):
+    packages = tuple(name.partition(":")[0] + "." for name in families if ":" in name)
+    if found is GENERIC and any(cls.__module__.startswith(packages) for cls in model.__mro__):
         raise errors.KeyMapError(
             f"no keymap has the names of {model.__module__}.{model.__qualname__} in PyTorch. Where these are not the"
             " model's own paths, PEFT would load the adapter without effect. Pass a KeyMap with an entry for each"

@@ -77,8 +77,9 @@ QWEN3 = decoder_keymap(
         *_embeddings([("embedder", "model.embed_tokens")]),
         *_kernels(_same(f"{_LAYER}attn.", f"{LAYER}self_attn.", *_QKV), _HEADS_IN),
         *_kernels(_same(f"{_LAYER}attn.", f"{LAYER}self_attn.", "o_proj"), _HEADS_OUT),
-        *_kernels(_same(f"{_LAYER}mlp.", f"{LAYER}mlp.", "gate_proj", "up_proj"), _IN),
-        *_kernels(_same(f"{_LAYER}mlp.", f"{LAYER}mlp.", "down_proj"), _OUT),
+        # Tunix's entries: an adapter of these modules, without its base, may be of either library.
+        *_kernels(_same(f"{_LAYER}mlp.", f"{LAYER}mlp.", "gate_proj", "up_proj"), "d f -> f d"),
+        *_kernels(_same(f"{_LAYER}mlp.", f"{LAYER}mlp.", "down_proj"), "f d -> d f"),
         *layer_norms(_LAYER, _same("", "", "input_layernorm", "post_attention_layernorm"), "m"),
         *layer_norms(_LAYER, _same("attn.", "self_attn.", "q_norm", "k_norm"), "h"),
         Weight("final_norm.scale", "model.norm.weight", "m -> m"),
@@ -86,7 +87,7 @@ QWEN3 = decoder_keymap(
     ),
     complete=True,
     needs=(f"{_LAYER}attn.q_proj.kernel", f"{_LAYER}attn.q_norm.scale"),
-    same=("m", "h"),
+    same=("m", "d", "h"),
 )
 
 _TEXT, _VISION = "model.language_model.", "model.vision_tower."

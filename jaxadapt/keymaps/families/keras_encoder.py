@@ -2,6 +2,9 @@
 
 The heads of `BertTextClassifier` and `RobertaTextClassifier` are mapped, the heads of masked language models are not.
 
+ELECTRA's backbone has BERT's leaves, and one layer more if its embeddings have another width than its layers. So a
+`BertBackbone` without a head is not recognized: pass `keymap="keras:bert"`. PyTorch's ELECTRA has no pooler.
+
 RoBERTa's embedding of positions has no entry. PyTorch's has two more rows, and PyTorch adds a token type, which
 keras-hub lacks. Adapters are saved and loaded, but whole models cannot be exported or imported.
 """
@@ -46,30 +49,44 @@ def _embedding(leaf: str, key: str) -> Weight:
     return Weight(f"{leaf}.embeddings", f"{key}_embeddings.weight", "v d -> v d", kind="embedding")
 
 
-def _keymap(name: str, weights: tuple[Weight, ...], needs: tuple[str, ...]) -> KeyMap:
+def _keymap(name: str, weights: tuple[Weight, ...], needs: tuple[str, ...], proved: bool = True) -> KeyMap:
     return KeyMap(
         f"keras:{name}",
         (*_layers(f"{name}."), *weights),
         order=(
-            *(name, "classifier", "embeddings", "encoder", "pooler", "layer", "word_embeddings", "attention", "self"),
+            *(
+                name,
+                "classifier",
+                "embeddings",
+                "embeddings_project",
+                "encoder",
+                "pooler",
+                "layer",
+                "word_embeddings",
+                "attention",
+                "self",
+            ),
             *("query", "key", "value", "intermediate", "output", "dense", "out_proj"),
         ),
+        proved=proved,
         needs=(f"{_OURS}self_attention_layer.query.kernel", *needs),
         buffers=(f"{name}.embeddings.position_ids", "embeddings.position_ids"),
         spellings=bare(f"{name}."),
     )
 
 
+_BERT_NEEDS = ("token_embedding.embeddings", "segment_embedding.embeddings", "pooled_dense.kernel")
+
+
+def _bert_embeddings(prefix: str) -> tuple[Weight, ...]:
+    names = (("token", "word"), ("position", "position"), ("segment", "token_type"))
+    return tuple(_embedding(f"{ours}_embedding", f"{prefix}embeddings.{theirs}") for ours, theirs in names)
+
+
 BERT = _keymap(
     "bert",
-    (
-        _embedding("token_embedding", "bert.embeddings.word"),
-        _embedding("position_embedding", "bert.embeddings.position"),
-        _embedding("segment_embedding", "bert.embeddings.token_type"),
-        *_dense("pooled_dense", "bert.pooler.dense"),
-        *_dense("logits", "classifier"),
-    ),
-    ("token_embedding.embeddings", "segment_embedding.embeddings", "pooled_dense.kernel"),
+    (*_bert_embeddings("bert."), *_dense("pooled_dense", "bert.pooler.dense"), *_dense("logits", "classifier")),
+    _BERT_NEEDS,
 )
 ROBERTA = _keymap(
     "roberta",
@@ -79,4 +96,15 @@ ROBERTA = _keymap(
         *_dense("logits", "classifier.out_proj"),
     ),
     ("embeddings.token_embedding.embeddings",),
+)
+ELECTRA = _keymap(
+    "electra",
+    (
+        *_bert_embeddings("electra."),
+        *_dense("embeddings_projection", "electra.embeddings_project"),
+        Weight("pooled_dense.kernel", "electra.pooler.dense.weight", "i o -> o i", kind="other"),
+        Weight("pooled_dense.bias", "electra.pooler.dense.bias", "o -> o"),
+    ),
+    _BERT_NEEDS,
+    proved=False,
 )

@@ -24,7 +24,7 @@ _MLP = tuple(f"{prefix}{p}_proj" for prefix in ("mlp.", "mlp.shared_experts.") f
 _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 
 
-def _keymap(name: str, bias: str, extra: tuple[Weight, ...], expert_modules: Modules) -> KeyMap:
+def _keymap(name: str, bias: str, extra: tuple[Weight, ...], expert_modules: Modules, complete: bool = False) -> KeyMap:
     return decoder_keymap(
         name,
         (
@@ -38,6 +38,7 @@ def _keymap(name: str, bias: str, extra: tuple[Weight, ...], expert_modules: Mod
             Weight("model.norm.weight", "model.norm.weight", "d -> d"),
             Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
         ),
+        complete=complete,
         same=("m",),
         needs=tuple(LAYER + leaf for leaf in (bias, "mlp.experts.gate_up_proj", "self_attn.k_proj.kernel")),
         expert_modules=expert_modules,
@@ -56,4 +57,5 @@ MINIMAX_M2 = _keymap(
     f"mlp.{_BIAS}",
     (),
     (*EACH_MIXTRAL, (f"{LAYER}mlp.{_BIAS}", (f"{LAYER}block_sparse_moe.{_BIAS}",))),
+    complete=True,  # HY 3 has dense layers and shared experts, and else the same names
 )

@@ -46,6 +46,15 @@ def test_models_with_the_same_names_of_layers_are_not_taken_for_a_family():
     assert families.resolve_keymap("auto", bloom).name == "generic"
     ungated = {path: shape for path, shape in recorded("stablelm")["leaves"].items() if ".gate_proj." not in path}
     assert families.resolve_keymap("auto", ungated).name == "llama"
+    hy3 = {
+        "self_attn.q_norm.weight": (6,),
+        "self_attn.k_norm.weight": (6,),
+        "mlp.shared_experts.up_proj.kernel": (16, 8),
+    }
+    hy3 = recorded("minimax_m2")["leaves"] | {
+        f"model.layers.{l}.{leaf}": s for l in range(LAYERS) for leaf, s in hy3.items()
+    }
+    assert families.resolve_keymap("auto", hy3).name == "qwen3_moe"
     with_rms_norm = {path: shape for path, shape in recorded("stablelm")["leaves"].items() if "norm.bias" not in path}
     assert families.resolve_keymap("auto", with_rms_norm).name == "llama"
 
@@ -70,6 +79,7 @@ def test_what_peft_refuses_is_refused_by_name(name, module, reason):
         jaxadapt.init(trees.nest(leaves_of(name)), config, key=jax.random.key(0))
 
 
+@pytest.mark.filterwarnings("ignore:target_modules adapts no routed expert:UserWarning")
 def test_all_linear_leaves_out_what_peft_refuses():
     config = jaxadapt.LoraConfig(r=2, target_modules="all-linear")
     file = jaxadapt.to_peft(jaxadapt.init(trees.nest(leaves_of("nemotron_h")), config, key=jax.random.key(0)))

@@ -50,6 +50,17 @@ def test_a_model_with_other_norms_is_another_gemma():
     ]
 
 
+def test_a_bert_without_a_classifier_may_be_an_electra():
+    """The leaves of keras-hub 0.32's ElectraBackbone: with embeddings as wide as its layers, and narrower ones."""
+    bert = {leaf: s for leaf, s in recorded("keras-bert")["leaves"].items() if not leaf.startswith("logits.")}
+    with pytest.raises(KeyMapError, match=r"several keymaps: keras:bert, keras:electra \(not verified\)"):
+        families.resolve_keymap("auto", bert)
+    narrow = {leaf: (*s[:-1], 12) if "_embedding." in leaf else s for leaf, s in bert.items()}
+    projection = {"embeddings_projection.kernel": (12, 16), "embeddings_projection.bias": (16,)}
+    with pytest.raises(KeyMapError, match="looks like 'keras:electra', but that keymap has not been verified"):
+        families.resolve_keymap("auto", narrow | projection)
+
+
 def test_the_parts_of_c_attn_are_selected_together():
     """By PyTorch's name, also by "all-linear"; PEFT's fan_in_fan_out is that of Conv1D."""
     tree = base("keras-gpt2")

@@ -109,6 +109,13 @@ def test_a_vit_in_files_of_either_naming(tmp_path):
     assert new == {k.replace("encoder.layer", "layers").replace("attention.query", "q_proj") for k in old}
 
 
+def test_an_adapter_of_tunix_without_its_base_is_recognized():
+    """Bonsai's Qwen 3 has the same names and layouts of these modules."""
+    leaves = [f"layers.0.mlp.{p}_proj.kernel" for p in ("gate", "up", "down")]
+    assert all(families.get_family("bonsai:qwen3").match(leaf) is not None for leaf in leaves)
+    assert families.family_of_leaves(leaves).name == "tunix:llama3"
+
+
 @pytest.mark.parametrize("table", ["bonsai:vit/v4", "bonsai:dinov3/v4", "bonsai:gemma3/file"])
 def test_bonsais_spellings_are_the_names_in_files(table, tmp_path):
     """As transformers writes them; published files have one more name in the path of Gemma's vision tower."""
