@@ -496,7 +496,8 @@ class Adapted:
             self._seen_streams.add(DROPOUT)
         elif overlay.with_dropout and not self.deterministic:
             problem = (
-                f'{", ".join(overlay.with_dropout)}: dropout is off, because this call has no rngs={{"{DROPOUT}": key}}'
+                f"the adapter {', '.join(overlay.with_dropout)}: dropout is off, because this call has no"
+                f' rngs={{"{DROPOUT}": key}}'
             )
             if self.deterministic is False:
                 raise AttachError(f"{problem}, but deterministic=False asks for it. Pass that stream to the call")

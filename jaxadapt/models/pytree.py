@@ -273,7 +273,7 @@ class AdaptedTree:
         """Raise, or warn once, if adapters have dropout and the call has no key for it."""
         if not dropping or self.dropout_key is not None or self.deterministic:
             return
-        problem = f"{', '.join(dropping)}: dropout is off, because the model has no dropout_key"
+        problem = f"the adapter {', '.join(dropping)}: dropout is off, because the model has no dropout_key"
         if self.deterministic is False:
             raise AttachError(f"{problem}, but deterministic=False asks for it. Call model.clone(dropout_key=key)")
         if not self.warned.once:

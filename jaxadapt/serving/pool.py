@@ -224,7 +224,7 @@ class AdapterPool(RowsByName):
                 return version
             similar = close_matches([name], list(self._newest))
             hint = f"; similar names are {', '.join(map(repr, similar))}" if similar else ""
-            raise AttachError(f"the pool has no adapter {name!r} among {len(self._newest)}{hint}")
+            raise AttachError(f"the pool has no adapter {name!r}; it has {len(self._newest)} others{hint}")
 
     def resident(self) -> list[str]:
         """Return the names whose newest version is in a slot."""

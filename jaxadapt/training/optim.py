@@ -67,7 +67,7 @@ def _leaves(tree: Any) -> Any:
             return described
     raise AttachError(
         "expected the trained tree, an adapted NNX model or the adapters' collections (without 'params'), found"
-        f" {type(tree).__name__}"
+        f" {type(tree).__name__} without an adapter"
     )
 
 

@@ -229,7 +229,7 @@ def test_two_adapters_and_the_names_of_those_that_drop():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.apply(variables, X, True)  # only "b" is active, and it has no dropout
-    with pytest.warns(UserWarning, match="^default: dropout"):
+    with pytest.warns(UserWarning, match="^the adapter default: dropout"):
         jaxadapt.activate(model, "default", "b").apply(variables, X, True)
 
 
