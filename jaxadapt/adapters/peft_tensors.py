@@ -164,9 +164,9 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
     if end in ("weight", "bias"):  # of a module: lora_A.default.weight
         stem, _, name = stem.rpartition(".")
         tensor = stem.rpartition(".")[2]
-        if _is_tensor(tensor):
+        if _is_tensor(tensor, tuple(FACTS)):
             return name, stem if tensor in _NOT_MODULES else f"{stem}.{end}"
-    elif _is_tensor(stem.rpartition(".")[2]):  # a parameter: ia3_l.default
+    elif _is_tensor(stem.rpartition(".")[2], tuple(FACTS)):  # a parameter: ia3_l.default
         return end, stem
     module, separator, rest = key.rpartition(_SAVED)
     name, dot, parameter = rest.partition(".")
@@ -174,8 +174,8 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_tensor(name: str) -> bool:
-    names = matching.tensor_names(tuple(FACTS))
+def _is_tensor(name: str, types: tuple[str, ...]) -> bool:
+    names = matching.tensor_names(types)
     return name.startswith((*names.prefixes, "trainable_tokens_delta")) and name not in names.with_parts
 
 

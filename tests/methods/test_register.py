@@ -19,6 +19,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import Config, ConfigError, methods
+from jaxadapt.adapters.peft_tensors import split_adapter_name
 from jaxadapt.configs.base import MethodConfig
 from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.configs.table import FACTS, MethodFacts
@@ -179,6 +180,14 @@ def test_a_registered_method_works_everywhere_and_leaves_no_trace(tmp_path: Path
             methods.register(type("Other", (type(method),), {})())
     assert "CODE" not in METHODS
     assert type(Config.from_dict({"peft_type": "CODE"})).__name__ == "GenericConfig"
+
+
+def test_a_key_that_was_seen_before_its_method_is_known_afterwards():
+    key = "base_model.model.q.code_a.fr"
+    assert split_adapter_name(key) is None
+    with registered(make_shared(), rows="call"):
+        assert split_adapter_name(key) == ("fr", "base_model.model.q.code_a")
+    assert split_adapter_name(key) is None
 
 
 def test_a_misspelt_role_is_refused():
