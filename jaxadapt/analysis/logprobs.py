@@ -153,7 +153,10 @@ def _rows(where: str, table: Table) -> list[np.ndarray]:
     """Return the rows of a table as float64, without the null of a first token."""
     rows: list[np.ndarray] = []
     for number, row in enumerate(table):
-        values = np.asarray(row[1:] if len(row) and row[0] is None else row)
+        try:
+            values = np.asarray(row[1:] if len(row) and row[0] is None else row)
+        except (TypeError, ValueError, LookupError):  # a number instead of a list, lists of several lengths, a mapping
+            values = np.asarray(None)
         if values.ndim != 1 or not (is_float(values.dtype) or values.dtype.kind == "i"):
             text = f"{row!r:.60}"
             raise FormatError(f"{where}, text {number}: expected a number for each token, found {text}")

@@ -188,6 +188,7 @@ def test_the_command_says_it_and_its_status_too(tmp_path: Path):
         ({"base": [[-1.0]], "fr": [[-1.0]]}, '{"base": [[-1]], "fr": [[NaN]]}', "expected fr, text 0: .*found nan"),
         ({"base": [[-1.0, None]], "fr": [[-1.0]]}, tables(0.5), "served base, text 0: expected a number"),
         ({"base": [["-1"]], "fr": [[-1.0]]}, tables(0.5), "expected a number for each token"),
+        ({"base": [[[-1], [-2, -3]]], "fr": [[-1.0]]}, tables(0.5), "served base, text 0: expected a number"),
         ({"base": [-1.0]}, tables(0.5), r"expected tables such as"),
         ([1], tables(0.5), "served.json"),
         ("{", tables(0.5), "served.json"),
@@ -198,3 +199,9 @@ def test_what_is_no_table_is_refused(served: Any, expected: Any, message: str, t
     done = run(tmp_path, served, expected)
     assert done.exit_code == 2
     assert re.search(message, done.output, re.DOTALL), done.output
+
+
+@pytest.mark.parametrize("table", [[-1.0, -2.0], np.array([-1.0, -2.0]), [{"a": -1.0}]])
+def test_a_table_that_is_no_list_of_lists_is_refused(table: Any):
+    with pytest.raises(jaxadapt.FormatError, match="served base, text 0: expected a number for each token"):
+        compare_logprobs({"base": table, "fr": BASE}, {"base": BASE, "fr": BASE})
