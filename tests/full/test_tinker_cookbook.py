@@ -46,7 +46,7 @@ def checkpoint(kind: str, state: dict[str, Any]) -> dict[str, Any]:
 
 def profile_of(merge: Any, kind: str, config: Any, keys: set[str]) -> Any:
     own = {**config.to_dict(), "architectures": [f"{kind}ForCausalLM"]}
-    return merge.detect_merge_profile(own | ({"model_type": "qwen3_5"} if kind == "Qwen3_5" else {}), keys)
+    return merge.detect_merge_profile(own | ({"model_type": "qwen3_5"} if kind.startswith("Qwen3_5") else {}), keys)
 
 
 @pytest.mark.parametrize("case", JOINT)

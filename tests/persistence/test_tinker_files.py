@@ -82,6 +82,7 @@ def changes(tensors: Mapping[str, np.ndarray]) -> Tensors:
 def joint_changes(tensors: Mapping[str, np.ndarray]) -> Tensors:
     """{PyTorch's weight or parameter: its change}, as Tinker's cookbook adds them to weights that hold several."""
     scale, found = ALPHA / RANK, dict[str, np.ndarray]()
+    is_qwen35 = any(".in_proj_q." in key for key in tensors)  # transformers has its experts as (out, in), GPT-OSS' not
     for key, a in tensors.items():
         module = key.removeprefix(P).removesuffix(".lora_A.weight")
         if module == key.removeprefix(P) or not a.size:
@@ -94,7 +95,10 @@ def joint_changes(tensors: Mapping[str, np.ndarray]) -> Tensors:
         elif name in NAMES and ".mixer." in owner:
             found[f"{owner}.{'up_proj' if name == 'w1' else 'down_proj'}"] = change
         elif name == "w2":
-            found[f"{owner}.down_proj"] = change.swapaxes(1, 2)
+            found[f"{owner}.down_proj"] = change if is_qwen35 else change.swapaxes(1, 2)
+        elif name in NAMES and is_qwen35:
+            both = found.setdefault(f"{owner}.gate_up_proj", np.zeros((EXPERTS, 2 * WIDE, HIDDEN), "f4"))
+            both[:, slice(WIDE) if name == "w1" else slice(WIDE, None)] = change
         elif name in NAMES:
             both = found.setdefault(f"{owner}.gate_up_proj", np.zeros((EXPERTS, HIDDEN, 2 * WIDE), "f4"))
             both[:, :, int(name == "w3") :: 2] = change.swapaxes(1, 2)
@@ -207,7 +211,9 @@ def tiny(kind: str, **fields: Any) -> Any:
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "tie_word_embeddings": False,
         "max_position_embeddings": 32,
     }  # fmt: skip
-    config = getattr(transformers, f"{kind}TextConfig" if kind == "Qwen3_5" else f"{kind}Config")(**sizes | fields)
+    config = getattr(transformers, f"{kind}TextConfig" if kind.startswith("Qwen3_5") else f"{kind}Config")(
+        **sizes | fields
+    )
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for weight in model.parameters():  # an untrained model's logits are nearly zero
@@ -274,6 +280,11 @@ def nemotron() -> Tensors:
     return found | pair("model.lm_head", (RANK, HIDDEN), (VOCABULARY, RANK), 52)
 
 
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+}  # fmt: skip
+SHARED_EXPERT = {"mlp.shared_expert.up_proj": (12, 8)}
 JOINT: dict[str, tuple[str, dict[str, Any], Tensors, tuple[str, ...]]] = {
     "gpt-oss": (
         "GptOss", {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
@@ -289,10 +300,16 @@ JOINT: dict[str, tuple[str, dict[str, Any], Tensors, tuple[str, ...]]] = {
               ((0, "gate_up_proj"), (1, "gate_up_proj"), (0, "down_proj"))),
     ),
     "qwen3.5": (
-        "Qwen3_5", {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
-                    "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4},
+        "Qwen3_5", HYBRID,
         in_layer(0, LINEAR_LAYER) | in_layer(1, GATED) | pair("model.unembed_tokens", (RANK, 8), (VOCABULARY, RANK), 3),
         (),
+    ),
+    "qwen3.5, experts": (  # one layer without gate
+        "Qwen3_5Moe", HYBRID | {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDE,
+                                "shared_expert_intermediate_size": WIDE},
+        in_layer(0, LINEAR | SHARED_EXPERT) | in_layer(1, {"self_attn.q_proj": (16, 8)} | SHARED_EXPERT)
+        | {key: x for key, x in experts(shared=True).items() if "1.mlp.experts.w1" not in key},
+        ("experts.gate_up_proj", "experts.down_proj"),
     ),
     "nemotron": (
         "NemotronH", {"layers_block_type": ["attention", "moe", "mamba"], "num_hidden_layers": 3, "n_groups": 1,
@@ -546,6 +563,20 @@ def test_gpt_oss_attention_has_the_name_of_transformers(tmp_path: Path):
     tensors = pair("model.layers.0.attn.q_proj", (2, 8), (8, 2), 0) | pair("model.unembed_tokens", (2, 8), (16, 2), 1)
     found = peft_changes(jaxadapt.read(write(tmp_path / "tinker", tensors)))
     assert found.keys() == {Q, "lm_head"}
+
+
+def test_experts_alone_are_read_if_the_base_has_a_name(tmp_path: Path):
+    """PEFT would take GPT-OSS' for those of a model with gate and up one after the other, without an error."""
+    alone = {key: x for key, x in JOINT["gpt-oss"][2].items() if ".attn." not in key}
+    with pytest.raises(jaxadapt.MismatchError, match=r"experts.w1: .*set base_model_name_or_path in adapter_config"):
+        jaxadapt.read(write(tmp_path / "unnamed", alone))
+    for base, parameters in (("openai/gpt-oss-20b", ("experts.gate_up_proj", "experts.down_proj")), ("org/moe", None)):
+        settings = {**SETTINGS, "base_model_name_or_path": base}
+        found = jaxadapt.read(write(tmp_path / base.replace("/", "-"), alone, settings)).config
+        assert found.get("target_parameters") == parameters
+    other = CASES["own"] | {f"{P}{Q}.lora_{s}.weight": np.ones((2, 2), "f4") for s in "AB"}
+    settings = {**SETTINGS, "base_model_name_or_path": "org/moe-like-gpt-oss"}  # the modules tell it
+    assert jaxadapt.read(write(tmp_path / "other", other, settings)).config.get("target_parameters") is None
 
 
 def test_nothing_writes_tinkers_files(tmp_path: Path):

@@ -4,6 +4,7 @@
 |---|---|
 | `…mlp.experts.w1`, `w3`, `w2`, tensors of three axes | gate_proj, up_proj and down_proj of each expert |
 | the same of GPT-OSS | the parameters gate_up_proj, with gate and up in alternate columns, and down_proj |
+| the same of Qwen 3.5 | the parameters gate_up_proj, with the rows of gate before those of up, and down_proj |
 | `…mixer.experts.w1` and `w2` of Nemotron, whose w3 is empty | the parameters up_proj and down_proj |
 | `…in_proj_q`, `in_proj_k` and `in_proj_v` of Qwen 3.5 | in_proj_qkv, with their rows in this order |
 | `model.unembed_tokens`, `model.lm_head` | lm_head |
@@ -26,7 +27,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
@@ -53,6 +54,16 @@ _EACH = re.compile(r".+\.experts\.\d+\.\w+_proj")  # in files that the cookbook 
 _QKV = re.compile(r"(.+\.linear_attn\.in_proj_)([qkv])")
 _LAYER = re.compile(r"model\.layers\.(\d+)\..+")
 _GPT_OSS = re.compile(r"(model\.layers\.\d+)\.attn(\.[qkvo]_proj)")
+_ATTENTION = re.compile(r"model\.layers\.\d+\.(self_attn|attn|linear_attn)\..+")
+# {family: (modules that only it has, its name)}
+_FAMILIES = {
+    "gpt-oss": (_GPT_OSS, re.compile(r"(?i)gpt-oss")),
+    "qwen3.5": (_QKV, re.compile(r"(?i)qwen3\.[56]")),
+}
+_UNKNOWN = (
+    "experts of GPT-OSS, Qwen 3.5 and other models have different forms in PEFT, and neither a module of attention nor"
+    " base_model_name_or_path tells the model; set base_model_name_or_path in adapter_config.json"
+)
 _NEMOTRON = re.compile(r"(?:model|backbone)(\.layers\.\d+\.mixer\..+)")
 _NO_GATE = re.compile(r".+\.mixer\.experts\.w3")
 _HEADS = ("model.unembed_tokens", "model.lm_head", "lm_head")
@@ -60,6 +71,7 @@ _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 # {(family, name in Tinker's file): (parameter, place of the rows among the parts of its rows)}
 _PARAMETERS = {
     ("gpt-oss", "w1"): ("gate_up_proj", 0), ("gpt-oss", "w3"): ("gate_up_proj", 1), ("gpt-oss", "w2"): ("down_proj", 0),
+    ("qwen3.5", "w1"): ("gate_up_proj", 0), ("qwen3.5", "w3"): ("gate_up_proj", 1), ("qwen3.5", "w2"): ("down_proj", 0),
     ("nemotron", "w1"): ("up_proj", 0), ("nemotron", "w2"): ("down_proj", 0),
 }  # fmt: skip
 # (pattern of a module's name, why no tensor of PEFT has its values without the base)
@@ -155,17 +167,18 @@ class _Joint(NamedTuple):
 
     Attributes:
         parts: {its place among the parts: {"A": its key, "B": its key}}, by place.
-        form: "qkv" for rows that follow each other; "gate_up" for rows of two parts that alternate, for each expert;
-            "" for one part, for each expert.
+        form: "qkv" for the rows of three parts one after the other; for each expert, "halves" for those of two parts,
+            "alternate" for rows of two parts that alternate, and "" for one part.
     """
 
     parts: Mapping[int, Mapping[str, str]]
     form: str
 
     @classmethod
-    def empty(cls, name: str) -> _Joint:
+    def empty(cls, name: str, family: str) -> _Joint:
         """Return the weight of this name without parts."""
-        return cls({}, next((form for form in ("qkv", "gate_up") if form in name.rpartition(".")[2]), ""))
+        forms = {"in_proj_qkv": "qkv", "gate_up_proj": "alternate" if family == "gpt-oss" else "halves"}
+        return cls({}, forms.get(name.rpartition(".")[2], ""))
 
     def sizes(self, file: TensorSource) -> tuple[int, int]:
         """Return the number of experts, 1 for a module, and the rank of all parts together."""
@@ -180,7 +193,7 @@ class _Joint(NamedTuple):
         a, b = ([file.specs[keys[side]] for keys in self.parts.values()] for side in "AB")
         sizes = {
             "inputs": [spec.shape[-1] for spec in a],
-            "outputs": [spec.shape[-2] for spec in b if self.form == "gate_up"],
+            "outputs": [spec.shape[-2] for spec in b if self.form != "qkv"],
             "experts": sorted({spec.shape[0] for spec in (*a, *b) if self.form != "qkv"} - {1}),
             "dtypes": [str(spec.dtype) for spec in (*a, *b)],
         }
@@ -236,16 +249,17 @@ def _group_keys(
     Raises `MismatchError` listing tensors without a form in PEFT.
     """
     modules, problems = _modules(file)
-    is_gpt_oss = any(map(_GPT_OSS.fullmatch, modules)) or "gpt-oss" in str(settings.base_model_name_or_path).lower()
+    family = _family(modules, settings.base_model_name_or_path or "")
     alone: dict[str, dict[str, str]] = {}
     joints: dict[str, _Joint] = {}
     for module, keys in modules.items():
         specs = {side: file.specs[key] for side, key in keys.items()}
-        name, place = _part_of(module, "gpt-oss" if is_gpt_oss else "")
-        joint = joints.get(name, _Joint.empty(name))
+        name, place = _part_of(module, family or "")
+        joint = joints.get(name, _Joint.empty(name, family or ""))
         if _NO_GATE.fullmatch(module) and all(0 in spec.shape for spec in specs.values()):
             continue  # a placeholder
-        if problem := _problem(module, specs) or (place in joint.parts and f"this part of {name} is there twice"):
+        twice = place in joint.parts and f"this part of {name} is there twice"
+        if problem := _problem(module, specs, family) or twice:
             problems.append(f"{PEFT_PREFIX}{module}: {problem}")
         elif name:
             joints[name] = joint._replace(parts=dict(sorted([*joint.parts.items(), (place, keys)])))
@@ -254,6 +268,21 @@ def _group_keys(
     problems += [f"{PEFT_PREFIX}{name}: {why}" for name, joint in joints.items() if (why := joint.problem(file))]
     raise_listed(MismatchError, f"{source}: cannot read Tinker's adapter in PEFT's form; {MERGE}:", problems)
     return alone, joints
+
+
+def _family(modules: Iterable[str], base: str) -> str | None:
+    """Return "gpt-oss", "qwen3.5", "" for another, or None if neither attention nor the name of the base tells it.
+
+    >>> _family(["model.layers.0.attn.q_proj"], ""), _family(["model.layers.0.self_attn.q_proj"], "")
+    ('gpt-oss', '')
+    >>> _family(["model.layers.0.mlp.experts.w1"], "openai/gpt-oss-20b"), _family(["model.layers.0.mlp.experts.w1"], "")
+    ('gpt-oss', None)
+    """
+    attention = list(filter(_ATTENTION.fullmatch, modules))
+    for family, (module, name) in _FAMILIES.items():
+        if any(map(module.fullmatch, attention)) if attention else name.search(base):
+            return family
+    return "" if attention or base else None
 
 
 def _modules(file: TensorSource) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -315,7 +344,7 @@ def _module_names(module: str, count: int) -> list[str]:
     return [_rename(module)]
 
 
-def _problem(module: str, specs: Mapping[str, TensorSpec]) -> str:
+def _problem(module: str, specs: Mapping[str, TensorSpec], family: str | None) -> str:
     """Return why a module of Tinker has no form in PEFT; "" if it has one."""
     if why := next((why for pattern, why in _REFUSED if pattern.fullmatch(module)), ""):
         return why
@@ -325,19 +354,21 @@ def _problem(module: str, specs: Mapping[str, TensorSpec]) -> str:
     if not all(is_float(spec.dtype) for spec in specs.values()):
         return f"expected floating-point numbers, found {specs['A'].dtype} and {specs['B'].dtype}"
     if "experts" in module.split(".") and not _EACH.fullmatch(module):
-        return _problem_of_experts(module, a, b)
+        return _problem_of_experts(module, a, b, family)
     is_pair = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in (*a, *b)
     return "" if is_pair else f"expected A (r, in) and B (out, r), found {list(a)} and {list(b)}"
 
 
-def _problem_of_experts(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> str:
+def _problem_of_experts(module: str, a: tuple[int, ...], b: tuple[int, ...], family: str | None) -> str:
     if not _EXPERTS.fullmatch(module):
         return "expected model.layers.<N>.mlp.experts.w1, w2 or w3, or those of a mixer, the names in Tinker's source"
     if len(a) != 3 or len(b) != 3 or a[1] != b[2] or 0 in (*a, *b):
         return f"expected A (experts, r, in) and B (experts, out, r), found {list(a)} and {list(b)}"
     if a[0] != b[0] and 1 not in (a[0], b[0]):
         return f"expected as many experts in A as in B, or 1 in the factor that all share, found {a[0]} and {b[0]}"
-    return "" if max(a[0], b[0]) > 1 else "A and B are both shared, so that the number of experts is not known"
+    if max(a[0], b[0]) == 1:
+        return "A and B are both shared, so that the number of experts is not known"
+    return _UNKNOWN if family is None and ".mlp." in module else ""
 
 
 def _targets(modules: Sequence[str], parameters: Sequence[str]) -> list[str]:
@@ -403,7 +434,8 @@ def _joined(file: TensorSource, joined: Mapping[str, tuple[_Joint, str]]) -> Ten
         first, *_ = shapes = [file.specs[keys[side]] for keys in joint.parts.values()]
         if side == "A":
             return TensorSpec((experts * rank, first.shape[-1]), first.dtype)
-        rows = 2 * first.shape[-2] if joint.form == "gate_up" else sum(each.shape[-2] for each in shapes)
+        is_pair = joint.form in ("alternate", "halves")
+        rows = 2 * first.shape[-2] if is_pair else sum(each.shape[-2] for each in shapes)
         return TensorSpec((rows, rank * experts), first.dtype)
 
     def read(name: str, slices: Sequence[slice]) -> np.ndarray:
@@ -418,7 +450,8 @@ def _joined(file: TensorSource, joined: Mapping[str, tuple[_Joint, str]]) -> Ten
             values = np.zeros((experts, shape[0], rank), bits)
             row = column = 0
             for place, x in zip(joint.parts, parts, strict=True):
-                rows = slice(place, None, 2) if joint.form == "gate_up" else slice(row, row + x.shape[-2])
+                row = place * x.shape[-2] if joint.form == "halves" else row
+                rows = slice(place, None, 2) if joint.form == "alternate" else slice(row, row + x.shape[-2])
                 values[:, rows, column : column + x.shape[-1]] = x
                 row, column = row + x.shape[-2], column + x.shape[-1]
             values = values.transpose(1, 2, 0).reshape(shape)
