@@ -294,8 +294,8 @@ def _module_names(mapped: Mapped, unmapped: Mapping[str, tuple[str, ...]]) -> li
 
 
 def _linear_modules(method: Method, mapped: Mapped) -> frozenset[str]:
-    """Return the modules with a linear weight that the method can adapt."""
-    kinds = method.kinds & {"linear", "fused"}
+    """Return the linear modules, for a method that adapts such ones; fused ones are refused later if it cannot."""
+    kinds = {"linear", "fused"} if "linear" in method.kinds else ()
     return frozenset(
         name for match, _, modules in mapped.values() if match.weight.kind in kinds for name in modules.values()
     )
@@ -448,7 +448,12 @@ def _refuse_selected(
         for leaf, possible_names in named_leaves.items()
         if not possible_names & matrices
     ]
-    raise_listed(TargetError, "target_modules selects weights that this method cannot adapt:", refused)
+    raise_listed(
+        TargetError,
+        "target_modules selects weights that this method cannot adapt:",
+        refused,
+        "\nLeave them out of target_modules, or name them in exclude_modules",
+    )
     raise_listed(
         KeyMapError,
         "which axes of these weights are inputs, and which are outputs, is not known (target_modules selects them; the"

@@ -75,9 +75,11 @@ class Initialization:
         if not self.kind.name:
             return
         problems = [
-            f"{b.leaf}: PEFT supports it for linear layers only"
+            f"{b.leaf}: it needs a linear layer whose weight is one leaf"
             for b in self.sites
-            if self.kind.only_matrices and b.effects.weight != "replaces" and not self._has_matrices(b)
+            if (self.kind.only_matrices or b.match.weight.kind == "fused")
+            and b.effects.weight != "replaces"
+            and not self._has_matrices(b)
         ]
         problems += [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)]
         raise_listed(

@@ -11,7 +11,15 @@ from typing import Any
 
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.plan import PlanEntry, base_plan_entry, contested_keys, file_key, joined_shape
+from jaxadapt.keymaps.plan import (
+    Plan,
+    PlanEntry,
+    base_plan_entry,
+    contested_keys,
+    file_key,
+    joined_shape,
+    unequal_parts,
+)
 from jaxadapt.keymaps.weight import Weight
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -109,6 +117,7 @@ def _check_model(keymap: KeyMap, leaves: Shapes, tensors: Shapes | None) -> KeyM
                 assert plan_entry is not None
                 found[leaf] = hits[0], plan_entry
     problems["twice"] += contested_keys(plan_entry for _, plan_entry in found.values())
+    problems["misshapen"] += unequal_parts(Plan(tuple(plan_entry for _, plan_entry in found.values())))
     problems["missing"] += _missing_needs(keymap, counts)
     report = KeyMapReport(
         keymap.name,

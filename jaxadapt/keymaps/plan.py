@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -516,13 +516,31 @@ def _file_layout(
 
 
 def make_plan(entries: Sequence[PlanEntry]) -> Plan:
-    """Return the plan of these entries; raise `MismatchError` if several leaves claim one key."""
+    """Return the plan of these entries.
+
+    Raises `MismatchError` if several leaves claim one key, or if the parts of one tensor differ in size.
+    """
     raise_listed(
         MismatchError,
         "several leaves claim the same tensor; correct the keymap so that each tensor has one leaf:",
         contested_keys(entries),
     )
-    return Plan(tuple(entries))
+    plan = Plan(tuple(entries))
+    raise_listed(
+        MismatchError,
+        "these leaves are parts of one tensor in PyTorch, but their shapes there differ, and only equal parts can be"
+        " joined and split; leave the module out of target_modules (a whole model cannot be converted):",
+        unequal_parts(plan),
+    )
+    return plan
+
+
+def unequal_parts(plan: Plan) -> Iterator[str]:
+    """Yield the tensors whose parts differ in shape, each with its leaves and their shapes."""
+    for key, parts in group_by_file_key(key for key in plan.keys if key.endswith("]")).items():
+        shapes = {plan.keys[part][0].path: plan.shapes[part] for part in parts}
+        if len(set(shapes.values())) > 1:
+            yield f"{key}: {', '.join(f'{leaf} {shape}' for leaf, shape in shapes.items())}"
 
 
 def contested_keys(entries: Iterable[PlanEntry]) -> list[str]:
@@ -535,7 +553,7 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
     """Return the plan of the base weights themselves, which verifies a keymap and exports a merged model.
 
     Raises `KeyMapError` listing every leaf that no entry or several entries match, or whose entry contradicts its
-    shape; `MismatchError` if two leaves claim one key.
+    shape; `MismatchError` if two leaves claim one key, or if the parts of one tensor differ in size.
     """
     entries: list[PlanEntry] = []
     problems: list[str] = []
@@ -544,11 +562,11 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
             entry = base_plan_entry(keymap, leaf, shape)
         except KeyMapError as error:
             problems.append(str(error))
-            continue
-        if entry is None:
-            problems.append(f"{leaf} {tuple(shape)}: no entry")
         else:
-            entries.append(entry)
+            if entry is None:
+                problems.append(f"{leaf} {tuple(shape)}: no entry")
+            else:
+                entries.append(entry)
     raise_listed(KeyMapError, f"the keymap {keymap.name!r} does not fit these leaves:", problems)
     return make_plan(entries)
 

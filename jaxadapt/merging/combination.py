@@ -649,8 +649,8 @@ def _from_change(
     """Return the adapter and its errors, from the difference of two flat trees."""
     raise_listed(
         ConfigError,
-        "to_lora: expected one pair of matrices A and B for each module, which convolutions, experts and attention"
-        " layers of several leaves do not have; leave these leaves out of target_modules:",
+        "to_lora: expected one pair of matrices A and B for each module, which convolutions, experts and modules"
+        " of several leaves (attention layers, joined projections) do not have; leave these out of target_modules:",
         [site.leaf for site in sites if not factors.has_one_pair(site)],
     )
     pairs: dict[str, Pair] = {}

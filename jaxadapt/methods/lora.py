@@ -193,7 +193,7 @@ def check_site(config: LoraConfig, match: Match, r: int) -> None:
         "kasa_config": config.kasa_config is not None,
         "init_lora_weights='mica'": str(init).lower() == "mica",
         "an empty list of tokens": not config.alora_invocation_tokens,
-        "a layer that is not linear": kind != "linear",
+        "a layer that is not linear": kind not in ("linear", "fused"),
     }
     kasa = [] if config.kasa_config is None else met(without_kasa)
     alora = [] if config.alora_invocation_tokens is None else met(without_alora)

@@ -296,8 +296,8 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
         reg: the damping, added to the diagonal of the r × r matrices.
 
     Raises:
-        ConfigError: the tree has no pair to precondition, or pairs of experts in one array, of an
-            `nn.MultiheadAttention` or of AdaLoRA.
+        ConfigError: the tree has no pair to precondition, or pairs of experts in one array, of
+            modules of several leaves (`nn.MultiheadAttention`, joined projections) or of AdaLoRA.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -317,8 +317,8 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
     pairs = [pair for pair in pairs if _matrices_of(flat[pair[0]]).match.weight.kind != "conv"]
     raise_listed(
         ConfigError,
-        "the Riemannian preconditioner is for LoRA with one pair of matrices a module, not for experts in one array, an"
-        " nn.MultiheadAttention or AdaLoRA:",
+        "the Riemannian preconditioner is for LoRA with one pair of matrices a module, not for experts in one array,"
+        " modules of several leaves (nn.MultiheadAttention, joined projections) or AdaLoRA:",
         [
             f"{leaf.adapter}: {leaf.site.leaf}"
             for leaf in (flat[a] for a, _ in pairs)

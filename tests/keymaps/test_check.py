@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from jaxadapt import KeyMap, Weight
+from jaxadapt.keymaps import families
 from jaxadapt.keymaps.check import check_keymap, is_buffer
 
 Q = Weight("h.{l}.q.kernel", "h.{l}.q.weight", "i o -> o i")
@@ -72,6 +75,13 @@ def test_buffers_are_no_weights():
     ]  # fmt: skip
     assert check_keymap(keymap, {"h.0.q.kernel": (2, 3)}, keys(0) | {"h.0.mask": (4,)}).fits
     assert check_keymap(keymap, tensors=keys(0) | {"h.0.mask": (4,)}).fits
+
+
+@pytest.mark.parametrize("family", ["gpt2", "keras:gpt2", "maxtext:gpt3"])
+def test_the_masks_in_older_files_of_gpt2_are_no_weights(family):
+    keymap = families.get_family(family)
+    names = ("attn.bias", "attn.masked_bias", "attn.c_attn.bias")
+    assert [is_buffer(keymap, f"transformer.h.1.{name}") for name in names] == [True, True, False]
 
 
 def test_a_checkpoint_alone_shows_its_gaps():

@@ -38,5 +38,6 @@ GPT3 = KeyMap(
     needs=(f"{_OURS}self_attention.qkv_proj.kernel",),
     order=("transformer", "lm_head", "wte", "wpe", "h", "attn", "mlp", "c_attn", "c_fc", "c_proj"),
     tied=(("lm_head.weight", "transformer.wte.weight"),),
+    buffers=(f"{_TORCH}attn.bias", f"{_TORCH}attn.masked_bias"),
     spellings=bare("transformer."),
 )

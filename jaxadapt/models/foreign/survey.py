@@ -23,7 +23,7 @@ from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import ConfigError, KeyMapError, bullets, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, with_layout
-from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight
+from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight, template_regex
 from jaxadapt.methods.base import Target, get_method
 from jaxadapt.models.foreign import Claim, Dialect, Dims, Pair, layouts
 from jaxadapt.models.foreign.forms import head_axes, stored_alpha
@@ -337,8 +337,8 @@ def find_adapted_leaves(
     found: dict[str, dict[str, Mapping[str, str]]] = {}
     for module, w in itertools.product(modules, keymap.weights):
         texts = w.match_key(f"{module}.weight") if w.kind == "linear" else None
-        if texts is not None and _weight_exists(keymap, w, texts, leaves):
-            found.setdefault(w.fill_leaf(texts), {})[module] = texts
+        if texts is not None and (leaf := _find_leaf(keymap, w, texts, leaves)):
+            found.setdefault(leaf, {})[module] = texts
     # The parts of a fused leaf have one size, so an entry that fuses q, k and v is wrong if their shapes differ.
     sizes = {leaf: {(modules[m][0][1], modules[m][1][0]) for m in texts} for leaf, texts in found.items()}
     found = {leaf: texts for leaf, texts in found.items() if len(sizes[leaf]) == 1}
@@ -351,21 +351,24 @@ def find_adapted_leaves(
         KeyMapError,
         f"the keymap {keymap.name!r} does not map each of these modules to one base leaf:",
         problems,
-        "\nIf several leaves match, pass a file of the target's shapes (--like)",
+        "\nIf several leaves match, or if PyTorch's names do not tell a leaf's whole path (Keras numbers the blocks of"
+        " experts), pass a file of the target's shapes (--like)",
     )
     return found
 
 
-def _weight_exists(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapping[str, Shape] | None) -> bool:
-    """Return True if an entry's weight exists: in `leaves`, or among the layers that the keymap counts."""
+def _find_leaf(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapping[str, Shape] | None) -> str:
+    """Return the leaf of an entry's weight: one of `leaves`, or of the layers that the keymap counts; "" if none is."""
+    leaf = w.fill_leaf(texts)
     if not leaves:
-        limits = {entry.layers: n for leaf, n in keymap.counts for entry in keymap.weights if entry.leaf == leaf}
-        return "l" not in texts or w.model_number("l", texts["l"]) < limits.get(w.layers, math.inf)
-    shape = leaves.get(w.fill_leaf(texts))
-    sizes = dict(zip(w.left, shape or (), strict=False))
-    return shape is not None and all(
-        w.model_number(axis, texts[axis.strip("{}")]) < sizes[axis] for axis in w.roles["stack"] if axis in sizes
-    )
+        limits = {entry.layers: n for counted, n in keymap.counts for entry in keymap.weights if entry.leaf == counted}
+        is_layer = "l" not in texts or w.model_number("l", texts["l"]) < limits.get(w.layers, math.inf)
+        return leaf if is_layer and "{" not in leaf else ""
+    if "{" in leaf:  # PyTorch's name does not tell a part of the path
+        leaf = next(filter(template_regex(leaf, {}).fullmatch, leaves), "")
+    sizes = dict(zip(w.left, leaves.get(leaf, ()), strict=False))
+    numbers = ((axis, texts[axis.strip("{}")]) for axis in w.roles["stack"] if axis in sizes)
+    return leaf if leaf in leaves and all(w.model_number(axis, text) < sizes[axis] for axis, text in numbers) else ""
 
 
 def blank_arrays(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy
 
 import jaxadapt
-from jaxadapt import KeyMapError, MismatchError, TargetError
+from jaxadapt import ConfigError, KeyMapError, MismatchError, TargetError
 from jaxadapt.core import paths
-from jaxadapt.keymaps import families, plan
+from jaxadapt.export import conversion
+from jaxadapt.keymaps import check, families, plan
 from tests.keymaps.families import specimen_arrays
 from tests.keymaps.families.specimens import BY_NAME, recorded
 
@@ -38,6 +41,28 @@ def test_blocks_are_found_whatever_their_number_is(name):
     assert keymap.name == BY_NAME[name].table
     first, second = (plan.base_plan(keymap, each) for each in (shapes, later))
     assert [(e.form, e.keys) for e in first.entries] == [(e.form, e.keys) for e in second.entries]
+
+
+def test_the_file_of_a_tree_has_the_numbers_of_the_target(tmp_path: Path):
+    """PyTorch's names do not tell them."""
+    shapes, folder, target = recorded("keras-qwen2moe")["leaves"], tmp_path / "peft", tmp_path / "tree.safetensors"
+    config = jaxadapt.LoraConfig(r=2, target_modules=["shared_expert_gate"], init_lora_weights=False)
+    adapter = jaxadapt.init(base("keras-qwen2moe"), config, key=jax.random.key(0))
+    jaxadapt.save(adapter, folder)
+    to = conversion.TreeOptions(to_keymap="keras:qwen_moe")
+    with pytest.raises(KeyMapError, match=r"(?s)0\.mlp\.shared_expert_gate: no entry matches.*--like"):
+        conversion.convert(folder, target, to)
+    assert not target.exists()
+    numpy.save_file({leaf: np.zeros(shape, "float32") for leaf, shape in shapes.items()}, tmp_path / "like.safetensors")
+    conversion.convert(folder, target, dataclasses.replace(to, like=tmp_path / "like.safetensors"))
+    written = numpy.load_file(target)
+    assert written.keys() == {path.replace(".kernel.lora_", ".lora_kernel_").lower() for path in adapter.flat()}
+    a = next(path for path in written if "layer_1." in path and path.endswith("_a"))
+    np.testing.assert_array_equal(written[a].T, _read_a(adapter, "transformer_layer_1."))
+
+
+def _read_a(adapter: jaxadapt.Adapter, layer: str) -> np.ndarray:
+    return np.asarray(next(x for path, x in adapter.flat().items() if path.startswith(layer) and path.endswith("_A")))
 
 
 def test_a_model_with_other_norms_is_another_gemma():
@@ -72,9 +97,25 @@ def test_the_parts_of_c_attn_are_selected_together():
 
 
 @pytest.mark.parametrize("config", [jaxadapt.IA3Config, jaxadapt.VeraConfig, jaxadapt.LoHaConfig])
-def test_only_lora_is_divided_among_the_parts(config):
+@pytest.mark.parametrize("targets", [["c_attn"], "all-linear"])
+def test_only_lora_is_divided_among_the_parts(config, targets):
     with pytest.raises(TargetError, match=r"self_attention\.query\.kernel: kind 'fused'"):
-        jaxadapt.init(base("keras-gpt2"), config(target_modules=["c_attn"]), key=jax.random.key(0))
+        jaxadapt.init(base("keras-gpt2"), config(target_modules=targets), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["lora_ga", "pissa"])
+def test_a_part_is_not_initialized_at_random_in_place_of_what_is_asked(name):
+    """PEFT computes these from the module's whole weight or gradient."""
+    tree, config = base("keras-gpt2"), CONFIG.replace(init_lora_weights=name)
+    data = {"data": tree} if name == "lora_ga" else {}
+    with pytest.raises(ConfigError, match=r"query\.kernel: it needs a linear layer whose weight is one leaf"):
+        jaxadapt.initializers.start(tree, config, key=jax.random.key(0), **data)
+
+
+def test_alora_adapts_the_parts():
+    config = CONFIG.replace(target_modules=["qkv_proj"], alora_invocation_tokens=[1, 2])
+    adapter = jaxadapt.init(base("keras-phi3"), config, key=jax.random.key(0))
+    assert "transformer_layer_1.attention.query.kernel.lora_A" in adapter.flat()
 
 
 def test_a_phi3_with_fewer_key_heads_is_refused_by_name(tmp_path: Path):
@@ -89,7 +130,15 @@ def test_a_phi3_with_fewer_key_heads_is_refused_by_name(tmp_path: Path):
         jaxadapt.init(tree, config, key=jax.random.key(0))
     with pytest.raises(KeyMapError, match="(?s)'keras:phi3'.*key.kernel.*where n is 2; it is 4"):
         jaxadapt.export.export_base(tree, tmp_path / "whole")
+    named = {"keymap": "keras:phi3"}
+    adapter = jaxadapt.init(tree, config, key=jax.random.key(0), **named)
+    differing = r"(?s)parts of one tensor.*qkv_proj.*query.kernel.* \(16, .*key.kernel.* \(8, "
+    with pytest.raises(MismatchError, match=differing):
+        jaxadapt.save(jaxadapt.models.LoraTree(adapter, on_shared="concat"), tmp_path / "whole")
+    with pytest.raises(MismatchError, match=differing):
+        jaxadapt.export.export_base(tree, tmp_path / "whole", **named)
     assert not (tmp_path / "whole").exists()
+    assert check.check_keymap(families.get_family("keras:phi3"), shapes).problems.keys() == {"misshapen"}
 
 
 @pytest.mark.parametrize(
