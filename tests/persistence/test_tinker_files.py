@@ -496,6 +496,7 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
     "matrix": (pair(W1, (2, 8), (8, 2), 0), rf"{W1}: expected A \(experts, r, in\).*found \[2, 8\] and \[8, 2\]"),
     "ranks": (pair(W1, (3, 2, 8), (3, 8, 4), 0), rf"{W1}: expected A .*found \[3, 2, 8\] and \[3, 8, 4\]"),
     "counts": (pair(W1, (2, 2, 8), (3, 8, 2), 0), rf"{W1}: expected as many experts.*found 2 and 3"),
+    "too many": (pair(W1, (1, 1, 8), (4097, 1, 1), 0), rf"{W1}: expected at most 4096 experts, found 4097"),
     "both shared": (pair(W1, (1, 2, 8), (1, 8, 2), 0), rf"{W1}: A and B are both shared"),
     "empty": (pair(W1, (0, 2, 8), (0, 8, 2), 0), rf"{W1}: expected A .*found \[0, 2, 8\]"),
     "stacked": (pair(Q, (3, 2, 8), (3, 8, 2), 0), rf"{Q}: expected A \(r, in\) and B \(out, r\)"),

@@ -46,7 +46,7 @@ LEAVES = {
     "keymaps/families/qwen3_next.py": 6,
     "keymaps/families/sigmoid_moe.py": 9,
     "keymaps/families/stablelm.py": 3,
-    "persistence/formats/tinker_files.py": 249,
+    "persistence/formats/tinker_files.py": 252,
     "persistence/no_place.py": 24,
 }
 OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 40, 0, 1

@@ -68,6 +68,7 @@ _NEMOTRON = re.compile(r"(?:model|backbone)(\.layers\.\d+\.mixer\..+)")
 _NO_GATE = re.compile(r".+\.mixer\.experts\.w3")
 _HEADS = ("model.unembed_tokens", "model.lm_head", "lm_head")
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_MOST_EXPERTS = 4096  # a factor that all share is repeated for each: a small file must not become terabytes
 # {(family, name in Tinker's file): (parameter, place of the rows among the parts of its rows)}
 _PARAMETERS = {
     ("gpt-oss", "w1"): ("gate_up_proj", 0), ("gpt-oss", "w3"): ("gate_up_proj", 1), ("gpt-oss", "w2"): ("down_proj", 0),
@@ -366,6 +367,8 @@ def _problem_of_experts(module: str, a: tuple[int, ...], b: tuple[int, ...], fam
         return f"expected A (experts, r, in) and B (experts, out, r), found {list(a)} and {list(b)}"
     if a[0] != b[0] and 1 not in (a[0], b[0]):
         return f"expected as many experts in A as in B, or 1 in the factor that all share, found {a[0]} and {b[0]}"
+    if max(a[0], b[0]) > _MOST_EXPERTS:
+        return f"expected at most {_MOST_EXPERTS} experts, found {max(a[0], b[0])}"
     if max(a[0], b[0]) == 1:
         return "A and B are both shared, so that the number of experts is not known"
     return _UNKNOWN if family is None and ".mlp." in module else ""
