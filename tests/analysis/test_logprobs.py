@@ -71,6 +71,19 @@ def test_an_adapter_that_is_not_applied_is_never_applied():
             assert found.verdict == ("undecided" if found.expected_change <= 3 * found.noise else "not applied")
 
 
+@pytest.mark.parametrize(("applied", "verdict"), [(0.0, "not applied"), (0.5, "applied otherwise"), (1.0, "applied")])
+def test_a_server_whose_answers_vary_has_the_same_verdict(applied: float, verdict: str):
+    """Its two tables without effect differ by more than the noise: each has a noise of its own."""
+    random = np.random.default_rng(0)
+    base = -1 - random.exponential(2.0, (4, 60))
+    wanted = base + 0.1 * random.standard_normal(base.shape)
+    right = {"base": base, "fr": base + applied * (wanted - base)}
+    served = {name: x + 0.01 * random.standard_normal(base.shape) for name, x in right.items()}
+    (found,) = compare_logprobs(served, {"base": base, "fr": np.minimum(wanted, 0)})
+    assert applied or found.change > found.noise
+    assert found.verdict == verdict
+
+
 # ---------------------------------------------------------------- PEFT as a server
 
 
