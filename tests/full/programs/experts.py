@@ -1,4 +1,7 @@
-"""Tiny mixtures of experts with random weights, as transformers and as mlx-lm read them, and adapters of every part."""
+"""Tiny mixtures of experts with random weights, as transformers and as mlx-lm read them, and adapters of every part.
+
+PEFT writes the adapters, and jaxadapt in Tunix' own Qwen 3.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import jaxadapt
 from tests.full.programs import environments, measure
 
 SIZES = {
@@ -26,7 +33,8 @@ SIZES = {
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 12, "norm_topk_prob": True,
-                               "mlp_only_layers": [], "decoder_sparse_step": 1}),
+                               "mlp_only_layers": [], "decoder_sparse_step": 1,  # Tunix has this theta alone
+                               "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "sliding_window": 32}),
     "llama4": ("Llama4", {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 1,
                           "interleave_moe_layer_step": 1,
@@ -121,6 +129,38 @@ def train(base: measure.Base, folder: Path, fields: dict[str, Any]) -> np.ndarra
                 parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
         model.save_pretrained(folder)
         return measure.log_probabilities(measure.peft_logits(model, base))
+
+
+def qwen3_in_tunix(base: measure.Base) -> Any:
+    """Return Tunix' own Qwen 3 with the experts and the weights of a tiny base."""
+    from tunix.models.qwen3 import model as qwen3
+
+    sizes = {**SIZES, **KINDS["qwen3_moe"][1]}
+    config = qwen3.ModelConfig(
+        num_layers=sizes["num_hidden_layers"], vocab_size=sizes["vocab_size"], embed_dim=sizes["hidden_size"],
+        hidden_dim=sizes["moe_intermediate_size"], num_heads=sizes["num_attention_heads"], head_dim=sizes["head_dim"],
+        num_kv_heads=sizes["num_key_value_heads"], rope_theta=1_000_000, norm_eps=1e-6,
+        num_experts=sizes["num_experts"], num_experts_per_tok=sizes["num_experts_per_tok"],
+    )  # fmt: skip
+    return jaxadapt.export.import_base(base.folder, qwen3.Qwen3(config, rngs=nnx.Rngs(0)))
+
+
+def log_probabilities_in_tunix(model: Any) -> np.ndarray:
+    positions = jnp.arange(len(TOKENS))
+    causal = positions[:, None] >= positions
+    logits, _ = model(jnp.array([TOKENS]), positions[None], None, causal[None])
+    return measure.log_probabilities(np.asarray(logits[0]))
+
+
+def adapt_in_tunix(model: Any) -> None:
+    """Attach an adapter of experts, routers and attention with random values."""
+    parameters = [*cases("qwen3_moe")["experts"]["target_parameters"], f"{ROUTERS['qwen3_moe']}.weight"]
+    config = jaxadapt.LoraConfig(
+        r=3, lora_alpha=5, use_rslora=True, target_modules=["q_proj", "o_proj"], target_parameters=parameters
+    )
+    jaxadapt.adapt(model, config, rngs=nnx.Rngs(1))
+    rng, state = np.random.default_rng(1), nnx.state(model, jaxadapt.AdapterParam)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(x.dtype), state))
 
 
 def small(work: Path, programs: Path, program: str, kind: str) -> measure.Base:
