@@ -231,6 +231,22 @@ def test_rslora_where_the_rank_is_doubled():
     close(merged("mixtral", adapter), expected("mixtral", False))
 
 
+def test_peft_changes_the_scale_of_rslora(tmp_path):
+    """PEFT doubles rank and alpha of gate and up, which keeps α/r, and multiplies α/√r by √2."""
+    held = file_of("mixtral")
+    config = held.config.replace(use_rslora=True, lora_alpha=ALPHA / R**0.5)
+    jaxadapt.write(jaxadapt.PeftTensors(config, held.tensors), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = harness.load(torch_side.base("mixtral"), tmp_path)
+    wanted, before = expected("mixtral", False), torch_side.state(BY_NAME["mixtral"])
+    wrong = {
+        key: x + (2**0.5 - 1) * (x - before[key]) if key.endswith("experts.gate_up_proj") else x
+        for key, x in wanted.items()
+    }
+    close({key: x.numpy() for key, x in loaded.model.merge_and_unload().state_dict().items()}, wrong)
+
+
 def test_layers_to_transform_narrows_no_expert(tmp_path):
     """In PEFT it is of target_modules only; in a list of the experts' modules it would leave out the other layers."""
     config = jaxadapt.LoraConfig(

@@ -80,8 +80,13 @@ def cases(kind: str) -> dict[str, dict[str, Any]]:
         found["router"] = {"target_modules": [], "target_parameters": [f"{ROUTERS[kind]}.weight"]}
     if kind in SHARED:
         modules = [f"{SHARED[kind]}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-        found["shared experts"] = {"target_modules": modules}
-        found["everything"] = {"target_modules": [*modules, *attention], "target_parameters": both}
+        if kind == "deepseek_v3":  # PEFT takes these modules for the routed experts, and not these parameters
+            parameters = [f"{name}.weight" for name in modules]
+            found["shared experts"] = {"target_modules": [], "target_parameters": parameters}
+            found["everything"] = {"target_modules": attention, "target_parameters": [*parameters, *both]}
+        else:
+            found["shared experts"] = {"target_modules": modules}
+            found["everything"] = {"target_modules": [*modules, *attention], "target_parameters": both}
     return found
 
 
