@@ -46,4 +46,4 @@ def main(folder: str) -> float:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1] if len(sys.argv) > 1 else "out/equinox"))  # noqa: T201
+    print(main(sys.argv[1] if len(sys.argv) > 1 else "out/equinox"))

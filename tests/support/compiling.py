@@ -14,7 +14,8 @@ ENV = {_FLAG.upper(): "1"}  # for a process of its own
 QUICK = (
     "jaxadapt/", "tests/demo/", "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/",
     "tests/models/", "tests/reference/", "tests/server/", "tests/serving/", "tests/storage/hub/test_notebooks.py",
-    "tests/system/test_readme.py", "tests/system/test_troubleshooting.py", "tests/training/test_optim.py",
+    "tests/system/test_examples.py", "tests/system/test_readme.py", "tests/system/test_troubleshooting.py",
+    "tests/training/test_optim.py",
 )  # fmt: skip
 
 

@@ -1,0 +1,160 @@
+"""The programs of examples/, each started as its docstring says, and their files in other programs.
+
+(`equinox_lora.py` is tested in tests/models/test_pytree_libraries.py, `tunix_checkpoints.py` in
+tests/training/test_checkpoint_tunix.py.)
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import runpy
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+import jaxadapt
+from tests.support import compiling
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "examples"
+NEW = ("own_model", "rl_weights", "serve_three_adapters", "two_processes")
+
+
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run one program in this process as its command does; return its names."""
+    monkeypatch.setattr(sys, "argv", [name, str(folder)])
+    return runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_each_program_is_short_and_says_its_command(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    said = ast.get_docstring(ast.parse(text)) or ""
+    if path.stem in NEW:
+        assert re.search(rf"^ *python examples/{path.name} .*\b\d+ seconds", said, re.M), said
+        assert "prints" in said
+
+
+@pytest.mark.peft
+def test_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, foreign_model: None):
+    """On a base that transformers wrote, the adapter computes the same in PEFT."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = runpy.run_path(str(FOLDER / "own_model.py"))["SIZE"].to_hf()
+    config = transformers.LlamaConfig(**{key: x for key, x in sizes.items() if key != "architectures"})
+    written = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in written.named_parameters():
+            weight.normal_(float(name.endswith("norm.weight")), 0.2)  # norms differ, so that none takes another's place
+    written.save_pretrained(tmp_path / "base")
+    names = run("own_model", tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    first, last = map(float, re.findall(r"[\d.]+", out.partition("\n")[0]))
+    assert last < 0.8 * first
+    assert "is the base of the training, by 8 of its weights" in out
+    assert not re.search("^(error|warning)", out, re.M)
+
+    keymap = names["KEYMAP"]
+    model = jaxadapt.export.import_base(tmp_path / "base", names["OwnModel"](), keymap=keymap)
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 12))
+    plain = np.asarray(model(jnp.asarray(tokens)))
+    jaxadapt.load(tmp_path / "adapter", model, keymap=keymap)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with torch.no_grad():
+        want_plain = base(torch.tensor(tokens)).logits.numpy()
+        want = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(torch.tensor(tokens)).logits.numpy()
+    size = np.abs(want).max()  # float32 in another order of sums
+    np.testing.assert_allclose(plain, want_plain, atol=1e-5 * size)
+    np.testing.assert_allclose(np.asarray(model(jnp.asarray(tokens))), want, atol=1e-5 * size)
+    assert np.abs(want - want_plain).max() > 0.1 * size
+
+
+def test_rl_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    run("rl_weights", tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    rewards = [float(x) for x in re.findall(r"reward ([\d.]+)", out)]
+    assert len(rewards) == 12
+    assert rewards[0] < 0.6 < 0.7 < rewards[-1]  # chance is 0.5
+    assert re.search(r"^a server without the newest weights: policy: applied otherwise", out, re.M)
+    assert re.search(r"^with them: policy: applied: ", out, re.M)
+    assert "the adapter was trained on another base" in out
+    assert jaxadapt.inspect(tmp_path).config.r == 4
+
+
+def test_serve_three_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    run("serve_three_adapters", tmp_path, monkeypatch)
+    *answers, last = capsys.readouterr().out.splitlines()
+    assert last == "10 answers, each the one of its adapter alone; 2 programs compiled"
+    said = {line.rpartition(" -> ")[::2] for line in answers if "->" in line}
+    assert len(said) == 5  # the base, three adapters, and another version of "a"
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_two_processes(tmp_path: Path):
+    """Two processes that the program starts, then two that find each other by Slurm's variables and resume."""
+    words = [sys.executable, str(FOLDER / "two_processes.py"), str(tmp_path), "--steps"]
+    env = {**os.environ, **compiling.ENV, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([*words, "5"], env=env, capture_output=True, text=True, timeout=600, check=True).stdout
+    assert "2 processes, 4 devices, mesh {'data': 2, 'model': 2}" in out
+    losses = dict(re.findall(r"^step (\d+): loss ([\d.]+)$", out, re.M))
+    assert list(losses) == ["1", "2", "3", "4", "5"]
+    assert float(losses["5"]) < float(losses["1"])
+    (alone,) = re.findall(r"one process reads .*: loss ([\d.]+)$", out, re.M)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_COORDINATOR_PORT": str(port)}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    both = [
+        subprocess.Popen(
+            [*words, "6", "--cluster"],
+            env={**env, "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=600) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], said
+    steps = dict(re.findall(r"^step (\d+): loss ([\d.]+)$", said[0][0], re.M))
+    assert list(steps) == ["6"]
+    assert abs(float(steps["6"]) - float(alone)) < 2e-3  # two layouts, and a printed digit
+    assert jaxadapt.CheckpointManager(tmp_path / "run").steps == [5]
+
+
+def test_the_files_for_clusters_start_the_program():
+    """Both pass arguments that the program takes; JAX finds the processes of an indexed job in GKE by TPU variables."""
+    text = (FOLDER / "slurm.sh").read_text(encoding="utf-8")
+    subprocess.run(["bash", "-n", str(FOLDER / "slurm.sh")], check=True)
+    (line,) = re.findall(r"^srun (.+)$", text, re.M)
+    assert shlex.split(line)[:3] == ["python", "examples/two_processes.py", "--cluster"]
+    job = yaml.safe_load((FOLDER / "jobset.yaml").read_text(encoding="utf-8"))
+    assert (job["kind"], job["apiVersion"]) == ("JobSet", "jobset.x-k8s.io/v1alpha2")
+    (group,) = job["spec"]["replicatedJobs"]
+    hosts = group["template"]["spec"]
+    assert hosts["parallelism"] == hosts["completions"] == 2
+    pod = hosts["template"]["spec"]
+    chips = np.prod([int(n) for n in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")])
+    (container,) = pod["containers"]
+    assert chips == 2 * container["resources"]["limits"]["google.com/tpu"]
+    assert container["command"][:3] == ["python", "examples/two_processes.py", "--cluster"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
