@@ -142,7 +142,7 @@ def test_two_processes(tmp_path: Path):
 
 
 def test_the_files_for_clusters_start_the_program():
-    """Both pass arguments that the program takes; JAX finds the processes of an indexed job in GKE by TPU variables."""
+    """Neither runs here: Slurm's variables do in `test_two_processes`, and of GKE's file the fields agree."""
     text = (FOLDER / "slurm.sh").read_text(encoding="utf-8")
     subprocess.run(["bash", "-n", str(FOLDER / "slurm.sh")], check=True)
     (line,) = re.findall(r"^srun (.+)$", text, re.M)
