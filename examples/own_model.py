@@ -1,6 +1,6 @@
 """Adapt a Flax model with layers and names of its own: from Hugging Face's weights to a PEFT folder.
 
-    python examples/own_model.py                 # 10 seconds; writes out/own_model/base and out/own_model/adapter
+    python examples/own_model.py                 # 15 seconds; writes out/own_model/base and out/own_model/adapter
     jaxadapt verify out/own_model/adapter --base out/own_model/base
 
 The model computes what Hugging Face's Llama computes. Its weights have other names and shapes: all layers in one array,

@@ -1,6 +1,6 @@
 """Reinforcement learning whose server gets the new weights at each step in memory, by `jaxadapt.to_peft`.
 
-    python examples/rl_weights.py                # 10 seconds; writes the last adapter to out/rl_weights
+    python examples/rl_weights.py                # 15 seconds; writes the last adapter to out/rl_weights
 
 The trainer has a Llama in NNX with a LoRA. The server has a base of its own, a bank with one slot for the policy, and a
 decoder with a cache. The reward of an answer is its share of even tokens; REINFORCE raises it. The server takes PEFT's

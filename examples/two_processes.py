@@ -1,6 +1,6 @@
 """Train one adapter in several processes on one mesh, with checkpoints, and save it as one PEFT folder.
 
-    python examples/two_processes.py             # 10 seconds; starts two processes; writes to out/two_processes
+    python examples/two_processes.py             # 20 seconds; starts two processes; writes to out/two_processes
     python examples/two_processes.py --steps 20  # resumes after step 10
 
 On a cluster, examples/slurm.sh and examples/jobset.yaml start it with --cluster. It prints
