@@ -16,7 +16,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.name_groups import group_names
 from jaxadapt.keymaps.keymap import KeyMap
 
-_MATRICES = frozenset(("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "experts"))
+_MATRICES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 """The last parts of the names of an expert's matrices, in transformers 4 and 5."""
 _IN_FILES = re.compile(r"(.+\.experts)(?:\.\d+)?\.((?:gate_up|gate|up|down)_proj|w[123])(?:\.weight)?")
 
@@ -50,7 +50,9 @@ def list_in_files(keys: Iterable[str]) -> list[str]:
 
 
 def left_out(config: Config, chosen: Collection[str], parameters: Collection[str]) -> list[str]:
-    """Return a warning if the targets name an expert's matrices, or all layers, and reach no routed expert.
+    """Return a warning if the targets name a routed expert's matrices, or all layers, and reach no routed expert.
+
+    Targets name them if they would select them as modules. So `"up_proj"` does, and `"shared_experts.up_proj"` does not.
 
     Args:
         config: the configuration.
@@ -59,16 +61,16 @@ def left_out(config: Config, chosen: Collection[str], parameters: Collection[str
 
     >>> from jaxadapt.configs.lora import LoraConfig
     >>> config = LoraConfig(target_modules=["q_proj", "up_proj"])
-    >>> text = left_out(config, ["0.q_proj", "0.shared.up_proj"], ["0.experts.down_proj"])[0]
+    >>> text = left_out(config, ["0.q_proj", "0.shared_experts.up_proj"], ["0.experts.down_proj"])[0]
     >>> text.partition(": ")[0], text.rpartition(". ")[2]
     ('target_modules adapts no routed expert', "Name them too: target_parameters=['experts.down_proj']")
     """
     targets: str | Collection[str] | None = config.get("target_modules")
     if not parameters or targets is None or any(".experts." in f"{name}." for name in chosen):
         return []
-    named = chosen if isinstance(targets, str) else targets
-    entries = [name for name in named if name.rpartition(".")[2] in _MATRICES]
-    if not entries and not matching.is_all_linear(config):
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    modules = (f"{owner}{end}" for owner in owners for end in ("", *(f".0.{each}" for each in _MATRICES)))
+    if not matching.is_all_linear(config) and not any(matching.is_target(config, name) for name in modules):
         return []
     others = [name for name in chosen if name.rpartition(".")[2] in _MATRICES]
     ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))

@@ -330,7 +330,13 @@ def resolve_config(
             ],
             layout_advice(config, "name them in exclude_modules"),
         )
-    config = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
+    given, config = config, matching.resolve_targets(
+        config, _module_names(mapped, unmapped), linear=linear, output=keymap.output
+    )
+    own = (sorted(linear), routed_experts.list_parameters(keymap, shapes))
+    if not routed_experts.left_out(config, *own):  # else `select_sites` tells it
+        for text in routed_experts.left_out(given, *own):
+            warn(text)
     selected = [
         match
         for match, _, modules in mapped.values()

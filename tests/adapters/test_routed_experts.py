@@ -14,10 +14,10 @@ LAYER = "model.layers.{}."
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def base(shared: bool = True) -> dict:
-    """Qwen 3 MoE's leaves in two layers with experts, and a dense layer before them."""
+def base(shared: bool = True, layers: int = 3) -> dict:
+    """Qwen 3 MoE's leaves in layers with experts, and a dense layer before them."""
     flat = {"model.embed_tokens.embedding": (24, 8), "model.norm.weight": (8,), "lm_head.kernel": (8, 24)}
-    for layer in range(3):
+    for layer in range(layers):
         start = LAYER.format(layer)
         flat |= {f"{start}self_attn.{p}_proj.kernel": (8, 8) for p in "qkvo"}
         flat |= {f"{start}self_attn.{p}_norm.weight": (4,) for p in "qk"}
@@ -32,10 +32,10 @@ def base(shared: bool = True) -> dict:
     return jaxadapt.core.paths.unflatten({path: jnp.zeros(shape) for path, shape in flat.items()})
 
 
-def told(**fields) -> list[str]:
+def told(layers: int = 3, **fields) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        jaxadapt.init(base(), jaxadapt.LoraConfig(r=2, **fields), key=jax.random.key(0))
+        jaxadapt.init(base(layers=layers), jaxadapt.LoraConfig(r=2, **fields), key=jax.random.key(0))
     return [str(each.message) for each in found]
 
 
@@ -48,9 +48,22 @@ def test_targets_without_routed_experts_are_told(targets):
     assert text.endswith(f"Name them too: target_parameters={PARAMETERS}")
 
 
+def test_all_linear_that_becomes_ends_of_names_is_told_once():
+    assert len(told(layers=6, target_modules="all-linear")) == 1  # 20 modules or more
+
+
 def test_nothing_is_told_of_experts_that_are_adapted_or_not_named():
     assert told(target_modules=["up_proj"], target_parameters=PARAMETERS) == []
     assert told(target_modules=["q_proj"]) == []
+
+
+@pytest.mark.parametrize("targets", [["mlp.up_proj"], ["model.layers.0.mlp.up_proj"], r".*\d\.mlp\.up_proj"])
+def test_nothing_is_told_of_targets_that_name_other_layers_on_purpose(targets):
+    assert told(target_modules=targets) == []
+
+
+def test_nothing_is_told_of_layers_without_experts():
+    assert told(target_modules=["up_proj"], layers_to_transform=[0]) == []
 
 
 def test_an_error_of_no_match_names_the_parameters():
