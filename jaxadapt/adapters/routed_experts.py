@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.core import paths
+from jaxadapt.core import errors, paths
 from jaxadapt.core.name_groups import group_names
 from jaxadapt.keymaps.keymap import KeyMap
 
@@ -52,7 +52,7 @@ def list_in_files(keys: Iterable[str]) -> list[str]:
 def left_out(config: Config, chosen: Collection[str], parameters: Collection[str]) -> list[str]:
     """Return a warning if the targets name a routed expert's matrices, or all layers, and reach no routed expert.
 
-    Targets name them if they would select them as modules. So `"up_proj"` does, and `"shared_experts.up_proj"` does not.
+    Targets name them if they would select them as modules: `"up_proj"` does, `"shared_experts.up_proj"` does not.
 
     Args:
         config: the configuration.
@@ -68,9 +68,7 @@ def left_out(config: Config, chosen: Collection[str], parameters: Collection[str
     targets: str | Collection[str] | None = config.get("target_modules")
     if not parameters or targets is None or any(".experts." in f"{name}." for name in chosen):
         return []
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-    modules = (f"{owner}{end}" for owner in owners for end in ("", *(f".0.{each}" for each in _MATRICES)))
-    if not matching.is_all_linear(config) and not any(matching.is_target(config, name) for name in modules):
+    if not matching.is_all_linear(config) and not _names_matrices(config, parameters):
         return []
     others = [name for name in chosen if name.rpartition(".")[2] in _MATRICES]
     ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))
@@ -82,3 +80,27 @@ def left_out(config: Config, chosen: Collection[str], parameters: Collection[str
     )
     text = "target_modules adapts no routed expert: parameters of all experts of a layer hold them"
     return [f"{text}, {group_names(parameters)}, which no module's name selects{reached}. {way}"]
+
+
+def _names_matrices(config: Config, parameters: Iterable[str]) -> bool:
+    """Return True if the targets would select matrices of routed experts as modules."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    modules = (f"{owner}{end}" for owner in owners for end in ("", *(f".0.{each}" for each in _MATRICES)))
+    return any(matching.is_target(config, name) for name in modules)
+
+
+def warn_of_all_linear(
+    config: Config, resolved: Config, chosen: Collection[str], keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Warn that "all-linear" reaches no routed expert, unless the selection of the resolved names warns of it.
+
+    Args:
+        config: the configuration as given.
+        resolved: the configuration with names.
+        chosen: the linear modules.
+        keymap, shapes: the model's.
+    """
+    parameters = list_parameters(keymap, shapes)
+    if not left_out(resolved, chosen, parameters):
+        for text in left_out(config, chosen, parameters):
+            errors.warn(text)

@@ -330,19 +330,14 @@ def resolve_config(
             ],
             layout_advice(config, "name them in exclude_modules"),
         )
-    given, config = config, matching.resolve_targets(
-        config, _module_names(mapped, unmapped), linear=linear, output=keymap.output
-    )
-    own = (sorted(linear), routed_experts.list_parameters(keymap, shapes))
-    if not routed_experts.left_out(config, *own):  # else `select_sites` tells it
-        for text in routed_experts.left_out(given, *own):
-            warn(text)
+    resolved = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
+    routed_experts.warn_of_all_linear(config, resolved, sorted(linear), keymap, shapes)
     selected = [
         match
         for match, _, modules in mapped.values()
-        if any(matching.is_target(config, name) for name in modules.values())
+        if any(matching.is_target(resolved, name) for name in modules.values())
     ]
-    return with_layout(config, keymap, selected)
+    return with_layout(resolved, keymap, selected)
 
 
 def select_sites(

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,11 @@ import numpy as np
 from jaxadapt.adapters import experts
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
-from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, raise_listed
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.persistence import expert_keys
 from jaxadapt.storage import hf_model, location
 
 _LLAMA4 = f"{families.LAYER}feed_forward."
@@ -65,13 +65,12 @@ _NAMES: Mapping[str, tuple[str, families.Modules]] = {
 }
 """{model_type: (family, parameters and the modules that vLLM reads in their place)}."""
 _FUSED = re.compile(r"(?P<owner>.+\.experts)(?P<inner>\.base_layer)?\.lora_A\.weight")
-_SINGLE = re.compile(r"(?P<expert>.+\.experts\.\d+\.)(?P<name>\w+)\.lora_A\.weight")
-_SHARED = ".mlp.shared_expert"
+_DOWN = (".down_proj", ".w2")
 _MERGE = "Merge it instead: `jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)` (`jaxadapt merge` for other adapters)"
 
 
 def to_form(tensors: PeftTensors, program: str, base: str | os.PathLike[str] | None) -> PeftTensors:
-    """Return an adapter of parameters (`target_parameters`) in the form that a program reads; others unchanged.
+    """Return an adapter of experts in the form that a program reads; others unchanged.
 
     Args:
         tensors: the adapter, under PEFT's names. All its tensors are read if its form changes.
@@ -79,15 +78,21 @@ def to_form(tensors: PeftTensors, program: str, base: str | os.PathLike[str] | N
         base: the base model's folder, or its config.json.
 
     Raises:
-        ConfigError: the base is missing, or no form is known to be right for its `model_type`.
+        ConfigError: the base is missing, no form is known to be right for its `model_type`, or it has no parameter of
+            an adapted name.
 
     >>> tensors = PeftTensors(LoraConfig(target_modules=["q_proj"]), {})
     >>> to_form(tensors, "vllm", None) is tensors
     True
     """
     config = tensors.config
-    if program != "vllm" or not isinstance(config, LoraConfig) or not config.target_parameters:
+    if program != "vllm" or not isinstance(config, LoraConfig):
         return tensors
+    modules = expert_keys.list_modules(tensors.tensors)
+    if not (config.target_parameters and (expert_keys.has_fused(modules) or expert_keys.has_router(config, modules))):
+        # vLLM reads the weights of other linear layers under the same keys.
+        changed, arrays = _with_zeros(config, tensors.tensors)
+        return tensors if arrays is tensors.tensors else dataclasses.replace(tensors, config=changed, tensors=arrays)
     kind = _read_type(tensors, base)
     if kind not in _NAMES:
         raise ConfigError(
@@ -95,32 +100,58 @@ def to_form(tensors: PeftTensors, program: str, base: str | os.PathLike[str] | N
             f" is {kind!r}. {_MERGE}"
         )
     family, names = _NAMES[kind]
-    ends = [".".join(entry.split(".")[-2:]) for entry in config.target_parameters]
-    raise_listed(
-        ConfigError,
-        f"{tensors.source}: target_parameters: vLLM is not known to read these parameters of {kind}. {_MERGE}:",
-        [end for end in ends if not any(f".{name}".endswith(f".{end}") for name, _ in names)],
-    )
-    arrays: dict[str, Any] = dict(tensors.tensors)
+    keymap = dataclasses.replace(families.get_family(family), expert_modules=names)
+    _require_known(tensors, config, kind, keymap)
+    arrays: Mapping[str, Any] = dict(tensors.tensors)
     if kind == "gpt_oss":
         changed, arrays = _with_both(config, arrays)
         return dataclasses.replace(tensors, config=changed, tensors=arrays)
     if kind == "llama4_text":
         arrays = _exchanged(config, arrays)
-    keymap = dataclasses.replace(families.get_family(family), expert_modules=names)
     # A layout without entries: each parameter is (expert, out, in), with gate before up.
     single, arrays = experts.split_experts(config, arrays, keymap, KeyMap("vLLM", ()))
     assert isinstance(single, LoraConfig)
-    single, arrays = _with_zeros(single, arrays, [modules for _, modules in names[:2]])
+    single, arrays = _with_zeros(single, arrays)
     return dataclasses.replace(tensors, config=single, tensors=arrays)
 
 
+def _require_known(tensors: PeftTensors, config: LoraConfig, kind: str, keymap: KeyMap) -> None:
+    """Raise `ConfigError` for adapted parameters without a place in vLLM's model of this type."""
+    known = experts.list_parameters(keymap)
+    ends = [".".join(entry.split(".")[-2:]) for entry in config.target_parameters or ()]
+    raise_listed(
+        ConfigError,
+        f"{tensors.source}: target_parameters: vLLM is not known to read these parameters of {kind}. {_MERGE}:",
+        [end for end in ends if not any(f".{each.name}".endswith(f".{end}") for each in known)],
+    )
+    adapted = [
+        name
+        for name in dict.fromkeys(x.removesuffix(".base_layer") for x in expert_keys.list_modules(tensors.tensors))
+        if name.endswith(".experts") or matching.is_parameter(config, f"{name}.weight")
+    ]
+    raise_listed(
+        ConfigError,
+        f"{tensors.source}: target_parameters: vLLM's {kind} has no such modules; expected names such as"
+        f" {known[0].name}. {_MERGE}:",
+        [name for name in adapted if not any(each.in_module(name) for each in known)],
+    )
+
+
 def name_shared(plain: PeftTensors, program: str) -> PeftTensors:
-    """Return a plain LoRA whose shared experts PEFT and transformers find, for the program "transformers"."""
-    config, modules = plain.config, dict.fromkeys(map(_module, plain.tensors))
-    if program != "transformers" or not any(_SHARED in name for name in modules):
+    """Return a plain LoRA whose shared experts PEFT and transformers find, for the program "transformers".
+
+    Raises `ConfigError` for a LoRA of single experts beside them, which PEFT does not read with them.
+    """
+    config, modules = plain.config, expert_keys.list_modules(plain.tensors)
+    parts = expert_keys.list_shared(config, modules) if program == "transformers" else []
+    raise_listed(
+        ConfigError,
+        f"{plain.source}: PEFT reads these modules as parameters only (`target_parameters`), and a LoRA for each routed"
+        f" expert as modules only. {_MERGE}:",
+        parts if any(map(expert_keys.SINGLE.fullmatch, modules)) else (),
+    )
+    if not parts:
         return plain
-    parts = [name for name in modules if ".mlp." in name and name.rpartition(".")[2] in _TAKEN_FOR_ROUTED]
     return dataclasses.replace(
         plain,
         config=config.replace(
@@ -129,10 +160,6 @@ def name_shared(plain: PeftTensors, program: str) -> PeftTensors:
             lora_dropout=0.0,  # PEFT has no dropout for parameters; it does not matter after the training
         ),
     )
-
-
-def _module(key: str) -> str:
-    return key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
 
 
 def without_parameters(tensors: PeftTensors, program: str) -> PeftTensors:
@@ -204,28 +231,22 @@ def _with_both(config: LoraConfig, arrays: Mapping[str, Any]) -> tuple[LoraConfi
     return config.replace(target_parameters=[*(config.target_parameters or ()), *added]), result
 
 
-def _with_zeros(
-    config: LoraConfig, arrays: Mapping[str, Any], modules: Sequence[tuple[str, ...]]
-) -> tuple[Config, dict[str, Any]]:
-    """Add zeros for the projections of an expert that are not adapted, beside one that is.
-
-    Args:
-        config: the configuration for single experts.
-        arrays: the tensors of single experts.
-        modules: the names of gate and up, and of down.
-    """
-    wide, (down,) = (tuple(name.rpartition(".")[2] for name in names) for names in modules)
+def _with_zeros(config: LoraConfig, arrays: Mapping[str, Any]) -> tuple[LoraConfig, Mapping[str, Any]]:
+    """Add zeros for the projections of a single expert that are not adapted, beside one that is."""
+    missing = expert_keys.missing_projections(expert_keys.list_modules(arrays))
+    if not missing:
+        return config, arrays
     result, added = dict(arrays), list[str]()
-    present: dict[str, list[str]] = {}
-    for match in filter(None, map(_SINGLE.fullmatch, arrays)):
-        present.setdefault(match["expert"], []).append(match["name"])
-    for expert, names in present.items():
-        a, b = (np.asarray(arrays[f"{expert}{names[0]}.lora_{side}.weight"]) for side in "AB")
-        for name in {*wide, down}.difference(names):
-            added.append(f"{expert}{name}".removeprefix(PEFT_PREFIX))
-            rank = config.rank_of(added[-1])
-            result[f"{expert}{name}.lora_A.weight"] = np.zeros((rank, len(b)), a.dtype)
-            result[f"{expert}{name}.lora_B.weight"] = np.zeros((a.shape[1], rank), b.dtype)
+    for present, names in missing.items():
+        a, b = (np.asarray(arrays[f"{PEFT_PREFIX}{present}.lora_{side}.weight"]) for side in "AB")
+        for name in names:
+            # Gate and up have the same shape, and down has its inputs and outputs exchanged.
+            is_alike = present.endswith(_DOWN) == name.endswith(_DOWN)
+            inputs, outputs = (a.shape[1], len(b)) if is_alike else (len(b), a.shape[1])
+            rank = config.rank_of(name)
+            result[f"{PEFT_PREFIX}{name}.lora_A.weight"] = np.zeros((rank, inputs), a.dtype)
+            result[f"{PEFT_PREFIX}{name}.lora_B.weight"] = np.zeros((outputs, rank), b.dtype)
+            added.append(name)
     targets = config.target_modules
     # An expression does not name the zeros; the plain form lists all modules in its place.
     return config if isinstance(targets, str) else config.replace(target_modules=[*(targets or ()), *added]), result

@@ -139,7 +139,7 @@ def find_stacks(tensors: PeftTensors, style: str, base: Any) -> Stacks | None:
             " (`--base`), the model's folder or its config.json"
         )
     kind, count = ("", None) if base is None else _read_base(location.to_location(base))
-    if kind in FAMILIES and count is not None:
+    if kind in FAMILIES and count:  # a dense model, such as one of `llama4_text`, has other names
         return Stacks(FAMILIES[kind], count, style, config)
     if not has_experts or (style == "gguf" and by_parameter):  # the weights of linear modules, by their names
         return None
@@ -161,7 +161,7 @@ def _read_base(place: location.Location) -> tuple[str, int | None]:
         return "", None
     text: Any = config.get("text_config")
     inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
-    counts = (inner.get(name) for name in _COUNTS)
+    counts = (inner.get(name) for name in _COUNTS if inner.get("moe_layers") != [])
     kind = str(config.get("model_type")).removesuffix("_text")
     return kind, next((count for count in counts if isinstance(count, int)), None)
 

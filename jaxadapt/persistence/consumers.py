@@ -27,6 +27,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence import expert_keys
 from jaxadapt.storage.location import HubAddress
 
 # ---------------------------------------------------------------- programs
@@ -80,14 +81,14 @@ _SETTINGS = {
 }  # fmt: skip
 PROPERTIES = frozenset((
     *_SETTINGS, "any", "type", "method", "ia3", "bias", "fraction", "expression", "embedding", "tied embedding",
-    "variant", "init", "norm copies", "heads", "copies", "other tensors", "shared experts",
+    "variant", "init", "norm copies", "heads", "copies", "other tensors", *expert_keys.PROPERTIES,
 ))  # fmt: skip
 """The properties of an adapter that some program refuses or misreads."""
 
 _IGNORED = (WRONG, "ignored")
 _REFUSE = (REFUSED, "refused")
 _ONLY_LORA = (REFUSED, "reads only LoRA")
-_SHARED = (WRONG, "taken for routed experts, so that they have no effect")
+_SHARED = (WRONG, "no effect in DeepSeek, GLM 4 MoE, Qwen 3 Next (taken for routed ones); right in Qwen 2 and 3.5 MoE")
 _ON_ORIGINAL = (WRONG, "added to the original base weights")
 
 _RULES: Mapping[str, tuple[str, _Rule]] = {
@@ -113,7 +114,9 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
             "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA,
             **dict.fromkeys(("dora", "lora_bias", "bias", "tokens", "alora", "kasa", "init", "variant"), _REFUSE),
             "copies": _REFUSE, "norm copies": _REFUSE, "other tensors": (REFUSED, "unknown names"),
-            "parameters": (WRONG, "experts are right for GPT-OSS, without effect in Mixtral, and else refused"),
+            "experts": (WRONG, "experts are right for GPT-OSS, without effect in Mixtral, and else refused"),
+            "router": (WRONG, "without effect in Mixtral, and else right"),
+            "parts of experts": (REFUSED, "stops at an expert without a LoRA of gate, up and down"),
         },
     ),
     "llama.cpp": (
@@ -126,7 +129,7 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
             "embedding": (UNKNOWN, "right if the base has a head of its own; if its head is tied, the program stops"),
             "tied embedding": (REFUSED, "stops the program at the first token, because the head is tied to it"),
             "bias": (UNKNOWN, "not measured"), "variant": (UNKNOWN, "not measured"),
-            "parameters": (REFUSED, "its converter stops at experts"), "other tensors": (REFUSED, "unknown names"),
+            "experts": (REFUSED, "its converter stops at experts"), "other tensors": (REFUSED, "unknown names"),
         },
     ),
     "Ollama": (
@@ -183,10 +186,10 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
 
 _VARIANTS = ("use_qalora", "layer_replication", "use_bdlora", "arrow_config", "velora_config", "monteclora_config")
 _CONVERTED = ("use_qalora", "use_bdlora", "velora_config", "monteclora_config")
-_CURED = frozenset(  # the properties that every export removes; _OWN_FORMS: those that a form of its own has
-    ("any", "rslora", "alpha_pattern", "rank_pattern", "fraction", "init", "expression", "shared experts")
-)
-_OWN_FORMS = {"MLX": {"dora", "parameters"}, "vLLM": {"parameters"}, "llama.cpp": {"parameters"}}
+_CURED = frozenset((
+    "any", "rslora", "alpha_pattern", "rank_pattern", "fraction", "init", "expression", *expert_keys.CURED
+))  # fmt: skip
+"""The properties that every export removes."""
 
 _PAIR = re.compile(r"(base_model\.model\..+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
@@ -237,8 +240,7 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
     if verdict in (RIGHT, UNKNOWN) or "type" in hits:
         return ""
     if _is_exported(name, properties):
-        own = "vllm --base BASE" if "parameters" in hits else "plain"
-        form = "transformers" if "shared experts" in hits else own
+        form = next((form for prop, form in expert_keys.FORMS.items() if prop in hits), "plain")
         command = _EXPORTS.get(name, f"jaxadapt export ADAPTER --for {form} --out FOLDER")
         # START is the folder of the initial adapter, for an initialization that changed the base.
         return f"{command} --first START" if "init" in properties else command
@@ -254,7 +256,8 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
 
 def _is_exported(name: str, properties: Mapping[str, str]) -> bool:
     """Return True if `jaxadapt export` has a form for an adapter with these properties that the program reads."""
-    lost = properties.keys() - _CURED - _OWN_FORMS.get(name, set())
+    lost = properties.keys() - _CURED - ({"dora"} if name == "MLX" else set())
+    lost -= expert_keys.EXPORTED if name in expert_keys.READERS else set()
     lost -= ({"layers"} if name in _EXPORTS else {"layers", "embedding", "tied embedding"}) - _RULES[name][1].keys()
     if "variant" in properties and set(properties["variant"].split(", ")) <= set(_CONVERTED):
         lost -= {"variant"}
@@ -337,13 +340,7 @@ def _key_properties(config: Config, keys: list[str], found: Mapping[str, str]) -
     return {
         "layers": "" if "layers" in found else _partial_layers(keys),
         "other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}" if others else "",
-        # Llama 4's are at `feed_forward`, and PEFT finds them.
-        "shared experts": (
-            "target_modules that are shared experts"
-            if any(".mlp.shared_expert" in key for key in keys)
-            and "shared_expert" not in str(config.get("target_parameters"))
-            else ""
-        ),
+        **(expert_keys.find_properties(config, keys) if "parameters" in found or "expert" in "".join(keys) else {}),
     }
 
 

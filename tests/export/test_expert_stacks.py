@@ -177,3 +177,16 @@ def test_dora_of_single_experts_is_refused(tmp_path):
     config = jaxadapt.LoraConfig(r=2, target_modules=["w1"], use_dora=True)
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path / "in")
     assert "without DoRA" in refusal(tmp_path, "mlx", base=tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"num_local_experts": 0}, {"num_local_experts": 16, "moe_layers": []}])
+def test_a_dense_llama4_has_its_own_names_in_mlx(fields, tmp_path):
+    """mlx-lm 0.32.2 reads `llama4_text` without experts by a model of its own, and drops unknown names silently."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama4_text", **fields}))
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    tensors = {key.format(side): np.ones((2, 2), "float32") for side in "AB"}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"])
+    export_adapter(jaxadapt.PeftTensors(config, tensors), tmp_path / "mlx", "mlx", base=tmp_path)
+    assert {*load_file(tmp_path / "mlx/adapters.safetensors")} == {
+        f"model.layers.0.self_attn.q_proj.lora_{side}" for side in "ab"
+    }

@@ -132,7 +132,14 @@ EVERY_PROPERTY = [
     (jaxadapt.LoraConfig(target_modules=["q"], lora_bias=True, layers_to_transform=[0]), (), None),
     (jaxadapt.LoraConfig(target_modules=["q"], alora_invocation_tokens=[1]), ["base_model.model.q.unknown"], None),
     (jaxadapt.LoraConfig(target_modules=["q"], kasa_config={"beta": 0.1}), (), None),
-    (jaxadapt.LoraConfig(target_modules=["up"]), ["base_model.model.0.mlp.shared_experts.up.lora_A.weight"], None),
+    (
+        jaxadapt.LoraConfig(target_modules=["up_proj"], target_parameters=["gate.weight"]),
+        [
+            f"base_model.model.0.mlp.{name}.lora_A.weight"
+            for name in ("shared_experts.up_proj", "gate", "experts.0.up_proj")
+        ],
+        None,
+    ),
     (jaxadapt.LoraConfig(target_modules=["wte"]), (), None),
     (jaxadapt.LoraConfig(target_modules=["wte"]), (), True),
     (jaxadapt.IA3Config(target_modules=["q"]), (), None),
@@ -199,6 +206,13 @@ def test_the_way_out(settings, program: str, remedy: str):
 @pytest.mark.parametrize(
     ("block", "fields", "verdict"),
     [
+        ("mlp.shared_expert", {"target_modules": ["up_proj"]}, WRONG),
+        ("mlp.shared_experts", {"target_modules": [], "target_parameters": ["up_proj.weight"]}, RIGHT),
+        (
+            "mlp.shared_experts",
+            {"target_modules": ["up_proj"], "target_parameters": ["shared_experts.down_proj.weight"]},
+            WRONG,
+        ),
         ("mlp.shared_experts", {"target_modules": ["up_proj"]}, WRONG),
         ("mlp.shared_experts", {"target_modules": [], "target_parameters": ["shared_experts.up_proj.weight"]}, RIGHT),
         ("feed_forward.shared_expert", {"target_modules": ["up_proj"]}, RIGHT),
@@ -212,6 +226,43 @@ def test_shared_experts_that_peft_takes_for_routed_ones(block: str, fields, verd
         assert readers[name].verdict == verdict
         remedy = "jaxadapt export ADAPTER --for transformers --out FOLDER"
         assert readers[name].remedy == (remedy if verdict == WRONG else "")
+
+
+def judged(program: str, modules: list[str], **fields) -> consumers.Reader:
+    keys = [f"base_model.model.model.layers.1.{module}.lora_{n}.weight" for module in modules for n in "AB"]
+    return {r.name: r for r in consumers.judge_readers(jaxadapt.LoraConfig(**fields), keys)}[program]
+
+
+def test_a_gate_of_shared_experts_is_no_expert():
+    assert judged("PEFT", ["mlp.shared_expert_gate"], target_modules=["shared_expert_gate"]).verdict == RIGHT
+
+
+def test_a_dense_layer_beside_single_experts_is_taken_for_routed_ones_too():
+    modules, targets = ["mlp.up_proj", "mlp.experts.0.up_proj"], ["up_proj"]
+    assert judged("PEFT", modules, target_modules=targets).verdict == WRONG
+    assert judged("PEFT", modules[:1], target_modules=targets).verdict == RIGHT
+
+
+def test_parameters_that_are_no_experts_are_right_in_programs_that_read_keys():
+    """Their keys are those of the modules."""
+    dense = {"target_modules": [], "target_parameters": ["q_proj.weight"]}
+    assert judged("vLLM", ["self_attn.q_proj"], **dense).verdict == RIGHT
+    assert judged("llama.cpp", ["self_attn.q_proj"], **dense).verdict == RIGHT
+    fused = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    assert judged("vLLM", ["mlp.experts"], **fused).verdict == WRONG
+    router = judged("vLLM", ["mlp.gate"], target_modules=[], target_parameters=["gate.weight"])
+    assert router.reasons == ("target_parameters: without effect in Mixtral, and else right",)
+    assert "--for vllm --base BASE" in router.remedy
+
+
+def test_vllm_stops_at_a_part_of_an_expert():
+    """`PackedLoRALayerWeights.pack_moe` of 0.32.0."""
+    own = [f"block_sparse_moe.experts.0.{name}" for name in ("w1", "w3", "w2")]
+    found = judged("vLLM", own[:2], target_modules=["w1", "w3"])
+    assert found.verdict == REFUSED
+    assert found.remedy == "jaxadapt export ADAPTER --for vllm --out FOLDER"
+    assert judged("vLLM", own, target_modules=["w1", "w3", "w2"]).verdict == RIGHT
+    assert judged("vLLM", ["mixer.experts.0.up_proj"], target_modules=["up_proj"]).verdict == RIGHT  # without a gate
 
 
 def test_keys_show_modules_that_layers_lack():
