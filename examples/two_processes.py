@@ -6,9 +6,9 @@
 On a cluster, examples/slurm.sh and examples/jobset.yaml start it with --cluster. It prints
 
     2 processes, 4 devices, mesh {'data': 2, 'model': 2}
-    step 1: loss 4.528 ...
-    step 10: loss 2.456
-    one process reads out/two_processes/adapter: loss 2.584
+    step 1: loss 4.586 ...
+    step 10: loss 2.491
+    one process reads out/two_processes/adapter: loss 2.433
 """
 
 from __future__ import annotations
