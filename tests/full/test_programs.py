@@ -14,9 +14,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
@@ -29,7 +33,7 @@ from jaxadapt.cli import main
 from jaxadapt.export import export_adapter
 from jaxadapt.export.conversion import convert
 from tests.export import test_adapter_export as tiny
-from tests.full.programs import experts, measure, table, vllm_experts
+from tests.full.programs import environments, experts, measure, table, vllm_experts
 
 FOLDER = os.environ.get("JAXADAPT_PROGRAMS")
 pytestmark = [
@@ -180,6 +184,29 @@ def test_routed_experts(program: str, kind: str, tmp_path: Path, record_property
     for name, got, want in zip(["no adapter", *experts.cases(kind)], found, wanted, strict=True):
         record_property(name, f"{abs(got - want).max():.1e} of {abs(want - plain).max():.1f}")
         assert abs(got - want).max() < close, name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in experts.KINDS if kind != "deepseek_v3"])
+def test_the_converter_of_llama_cpp(kind: str, tmp_path: Path) -> None:
+    """It stops at PEFT's routed experts. It reads routers, and shared experts of Llama 4."""
+    base = experts.small(tmp_path, PROGRAMS, "llama", kind)
+    wanted, files = [], []
+    for name in experts.cases(kind).keys() & {"experts", "router", "shared experts"}:
+        folder, file = tmp_path / name.replace(" ", "-"), tmp_path / f"{name}.gguf"
+        want = experts.train(base, folder, experts.cases(kind)[name])
+        program = [sys.executable, environments.llama_sources(PROGRAMS) / "convert_lora_to_gguf.py"]
+        arguments = [folder, "--base", base.folder, "--outfile", file, "--outtype", "f32"]
+        done = subprocess.run([*program, *arguments], capture_output=True, text=True)
+        if name == "experts":
+            assert done.returncode
+            assert re.search("Can not map tensor|Unprocessed experts", done.stderr), done.stderr[-3000:]
+        else:
+            assert done.returncode == 0, done.stderr[-3000:]
+            wanted.append(want)
+            files.append(str(file))
+    if files:
+        found = measure.run("llama", PROGRAMS, base.gguf, files, base, tmp_path / "x.npy")
+        assert abs(found - np.stack(wanted)).max() < 1e-4  # float32 on both sides
 
 
 @pytest.mark.usefixtures("foreign_model")
