@@ -185,7 +185,7 @@ def check_site(config: LoraConfig, match: Match, r: int) -> None:
         "use_dora=True": config.use_dora,
         f"init_lora_weights={init!r}": isinstance(init, str) and init.lower() != "gaussian",
         "a layer that is not a plain linear one (embedding, convolution, attention, Conv1D)": (
-            kind != "linear" or match.weight.fan_in_fan_out
+            kind not in ("linear", "fused") or match.weight.fan_in_fan_out
         ),
     }
     without_alora = {
@@ -208,6 +208,8 @@ def check_site(config: LoraConfig, match: Match, r: int) -> None:
             kind == "embedding" and config.ensure_weight_tying and tied
         ),
         f"kasa_config with {', '.join(kasa)}: PEFT has no such adapter": kasa,
+        "kasa_config is not supported on a part of an nn.Linear, whose parts would share one diagonal; remove the"
+        " setting, or exclude the module": kind == "fused" and config.kasa_config is not None,
         f"alora_invocation_tokens with {', '.join(alora)}: PEFT has no such adapter": alora,
         "lora_bias=True is not supported on an embedding, which has no output bias; set lora_bias=False, or exclude the"
         " module": kind == "embedding" and config.lora_bias,

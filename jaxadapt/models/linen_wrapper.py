@@ -111,7 +111,9 @@ class Survey:
         if match.stack != stack:
             self.refused[leaf] = f"the keymap stacks its layers on axes {match.stack}, the model on {stack}"
         elif (
-            leaf in self.certain and leaf not in self.unknown and match.weight.kind in ("linear", self.roles[leaf].kind)
+            leaf in self.certain
+            and leaf not in self.unknown
+            and match.weight.kind in ("linear", "fused", self.roles[leaf].kind)
         ):
             shape = [size for axis, size in enumerate(self.shapes[leaf]) if axis not in match.stack]
             # A keymap may order axes differently or split a fused output axis, but the input axes must agree.

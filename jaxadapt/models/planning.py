@@ -497,8 +497,14 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     reverse: list[str] = []
     for site in sites:
         weight, known = site.match.weight, None if attached is None else attached.match(site.leaf)
-        named = site.leaf.rpartition(".")[2] == "kernel" and weight.kind == "linear" and not weight.fan_in_fan_out
-        if not named or site.method.copies or site.axes.rank != 2 or (known is not None and known.axes == site.axes):
+        is_linear = weight.kind in ("linear", "fused") and not weight.fan_in_fan_out
+        if (
+            site.leaf.rpartition(".")[2] != "kernel"
+            or not is_linear
+            or site.method.copies
+            or site.axes.rank != 2
+            or (known is not None and known.axes == site.axes)
+        ):
             continue
         shape = [size for axis, size in enumerate(base.shapes[site.leaf]) if axis not in site.match.stack]
         if (own := transposed_axes(site.axes, [call.DENSE], shape)) is not None:

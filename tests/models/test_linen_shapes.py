@@ -197,9 +197,9 @@ def test_a_copy_whose_entry_has_other_axes_is_refused(
 # ---------------------------------------------------------------- a keymap that transposes a kernel
 
 
-def carried(n_out: int, fan_in_fan_out: bool) -> dict[str, Any]:
+def carried(n_out: int, fan_in_fan_out: bool, kind: Any = "linear") -> dict[str, Any]:
     """Return the adapter's shapes, or the reason of the refusal, for each way of attaching."""
-    line = jaxadapt.Weight("q.kernel", "q.weight", "i o -> i o", fan_in_fan_out=fan_in_fan_out)
+    line = jaxadapt.Weight("q.kernel", "q.weight", "i o -> i o", fan_in_fan_out=fan_in_fan_out, kind=kind)
     table = jaxadapt.KeyMap("mine", (line,))
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], fan_in_fan_out=fan_in_fan_out)
 
@@ -230,9 +230,10 @@ def carried(n_out: int, fan_in_fan_out: bool) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.parametrize("kind", ["linear", "fused"])
 @pytest.mark.parametrize("n_out", [4, 6])
-def test_a_table_that_turns_a_kernel_is_refused_alike(n_out: int):
-    found = carried(n_out, False)
+def test_a_table_that_turns_a_kernel_is_refused_alike(n_out: int, kind: str):
+    found = carried(n_out, False, kind)
     assert len(set(found.values())) == 1, found
     assert "contradicts the layer's own" in found["Linen load"]
     assert "fan_in_fan_out=True" in found["Linen load"]

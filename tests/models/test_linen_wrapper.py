@@ -406,8 +406,9 @@ def test_a_table_that_contradicts_the_model():
         jax.eval_shape(model.init, KEY, jnp.zeros((1, 3), jnp.int32))
 
 
+@pytest.mark.parametrize("kind", ["linear", "fused"])
 @pytest.mark.parametrize("sides", ["o i -> o i", "i o -> o i"])
-def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str):
+def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str, kind: Any):
     """The shape of a square kernel shows no direction, and the file would hold the change transposed."""
 
     class Square(nn.Module):
@@ -415,7 +416,7 @@ def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str):
         def __call__(self, x: jax.Array) -> jax.Array:
             return nn.Dense(4, name="up")(x)
 
-    table = jaxadapt.KeyMap("mine", (jaxadapt.Weight("up.kernel", "up.weight", sides),))
+    table = jaxadapt.KeyMap("mine", (jaxadapt.Weight("up.kernel", "up.weight", sides, kind=kind),))
     model = jaxadapt.adapt(Square(), lora("up"), keymap=table)
     if sides == "i o -> o i":
         model.init(KEY, jnp.ones((1, 4)))

@@ -112,6 +112,12 @@ def test_a_part_is_not_initialized_at_random_in_place_of_what_is_asked(name):
         jaxadapt.initializers.start(tree, config, key=jax.random.key(0), **data)
 
 
+def test_kasa_is_not_divided_among_the_parts():
+    config = CONFIG.replace(target_modules=["qkv_proj"], kasa_config={})
+    with pytest.raises(ConfigError, match="kasa_config is not supported on a part of an nn.Linear"):
+        jaxadapt.init(base("keras-phi3"), config, key=jax.random.key(0))
+
+
 def test_alora_adapts_the_parts():
     config = CONFIG.replace(target_modules=["qkv_proj"], alora_invocation_tokens=[1, 2])
     adapter = jaxadapt.init(base("keras-phi3"), config, key=jax.random.key(0))
