@@ -88,16 +88,16 @@ PROPERTIES = frozenset((
 _IGNORED = (WRONG, "ignored")
 _REFUSE = (REFUSED, "refused")
 _ONLY_LORA = (REFUSED, "reads only LoRA")
-_SHARED = (WRONG, "no effect in DeepSeek, GLM 4 MoE, Qwen 3 Next (taken for routed ones); right in Qwen 2 and 3.5 MoE")
+_OF_PEFT = {prop: (WRONG, text) for prop, text in expert_keys.WRONG_IN_PEFT.items()}
 _ON_ORIGINAL = (WRONG, "added to the original base weights")
 
 _RULES: Mapping[str, tuple[str, _Rule]] = {
-    "PEFT": ("0.21.2, measured", {"type": (REFUSED, "unknown to this version"), "shared experts": _SHARED}),
+    "PEFT": ("0.21.2, measured", {"type": (REFUSED, "unknown to this version"), **_OF_PEFT}),
     "transformers load_adapter": (
         "5.12.1 and 5.24.0, measured",
         {
             "type": (REFUSED, "unknown to PEFT"),
-            "shared experts": _SHARED,
+            **_OF_PEFT,
             "dora": (WRONG, "the magnitudes are not loaded"),
             "alora": (WRONG, "the adapter has no effect"),
             **dict.fromkeys(

@@ -19,10 +19,15 @@ SINGLE = re.compile(r"(?P<expert>.+\.experts\.\d+\.)(?P<name>\w+)")
 _GATED = re.compile(r".+\.(mlp|block_sparse_moe|feed_forward)\.experts\.\d+\.")
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Gate, up and down of a single expert of these blocks. Experts of other blocks may have no gate."""
-PROPERTIES = ("experts", "router", "parts of experts", "shared experts")
+PROPERTIES = ("experts", "router", "parts of experts", "shared experts", "rslora of experts")
 """The properties of `find_properties`."""
-CURED = ("shared experts", "parts of experts")
+CURED = ("shared experts", "parts of experts", "rslora of experts")
 """The properties that an export removes."""
+WRONG_IN_PEFT = {
+    "shared experts": "no effect in DeepSeek, GLM 4 MoE, Qwen 3 Next (read as routed); right in Qwen 2 and 3.5 MoE",
+    "rslora of experts": "the change of gate and up is √2 times too large",
+}
+"""{property: what PEFT 0.21.2 does with it}."""
 EXPORTED = frozenset(("parameters", "experts", "router"))
 """The properties that an export to one of `READERS` keeps or brings into a form of the program."""
 READERS = ("PEFT", "transformers load_adapter", "vLLM", "llama.cpp", "MLX")
@@ -31,6 +36,7 @@ FORMS = {
     "parts of experts": "vllm",
 }  # fmt: skip
 """{property: the form of an export, if it is not the plain one}."""
+_WIDE = re.compile(rf"{_GATED.pattern}(gate_proj|up_proj|w1|w3)")
 _FUSED = re.compile(r".+\.experts(\.base_layer)?")
 _SHARED = re.compile(r".+\.mlp\.shared_experts?\.(gate|up|down)_proj")
 _DENSE = re.compile(r".+\.mlp\.(gate|up|down)_proj")
@@ -100,5 +106,6 @@ def find_properties(config: Config, keys: Collection[str]) -> dict[str, str]:
         "target_parameters" if has_router(config, modules) else "",
         "target_modules of a part of each expert" if missing_projections(modules) else "",
         "target_modules that are shared experts" if list_shared(config, modules) else "",
+        "use_rslora" if config.get("use_rslora") and any(map(_WIDE.fullmatch, modules)) else "",
     )
     return dict(zip(PROPERTIES, texts, strict=True))

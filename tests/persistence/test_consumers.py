@@ -133,7 +133,7 @@ EVERY_PROPERTY = [
     (jaxadapt.LoraConfig(target_modules=["q"], alora_invocation_tokens=[1]), ["base_model.model.q.unknown"], None),
     (jaxadapt.LoraConfig(target_modules=["q"], kasa_config={"beta": 0.1}), (), None),
     (
-        jaxadapt.LoraConfig(target_modules=["up_proj"], target_parameters=["gate.weight"]),
+        jaxadapt.LoraConfig(target_modules=["up_proj"], target_parameters=["gate.weight"], use_rslora=True),
         [
             f"base_model.model.0.mlp.{name}.lora_A.weight"
             for name in ("shared_experts.up_proj", "gate", "experts.0.up_proj")
@@ -253,6 +253,16 @@ def test_parameters_that_are_no_experts_are_right_in_programs_that_read_keys():
     router = judged("vLLM", ["mlp.gate"], target_modules=[], target_parameters=["gate.weight"])
     assert router.reasons == ("target_parameters: without effect in Mixtral, and else right",)
     assert "--for vllm --base BASE" in router.remedy
+
+
+def test_rslora_of_single_experts_in_peft():
+    """tests/reference/test_per_expert.py measures it."""
+    modules = [f"mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")]
+    fields = {"target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    found = judged("PEFT", modules, use_rslora=True, **fields)
+    assert (found.verdict, found.remedy) == (WRONG, "jaxadapt export ADAPTER --for plain --out FOLDER")
+    assert judged("PEFT", modules, **fields).verdict == RIGHT
+    assert judged("PEFT", ["self_attn.q_proj"], use_rslora=True, target_modules=["q_proj"]).verdict == RIGHT
 
 
 def test_vllm_stops_at_a_part_of_an_expert():

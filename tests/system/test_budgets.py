@@ -46,7 +46,7 @@ LEAVES = {
     "keymaps/families/qwen3_next.py": 6,
     "keymaps/families/sigmoid_moe.py": 9,
     "keymaps/families/stablelm.py": 3,
-    "persistence/expert_keys.py": 38,
+    "persistence/expert_keys.py": 40,
     "persistence/formats/tinker_files.py": 252,
     "persistence/no_place.py": 24,
 }
