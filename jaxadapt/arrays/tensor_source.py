@@ -114,12 +114,11 @@ def aligned_empty(nbytes: int) -> np.ndarray:
     return raw[skip : skip + nbytes]
 
 
-def aligned_parts(sizes: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return an uninitialised uint8 array, and aligned parts of it with these sizes in bytes, in order."""
+def aligned_parts(sizes: Sequence[int]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """Return an uninitialised uint8 array, and its aligned parts with these sizes in bytes, in order."""
     ends = list(itertools.accumulate(size + -size % ALIGNED for size in sizes))
     block = aligned_empty(ends[-1] if ends else 0)
-    starts = [0, *ends]
-    return block, [block[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    return block, (block[start : start + size] for start, size in zip([0, *ends], sizes, strict=False))
 
 
 # ---------------------------------------------------------------- the interface

@@ -380,15 +380,17 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
             continue
         matched_leaves.add(matched.weight.leaf)
         identified = identified or matched.weight.is_layer_matrix
-        if problem := shape_problem(matched, shape):
+        limit = counts.get(matched.weight.leaf, math.inf)
+        beyond = any(text.isdecimal() and int(text) >= limit for _, text in matched.holes)
+        if problem := f"leaf {leaf!r}: only {limit} such layers" if beyond else shape_problem(matched, shape):
             yield problem
             continue
         mismatch = f"{leaf} {shape}: its entry has the pattern {matched.weight.pattern!r}"
         for name, size in zip(matched.weight.left, shape, strict=True):
             if name.startswith("{") and matched.weight.index_names(name) is None:
                 sizes.setdefault((name, matched.weight.layers), {}).setdefault(size, mismatch)
-                if size != (count := counts.get(matched.weight.leaf, size)):
-                    yield f"{mismatch}, where {name} is {count}"
+                if limit not in (size, math.inf):
+                    yield f"{mismatch}, where {name} is {limit}"
             elif name in keymap.same:
                 sizes.setdefault((name, (1, 0)), {}).setdefault(size, mismatch)
     for (name, _), different in sizes.items():

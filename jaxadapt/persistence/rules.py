@@ -574,9 +574,8 @@ def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
     # Allocated here, in the caller's thread; see `local_files.run_in_order`. In one piece: that is faster.
     sizes = [regions.region_size(box) * leaf.dtype.itemsize for leaf in job for box in leaf.held()]
     block, parts = aligned_parts(sizes)
-    unused = iter(parts)
     for leaf in job:
-        leaf.regions = {box: next(unused).view(leaf.dtype).reshape(regions.region_shape(box)) for box in leaf.held()}
+        leaf.regions = {box: next(parts).view(leaf.dtype).reshape(regions.region_shape(box)) for box in leaf.held()}
         for array in leaf.regions.values() if leaf.entry.form.is_partial else ():  # the file does not contain all of it
             array[...] = 0
     (dtype, *others) = {leaf.dtype for leaf in job}
