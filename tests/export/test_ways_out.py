@@ -142,8 +142,11 @@ def test_a_merge_for_experts_is_advised_in_memory(tmp_path: Path):
     info = jaxadapt.inspect(tmp_path / "adapter")
     remedies = {r.name: r.remedy for r in consumers.judge_readers(info.config, info.tensors) if r.remedy}
     assert remedies["MLX"] == "jaxadapt export ADAPTER --for mlx --out FOLDER"  # which says more, below
-    with pytest.raises(AdapterError, match="this is a parameter") as refused:
+    with pytest.raises(AdapterError, match=r"pass base= \(`--base`\)"):
         export_adapter(tmp_path / "adapter", tmp_path / "mlx", "mlx")
+    (tmp_path / "config.json").write_text('{"model_type": "mine"}')
+    with pytest.raises(AdapterError, match="mine") as refused:
+        export_adapter(tmp_path / "adapter", tmp_path / "mlx", "mlx", base=tmp_path / "config.json")
     assert not (tmp_path / "mlx").exists()
     assert "jaxadapt merge" not in str(refused.value)
     assert "export_base(model, folder, adapter)" in str(refused.value)

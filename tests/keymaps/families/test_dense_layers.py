@@ -1,4 +1,4 @@
-"""A model with more dense layers than a family has is not taken for it: its experts' layers would be numbered wrongly."""
+"""A model with more dense layers than a family has is not of the family, whose numbers its experts would get."""
 
 from __future__ import annotations
 
