@@ -2,7 +2,7 @@
 
     python -m benchmarks.keymap [--repeats 9] [--layers 4]
 
-Planning: Llama-3-70B's shapes (80 layers, all seven projections, r = 64, nothing allocated): recognising the family,
+Planning: Llama-3-70B's shapes (80 layers, all seven projections, r = 64, nothing allocated): recognizing the family,
 what `target_modules` means, and the plan of the file. Encode and decode: the same adapter in bfloat16, fewer layers,
 beside copying the same bytes once into new memory. Memory: a model of float32 weights, the largest 128 MB, in a process
 of its own. Exits with 1 if a target is missed.
@@ -90,7 +90,7 @@ def tree(name: str, layers: int = LAYERS, vocab: int = VOCAB) -> Any:
 def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
     ways: dict[str, Way] = {}
     counts: dict[str, tuple[int, int]] = {}
-    vocabularies = itertools.count(VOCAB)  # of each model another: plans and recognised families are kept
+    vocabularies = itertools.count(VOCAB)  # of each model another: plans and recognized families are kept
     for name in FAMILIES:
         keymap = name if name.startswith("maxtext") else None  # a Llama of MaxText is not known by its names
 

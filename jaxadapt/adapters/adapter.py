@@ -89,7 +89,7 @@ class Recipe:
             )
 
     def to_text(self) -> str:
-        """Return the recipe as JSON text, for serialisers that keep strings (flax's msgpack)."""
+        """Return the recipe as JSON text, for serializers that keep strings (flax's msgpack)."""
         return json.dumps({"config": self.config.to_dict(), "keymap": to_data(self.keymap), "sites": self.sites})
 
     @classmethod

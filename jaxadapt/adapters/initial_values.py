@@ -69,7 +69,7 @@ def propagate_axes(match: Match, form: FileLayout, axes: Sequence[Any]) -> tuple
 
 @functools.lru_cache(maxsize=1024)
 def _named_sharding(mesh: Any, axes: tuple[Any, ...]) -> NamedSharding:
-    """Return one object for all layers, so that JAX and the caches here recognise it without comparing."""
+    """Return one object for all layers, so that JAX and the caches here recognize it without comparing."""
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 

@@ -63,7 +63,7 @@ from jaxadapt.methods.copies import ROWS, FullCopy, RowCopy
 _C = TypeVar("_C", bound=Config)
 
 NAMES = ("embed_tokens", "lm_head")
-"""The module names that PEFT recognises as embeddings."""
+"""The module names that PEFT recognizes as embeddings."""
 
 
 def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:

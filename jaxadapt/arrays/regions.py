@@ -121,19 +121,19 @@ def region_size(region: Region) -> int:
     return math.prod(region_shape(region))
 
 
-def merge_neighbours(parts: Iterable[Region]) -> dict[Region, list[Region]]:
-    """Merge neighbouring disjoint regions into larger ones; return `{merged region: its parts}`.
+def merge_neighbors(parts: Iterable[Region]) -> dict[Region, list[Region]]:
+    """Merge neighboring disjoint regions into larger ones; return `{merged region: its parts}`.
 
     The larger a region is, the longer are its contiguous runs of bytes in the file.
 
-    >>> merge_neighbours([((0, 2), (0, 4)), ((2, 4), (0, 4)), ((6, 8), (0, 4))])
+    >>> merge_neighbors([((0, 2), (0, 4)), ((2, 4), (0, 4)), ((6, 8), (0, 4))])
     {((0, 4), (0, 4)): [((0, 2), (0, 4)), ((2, 4), (0, 4))], ((6, 8), (0, 4)): [((6, 8), (0, 4))]}
     """
     out = {region: [region] for region in parts}
     for axis in reversed(range(len(next(iter(out), ())))):
         joined: dict[Region, list[Region]] = {}
         run: Region = ()
-        # In this order, a region follows its neighbour along the axis.
+        # In this order, a region follows its neighbor along the axis.
         for region in sorted(out, key=lambda region: (region[:axis], region[axis + 1 :], region[axis])):
             before, (start, stop), behind = region[:axis], region[axis], region[axis + 1 :]
             if run and run == (*before, (run[axis][0], start), *behind):

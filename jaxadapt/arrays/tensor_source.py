@@ -108,14 +108,14 @@ ALIGNED = 64
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:
-    """Return an uninitialised, aligned uint8 array of `nbytes`."""
+    """Return an uninitialized, aligned uint8 array of `nbytes`."""
     raw = np.empty(nbytes + ALIGNED - 1, np.uint8)
     skip = -raw.__array_interface__["data"][0] % ALIGNED  # ten times cheaper than raw.ctypes.data
     return raw[skip : skip + nbytes]
 
 
 def aligned_parts(sizes: Sequence[int]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """Return an uninitialised uint8 array, and its aligned parts with these sizes in bytes, in order."""
+    """Return an uninitialized uint8 array, and its aligned parts with these sizes in bytes, in order."""
     ends = list(itertools.accumulate(size + -size % ALIGNED for size in sizes))
     block = aligned_empty(ends[-1] if ends else 0)
     return block, (block[start : start + size] for start, size in zip([0, *ends], sizes, strict=False))

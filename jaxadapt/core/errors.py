@@ -203,7 +203,7 @@ def quote_list(items: Sequence[str]) -> str:
 def escape_text(text: str, keep: str = "") -> str:
     r"""Return the text with every non-printable character written as an escape sequence.
 
-    A terminal obeys control characters: they move the cursor, change colours or rename the window. Direction marks show
+    A terminal obeys control characters: they move the cursor, change colors or rename the window. Direction marks show
     a name backwards, and zero-width characters make two names look the same.
 
     Args:

@@ -343,7 +343,7 @@ class Architecture:
 
     Attributes:
         name: general.architecture in GGUF.
-        interleaves: True if the rows of queries and keys are reordered: llama.cpp rotates neighbouring rows 2i and 2i+1
+        interleaves: True if the rows of queries and keys are reordered: llama.cpp rotates neighboring rows 2i and 2i+1
             of a head, transformers the rows i and i + half.
         turned: True if PyTorch stores its linear weights as (in, out), GGUF as (out, in).
         shifted: True if GGUF stores the weights of norms plus one.
@@ -474,7 +474,7 @@ def _find_architecture(name: object, known: Mapping[str, Architecture], source: 
 
 
 def interleave_rows(values: Array, heads: int | None) -> Array:
-    """Return the rows of queries or keys in llama.cpp's order: row i and row i + half of a head become neighbours.
+    """Return the rows of queries or keys in llama.cpp's order: row i and row i + half of a head become neighbors.
 
     Without heads, the rows stay.
 

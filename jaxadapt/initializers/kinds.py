@@ -51,7 +51,7 @@ def pissa(w: Array, r: int, s: float) -> Factors:
 
 @_static("s", "steps")
 def pissa_fast(w: Array, s: float, steps: int, omega: Array) -> Factors:
-    """Compute `pissa` by a randomised SVD with `steps` rounds of subspace iteration from `omega` (min(out, in), r)."""
+    """Compute `pissa` by a randomized SVD with `steps` rounds of subspace iteration from `omega` (min(out, in), r)."""
     u, sigma, vh = svd_lowrank(w, steps, omega)
     return _balanced(u, sigma / s, vh)
 
@@ -325,7 +325,7 @@ KINDS: Mapping[str, InitKind] = {
     for kind in (
         InitKind("", needs=("key",)),
         InitKind("pissa", lambda x: pissa(x.w, x.r, x.s)),
-        InitKind("pissa_niter", _pissa_fast, ("key",), from_run="a randomised SVD, which differs in each run"),
+        InitKind("pissa_niter", _pissa_fast, ("key",), from_run="a randomized SVD, which differs in each run"),
         InitKind("olora", lambda x: olora(x.w, x.r), conv1d=False),
         InitKind(
             "mica",

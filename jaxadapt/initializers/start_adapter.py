@@ -1,6 +1,6 @@
-"""Start an adapter with an initialisation that reads the base, data or gradients, and convert it back.
+"""Start an adapter with an initialization that reads the base, data or gradients, and convert it back.
 
-PiSSA, OLoRA, CorDA and LoRA-GA move a part of the base weights into the adapter, and LoftQ quantises the base. So
+PiSSA, OLoRA, CorDA and LoRA-GA move a part of the base weights into the adapter, and LoftQ quantizes the base. So
 `start` returns both the adapter and its base. `for_original_base` converts the trained adapter to a plain LoRA for the
 original base; loading can change the base again instead. A prompt may start from the base's token embeddings.
 """
@@ -60,9 +60,9 @@ def token_table(keymap: KeyMap, leaves: Mapping[str, Array], peft_type: str) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Initialization:
-    """An initialisation of one adapter's sites.
+    """An initialization of one adapter's sites.
 
-    Raises `ConfigError` listing the sites that the initialisation does not support.
+    Raises `ConfigError` listing the sites that the initialization does not support.
     """
 
     kind: InitKind
@@ -87,7 +87,7 @@ class Initialization:
         )
 
     def _obstacles(self, b: Site) -> list[str]:
-        """Return the first reason why the initialisation does not support a site, if there is one."""
+        """Return the first reason why the initialization does not support a site, if there is one."""
         r, leaf = _rank(b), self.weights[b.leaf]
         if quantized.is_quantized(leaf):
             return ["it is quantized; initialize with the original weights, then quantize the changed base"]
@@ -226,10 +226,10 @@ def _rank(b: Site) -> int:
 
 
 class Started(NamedTuple):
-    """An initialised adapter and its base.
+    """An initialized adapter and its base.
 
     Attributes:
-        base: the parameters, with new arrays for the weights that the initialisation changes and the same arrays
+        base: the parameters, with new arrays for the weights that the initialization changes and the same arrays
             elsewhere. For an NNX model: that model, changed in place, with the adapter attached.
         adapter: its initial values. Keep it: `for_original_base` needs it.
     """
@@ -306,7 +306,7 @@ def start(
             to the base parameters, averaged over batches, in a tree like theirs (an `nnx.State` for a model); the token
             ids of the text, or a function from `prompt_tuning_init_text` to them; the adapter of
             MULTITASK_PROMPT_TUNING to start from, or the tensors that `jaxadapt.read` returns.
-        key: a JAX random key, for initialisations that draw random numbers.
+        key: a JAX random key, for initializations that draw random numbers.
         name, keymap, dtype, rngs, stack_axes, example: as in `adapt` and `init`.
 
     Raises `ConfigError` for a configuration that the weights do not support exactly, `AttachError` for missing
@@ -351,11 +351,11 @@ _DATA = {
     "tokens": "the token ids of the text",
     "source": "the adapter to start from",
 }
-"""{what an initialisation needs: the value of `data` for it}."""
+"""{what an initialization needs: the value of `data` for it}."""
 
 
 def _check_arguments(config: Config, method: Method, key: Any, data: Any) -> None:
-    """Raise `AttachError` unless `key` and `data` are what an initialisation needs; a key is always allowed."""
+    """Raise `AttachError` unless `key` and `data` are what an initialization needs; a key is always allowed."""
     setting, needs = type(config).__name__, ("key",)
     if isinstance(config, lora.LoraConfig):
         setting, needs = lora.init_field(config), init_kind(config).needs
@@ -399,7 +399,7 @@ def _prompt_values(
 def _compute_factors(
     first: Initialization, plan: Callable[[Config], tuple[Recipe, Sites]], model: Any, data: Any
 ) -> tuple[Initialization, dict[str, Factors]]:
-    """Return the factors of each module, and the initialisation with their ranks, which EVA chooses."""
+    """Return the factors of each module, and the initialization with their ranks, which EVA chooses."""
     config: Any = first.recipe.config
     if "gradients" in first.kind.needs:
         leaves = {path: x for path, x in carrier(data).leaves().items() if x is not None}
@@ -544,7 +544,7 @@ def _require_product_start(config: Config) -> lora.LoraConfig:
 def residual_base(recipe: Recipe, adapter_sites: Sequence[Site], weights: Mapping[str, Array]) -> dict[str, Array]:
     """Return {leaf: array} of the base weights that PEFT changes when it loads an adapter with this configuration.
 
-    Raises `ConfigError` for initialisations that cannot be repeated, in PEFT either.
+    Raises `ConfigError` for initializations that cannot be repeated, in PEFT either.
     """
     config: Any = recipe.config
     kind = init_kind(config)

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a model's layers, for initialisations that use activations.
+"""Statistics of the inputs of a model's layers, for initializations that use activations.
 
 A probe at each site stores a statistic as a parameter. It changes no output, and the parameter's gradient is the new
 statistic. So statistics are computed on the device, inside the model's scan, jit and remat, in NNX and Linen, at the

@@ -203,8 +203,8 @@ def merge(
             weight is held beside the model. Afterwards the arrays in `model` cannot be used any more, not even
             through other references. After an interruption, some are deleted and the rest are not merged. An NNX model
             is then changed in place.
-        dequantize: make all quantised weights of the base dense first, as `jaxadapt.models.dequantize` does. Without it
-            merging into them is refused, since quantising the sum again would change the trained result.
+        dequantize: make all quantized weights of the base dense first, as `jaxadapt.models.dequantize` does. Without it
+            merging into them is refused, since quantizing the sum again would change the trained result.
         allow_nan: merge even if the adapter, or a weight that it changes, holds a NaN or an infinity, which is refused
             otherwise. Under `jax.jit` arrays have no values, and the check is skipped.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("merge", bytes of weights done,

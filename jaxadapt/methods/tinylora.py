@@ -2,7 +2,7 @@
 
 A = √S·Vᵀ (r, inputs) and B = U·√S (outputs, r) are the largest singular vectors of the weight; an embedding's are those
 of its table (vocabulary, dimension). P (u, r, r) is random. Files have A and B, whose signs the weight does not
-determine, and P with `save_projection`. A group of modules, which are neighbours in the order of PyTorch's modules,
+determine, and P with `save_projection`. A group of modules, which are neighbors in the order of PyTorch's modules,
 shares one v: the tensor `tinylora_v` (groups, u), which a file has as `tinylora_v.0`, `tinylora_v.1` and so on
 (`tuners/tinylora/model.py`). PEFT numbers the modules in the same order for the seeds of P.
 """

@@ -1,4 +1,4 @@
-"""Changes of a model: attach, extract, inject and remove adapters, choose the active ones, and quantise the base.
+"""Changes of a model: attach, extract, inject and remove adapters, choose the active ones, and quantize the base.
 
 `rescale` multiplies the trained values at run time, so that jitted functions are not recompiled. `invoke` sets the
 data of a call that some adapters need: tokens for aLoRA, tasks for a prompt of several tasks, noise for PVERA.
@@ -61,7 +61,7 @@ def adapt(
 
     Args:
         name: the adapter's name. A second `adapt` under another name adds an adapter and activates it.
-        keymap: the model's family ("llama"), a `KeyMap`, or None to recognise the family.
+        keymap: the model's family ("llama"), a `KeyMap`, or None to recognize the family.
         rngs: NNX: `nnx.Rngs` for the initial values and dropout. On a model of shapes (`nnx.eval_shape`) the adapter
             has shapes without `rngs`, and values with it. Dropout starts in training mode, as in new Flax layers,
             even if the model is in `eval()` mode. (Linen: pass keys to `init`, and `rngs={"dropout": key}` to each
@@ -115,7 +115,7 @@ def init(
         model: nested mappings of arrays or `ShapeDtypeStruct`s (Linen's `variables["params"]`), or an NNX model. If
             the weights are in Linen's boxes (`nn.Partitioned`, …), so are the adapter's tensors, as in `adapt`.
         key: a JAX random key; None returns an abstract adapter, specs only.
-        keymap: the family's name, a `KeyMap`, or None to recognise the family. Without a keymap, 2-D kernels are
+        keymap: the family's name, a `KeyMap`, or None to recognize the family. Without a keymap, 2-D kernels are
             (in, out), and a target with more axes is an error.
         dtype, example: as in `adapt`.
 
@@ -149,9 +149,9 @@ def extract(
 
     Args:
         model: an NNX model or `nnx.State`, Linen variables (or their adapter collection), an `Adapter`, or any pytree
-            with the LoRA leaves of another library, which are recognised by their paths. A `LoraTree` wraps a tree
+            with the LoRA leaves of another library, which are recognized by their paths. A `LoraTree` wraps a tree
             that does not store its configuration or its alpha.
-        keymap: needed only if the tree has lost it; for another library's tree the default is the family recognised
+        keymap: needed only if the tree has lost it; for another library's tree the default is the family recognized
             from its base weights.
 
     Raises `AttachError` if the tree has no adapter of that name, or its configuration is lost and not passed.
@@ -524,7 +524,7 @@ def adapter_gradient(
     return run
 
 
-# ---------------------------------------------------------------- quantisation of the base
+# ---------------------------------------------------------------- quantization of the base
 
 
 def quantize(
@@ -535,9 +535,9 @@ def quantize(
     block: int | None = None,
     keymap: KeyMap | str | None = None,
 ) -> Any:
-    """Quantise the weights of a base's linear layers; `adapt`, `init`, `load` and `save` work as on the dense base.
+    """Quantize the weights of a base's linear layers; `adapt`, `init`, `load` and `save` work as on the dense base.
 
-    Each call of a layer dequantises its weight, in the forward and again in the backward pass, so a training step never
+    Each call of a layer dequantizes its weight, in the forward and again in the backward pass, so a training step never
     holds all dense weights. Adapters stay in full precision, and PEFT loads a saved adapter on the dense base. The
     codes and scales of a sharded weight are sharded too, and adapters are sharded as on the dense base.
 
@@ -550,7 +550,7 @@ def quantize(
         block: the number of weights per scale, instead of the default.
         keymap: as in `adapt`.
 
-    Raises `AttachError` for a weight that is already quantised, is a spec without values, has values that are not
+    Raises `AttachError` for a weight that is already quantized, is a spec without values, has values that are not
     finite, or stacks its layers on any axes but the first.
 
     >>> import jax, numpy as np, jaxadapt
@@ -588,7 +588,7 @@ def quantize(
 
 
 def _obstacle(site: Site, w: Any) -> str:
-    """Return the reason why a weight cannot be quantised; an empty text if it can."""
+    """Return the reason why a weight cannot be quantized; an empty text if it can."""
     stack = site.match.stack
     if site.match.weight.kind != "linear":
         return "expected the weight of a linear layer"
@@ -605,10 +605,10 @@ def _obstacle(site: Site, w: Any) -> str:
 
 
 def dequantize(model: Any) -> Any:
-    """Dequantise every quantised weight of a base: the inverse of `quantize` except for rounding.
+    """Dequantize every quantized weight of a base: the inverse of `quantize` except for rounding.
 
     Takes an NNX model (changed in place) or nested mappings, with weights of `quantize` or QArrays of Qwix. A base
-    without quantised weights is returned unchanged. It raises nothing of its own.
+    without quantized weights is returned unchanged. It raises nothing of its own.
 
     >>> import numpy as np
     >>> base = {"q": {"kernel": np.eye(64, dtype="float32")}}
@@ -624,14 +624,14 @@ def dequantize(model: Any) -> Any:
 def from_qwix(model: Any) -> Any:
     """Convert a model of `qwix.quantize_model` (weights only) to one that adapters can be attached to.
 
-    Qwix replaces functions of JAX while the model runs, and would quantise an adapter's inputs too. After the
-    conversion the weights are still QArrays, and each call of a layer dequantises its weight.
+    Qwix replaces functions of JAX while the model runs, and would quantize an adapter's inputs too. After the
+    conversion the weights are still QArrays, and each call of a layer dequantizes its weight.
 
     Args:
         model: NNX: changed in place and returned. Linen: returns the module without Qwix; use it with the parameters
             of `qwix.quantize_params` unchanged.
 
-    Raises `AttachError` if Qwix also quantises activations (static scales).
+    Raises `AttachError` if Qwix also quantizes activations (static scales).
 
         model = jaxadapt.models.from_qwix(qwix.quantize_model(model, qwix.PtqProvider(rules), x))
     """

@@ -26,7 +26,7 @@ from jax.extend.core import primitives
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes
-from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialised, scan_sizes, trace
+from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialized, scan_sizes, trace
 
 # ---------------------------------------------------------------- attention
 
@@ -398,7 +398,7 @@ def _evaluate(
         if eqn.primitive is primitives.scan_p:
             return _scan(eqn, operands, change, own)
         if eqn.primitive is primitives.remat_p:
-            again = rematerialised(eqn, lambda *values: _evaluate(eqn.params["jaxpr"], (), values, change, own))
+            again = rematerialized(eqn, lambda *values: _evaluate(eqn.params["jaxpr"], (), values, change, own))
             return again(*operands)
         body = called_jaxpr(eqn)
         assert body is not None  # `_find` has raised for any other

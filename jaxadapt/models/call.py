@@ -197,7 +197,7 @@ class Layer:
         module: the layer, for its configuration.
         method: the method, as the layer's class has it.
         is_call: True for `__call__`. Other methods may use a weight in reverse, as a tied output head does.
-        params: `{leaf: array}` of the layer's own parameters, quantised ones as they are stored.
+        params: `{leaf: array}` of the layer's own parameters, quantized ones as they are stored.
         plain: runs the method on the layer itself.
         run: `run(weights, *args, **kwargs)` runs the method with other values for some parameters, and leaves the
             layer unchanged. Returns the output, and the state that the run changed.
@@ -232,7 +232,7 @@ def split_input(args: Args, kwargs: Kwargs) -> tuple[Any, Args, Kwargs, str | No
 
 
 def apply(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Any:
-    """Call a layer's method with its adapters applied and its quantised weights made dense."""
+    """Call a layer's method with its adapters applied and its quantized weights made dense."""
     outer, inner = split_rows(hooks)
     use = _known_use(layer, outer, args, kwargs)
     if use is None:
@@ -252,7 +252,7 @@ def _apply_inside(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Any
     def run(stored: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         return _run_adapted(layer, ready, {leaf: quantized.to_dense(x) for leaf, x in stored.items()}, args, kwargs)
 
-    # The backward pass dequantises again, so that the dense weights do not stay in memory between the passes.
+    # The backward pass dequantizes again, so that the dense weights do not stay in memory between the passes.
     y, changed = (jax.checkpoint(run) if stored else run)(stored)
     layer.write_back(changed)
     return y
@@ -415,7 +415,7 @@ def refuse_reads_outside(leaves: Iterable[str]) -> None:
 def live_weights(f: Callable[..., Any], weights: Mapping[Any, Any], *args: Any) -> dict[Any, bool]:
     """Return `{name: True if the outputs of f(weights, *args) depend on it}`, without computing anything.
 
-    A weight is an array, a `ShapeDtypeStruct`, or a tree of them, as a quantised one is.
+    A weight is an array, a `ShapeDtypeStruct`, or a tree of them, as a quantized one is.
 
     >>> import jax.numpy as jnp
     >>> live_weights(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})

@@ -1,6 +1,6 @@
 """Carriers: what kind of tree holds base parameters and adapters is decided here, once for each call.
 
-A carrier is one tree, of a kind that `carrier` recognises, with the operations that this kind has.
+A carrier is one tree, of a kind that `carrier` recognizes, with the operations that this kind has.
 """
 
 from __future__ import annotations
@@ -335,7 +335,7 @@ class Model(_Variables, Object):
                 continue
             module, attr = owners[path]
             vars(module)[attr].set_value(value)
-            nnx_adapters.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
+            nnx_adapters.uninstall_adapters(module)  # removes the dequantization of a quantized weight
         return self.tree
 
     def active(self) -> list[str]:

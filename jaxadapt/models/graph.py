@@ -489,7 +489,7 @@ def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
 
 
 def quantized_params(module: nnx.Module) -> dict[str, Any]:
-    """Return `{attribute: value}` for the layer's quantised parameters."""
+    """Return `{attribute: value}` for the layer's quantized parameters."""
     values = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
     return {attr: value for attr, value in values.items() if quantized.is_quantized(value)}
 

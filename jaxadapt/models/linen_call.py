@@ -1,7 +1,7 @@
 """One call of a Linen model with adapters.
 
 The adapters' tensors are added to `params` beside the weights that they adapt, and so are those of the rows of a batch.
-An interceptor of method calls applies them, and dequantises weights. The call of the outermost module adds the virtual
+An interceptor of method calls applies them, and dequantizes weights. The call of the outermost module adds the virtual
 tokens of a prompt method.
 """
 
@@ -168,7 +168,7 @@ class Overlay:
         active: the active adapters.
         dropout: True if the call has a random stream "dropout". Each site with a dropout rate then draws from it.
         prompt: the active adapter with virtual tokens, if any.
-        quantized_scopes: the scope paths of modules with quantised parameters.
+        quantized_scopes: the scope paths of modules with quantized parameters.
         leaves: `{keys: value}` added to the base parameters, or replacing some of them, during the call.
         sites: `{scope path: {leaf: one LeafAdapter per adapter}}`.
         with_dropout: the names of the active adapters that have dropout, as keys.
@@ -239,7 +239,7 @@ class Overlay:
         return FrozenDict(out) if isinstance(changed, FrozenDict) else out
 
     def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """Apply the adapters of a module, and dequantise its weights, when one of its methods is called."""
+        """Apply the adapters of a module, and dequantize its weights, when one of its methods is called."""
         module, method, scope = context.module, context.method_name, context.module.scope
         if not is_own_method(context) or scope.path in self.running:
             return next_fun(*args, **kwargs)
@@ -433,7 +433,7 @@ def key_paths(tree: Any, prefix: Keys = ()) -> dict[str, Keys]:
 
 
 def _quantized_modules(params: Any, leaves: Iterable[Keys]) -> frozenset[Keys]:
-    """Return the paths of the modules that hold quantised weights."""
+    """Return the paths of the modules that hold quantized weights."""
     return frozenset(keys[:-1] for keys in leaves if quantized.is_quantized(trees.lookup(params, keys)))
 
 

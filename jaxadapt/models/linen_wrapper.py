@@ -291,7 +291,7 @@ class Adapted:
         module: the base module.
         adapters: `((name, config), …)`.
         active: the names of the adapters that `apply` applies, in this order.
-        keymap: a family's name, a `KeyMap`, or None to recognise the family.
+        keymap: a family's name, a `KeyMap`, or None to recognize the family.
         dtype: the dtype of new adapter parameters; float32 by default.
         layout: the sites of the bank of adapters, if the module has one; `jaxadapt.serving.attach` sets it.
         rows: the adapters of the rows of the calls; `jaxadapt.serving.route` sets it.
@@ -359,7 +359,7 @@ class Adapted:
         )
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Initialise the variables, `{"params": base, …, "lora": {name: tree}}`.
+        """Initialize the variables, `{"params": base, …, "lora": {name: tree}}`.
 
         The base values are bit for bit those of the module's `init`. Under `jax.eval_shape` the result is abstract.
 

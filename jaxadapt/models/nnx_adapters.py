@@ -7,7 +7,7 @@ The paths, the values and the sharing of base parameters do not change. `delete`
     layer.lora["default"]["kernel"]    {"lora_A": AdapterParam, "lora_B": AdapterParam}
     layer.active_adapters              ("default",)
 
-The call of an adapted layer is its own function, with active adapters applied and quantised weights made dense. The
+The call of an adapted layer is its own function, with active adapters applied and quantized weights made dense. The
 tensors of a prompt method are attributes of the model itself, whose call adds the virtual tokens:
 
     model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapterParam}
@@ -223,13 +223,13 @@ def _require_room(walk: graph.ModelWalk, adapter_sites: Sequence[Site], collecti
 
 
 def install_adapters(layer: nnx.Module) -> None:
-    """Change a layer's class to the run-time subclass that applies its adapters and dequantises its weights."""
+    """Change a layer's class to the run-time subclass that applies its adapters and dequantizes its weights."""
     if not isinstance(type(layer), graph.AdaptedMeta):
         graph.set_class(layer, adapted_class(type(layer)))
 
 
 def uninstall_adapters(layer: nnx.Module) -> None:
-    """Restore a layer's own class, unless it has adapters or quantised weights."""
+    """Restore a layer's own class, unless it has adapters or quantized weights."""
     if (
         isinstance(type(layer), graph.AdaptedMeta)
         and vars(layer).keys().isdisjoint((graph.ACTIVE, ROWS))
@@ -519,7 +519,7 @@ def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
 
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
+    """Call a method of a layer with its active adapters applied and its quantized weights made dense."""
     if f is base.__call__ and (virtual := active_prompt(module, vars(module).get(graph.ACTIVE, ()))) is not None:
         if (hooked := prompts.hooked_call(module, virtual)) is not None:
             name, first = hooked

@@ -256,7 +256,7 @@ def _describe_hparams(hparams: Any) -> str:
 
 
 def summary(model: Any, *inputs: Any) -> Summary:
-    """Summarise an adapted model: weights, ranks, scales, dtypes, how each is computed, trained and all parameters.
+    """Summarize an adapted model: weights, ranks, scales, dtypes, how each is computed, trained and all parameters.
 
     Args:
         model: an adapted NNX model, Linen variables, or an adapted Linen module.

@@ -35,7 +35,7 @@ from jax.extend.core import primitives
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, AxisLayout, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialised, scan_sizes, trace
+from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialized, scan_sizes, trace
 
 if TYPE_CHECKING:
     from jaxadapt.methods.applied import Hook, Stacked
@@ -492,7 +492,7 @@ def _constrain(shardings: Sequence[Any] | None, values: list[Any]) -> list[Any]:
 
 
 def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scope: _Scope) -> list[Any]:
-    """Evaluate a `checkpoint` under the same policy; operations added by hooks are rematerialised too."""
+    """Evaluate a `checkpoint` under the same policy; operations added by hooks are rematerialized too."""
 
     def body(*arrays: Any) -> list[Any]:
         values = [
@@ -502,7 +502,7 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
         inside = dataclasses.replace(scope, effective=scope.effective.new_child())
         return [inside.plain(out) for out in _evaluate(jaxpr, (), values, inside)]
 
-    return rematerialised(eqn, body)(*map(_array, operands))
+    return rematerialized(eqn, body)(*map(_array, operands))
 
 
 def _scan(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:

@@ -1,7 +1,7 @@
 """Trees of parameters: boxes, the adapter collections of Linen variables, and any tree as `{dotted path: array}`.
 
 `open_tree` takes NNX models and states, Linen variables and other pytrees. Boxes are opened, and restored on the way
-back. The nodes of lorax are recognised by their type. A slash in a key separates names, as in keras' `variable.path`. A
+back. The nodes of lorax are recognized by their type. A slash in a key separates names, as in keras' `variable.path`. A
 "value" at the end of every path, as in an NNX state that was stored as plain dicts, is no name.
 """
 
@@ -435,7 +435,7 @@ def _is_leaf(path: str, x: Any) -> bool:
 
 
 def is_box(node: Any) -> bool:
-    """Return True if a node wraps one array with metadata (`nn.Partitioned`, an NNX variable), or is quantised."""
+    """Return True if a node wraps one array with metadata (`nn.Partitioned`, an NNX variable), or is quantized."""
     return isinstance(node, meta.AxisMetadata | nnx.Variable) or is_quantized(node)
 
 

@@ -85,7 +85,7 @@ def load(
             one says what happens where it has one A for several modules of the file, and how custom layers store
             their weights.
         name: the adapter's name on this model; the adapter becomes the active one.
-        keymap: the model's family, a `KeyMap`, or None to recognise it.
+        keymap: the model's family, a `KeyMap`, or None to recognize it.
         dtype: the parameters' dtype in memory. By default the file's, float32 for 8-bit tensors, and into an attached
             adapter the wider of the two, so that training continues in float32 from a 16-bit file. "autocast" converts
             tensors of fewer than 32 bits to float32, as PEFT's `autocast_adapter_dtype` does by default. A dtype in

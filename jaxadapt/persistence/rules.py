@@ -611,7 +611,7 @@ def _transfer(job: Sequence[_Leaf]) -> dict[str, Any]:
 
 def _read_leaf(entry: plans.PlanEntry, source: TensorSource, places: Mapping[Region, np.ndarray]) -> None:
     """Read the regions of a leaf into their arrays."""
-    covers = regions.merge_neighbours(places) if len(places) > 1 else {box: [box] for box in places}
+    covers = regions.merge_neighbors(places) if len(places) > 1 else {box: [box] for box in places}
     for outer, members in covers.items():
         for piece in regions.file_regions(entry.form, outer):
             key, slices = entry.keys[piece.number], regions.relative_slices(piece.region, outer)

@@ -186,7 +186,7 @@ _LARGE = 16 << 10
 def cover_regions(
     parts: tuple[Region, ...], layout: FileLayout | array_regions.Shape, itemsize: int
 ) -> list[tuple[Region, list[tuple[Region, tuple[slice, ...]]]]]:
-    """Merge neighbouring array_regions; return [(merged box, [(box, its slices in the merged box)])].
+    """Merge neighboring array_regions; return [(merged box, [(box, its slices in the merged box)])].
 
     Large array_regions that are contiguous in the file stay separate.
 
@@ -194,7 +194,7 @@ def cover_regions(
         layout: the array's layout in the file: over several tensors, or as one tensor of this shape.
     """
     separate = all(itemsize * array_regions.region_size(box) >= _LARGE and _is_one_run(box, layout) for box in parts)
-    merged = {box: [box] for box in parts} if separate else array_regions.merge_neighbours(parts)
+    merged = {box: [box] for box in parts} if separate else array_regions.merge_neighbors(parts)
     return [
         (outer, [(box, array_regions.relative_slices(box, outer)) for box in members])
         for outer, members in merged.items()
@@ -500,7 +500,7 @@ def save(
     `Adapter`s, also after jitted updates. An adapter not called "default" goes to the subfolder of its name, as in
     PEFT.
 
-    LoRA parameters of another library (Qwix, `nnx.LoRA`, gemma, …) are recognised by their paths; rank and
+    LoRA parameters of another library (Qwix, `nnx.LoRA`, gemma, …) are recognized by their paths; rank and
     `target_modules` follow from the tree. Wrap it in a `LoraTree` if it does not store its alpha or has lost its
     configuration. The same value says what happens to different As where PyTorch has one A for several of our weights.
 

@@ -94,7 +94,7 @@ def _disagreements(index: Mapping[str, str], parts: Mapping[str, TensorSource]) 
     return wrong + [f"{key} is also in {name}" for key, name in held if index.get(key, name) != name]
 
 
-# Quantisation formats, by the suffix of a tensor that accompanies a quantised weight.
+# Quantization formats, by the suffix of a tensor that accompanies a quantized weight.
 _QUANTIZED_SUFFIXES = {
     ".nested_absmax": "bitsandbytes in 4 bits, with double quantization",
     ".quant_state.bitsandbytes__nf4": "bitsandbytes in 4 bits",
@@ -107,7 +107,7 @@ _QUANTIZED_SUFFIXES = {
 
 
 def refuse_packed(tensors: TensorSource) -> None:
-    """Raise `FormatError` if the weights are quantised: their codes must not be taken for weights."""
+    """Raise `FormatError` if the weights are quantized: their codes must not be taken for weights."""
     keys_by_suffix = {suffix: [key for key in tensors.specs if key.endswith(suffix)] for suffix in _QUANTIZED_SUFFIXES}
     suffix = next((suffix for suffix, keys in keys_by_suffix.items() if keys), None)
     if suffix is not None:

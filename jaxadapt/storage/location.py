@@ -42,7 +42,7 @@ MLX_WEIGHTS = "adapters.safetensors"
 FOLDER_WEIGHTS = (*WEIGHTS, MLX_WEIGHTS)
 """The weights in a folder with a `CONFIG`, in any format."""
 ORBAX_MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
-"""The files by which Orbax recognises a checkpoint, in its v1 and v0 layouts."""
+"""The files by which Orbax recognizes a checkpoint, in its v1 and v0 layouts."""
 CARD = "README.md"
 
 

@@ -1,6 +1,6 @@
 """Orbax checkpoints: named trees of arrays and JSON documents in one folder, committed at once.
 
-This is the only module that uses Orbax. It uses Orbax's v1 API, which also reads checkpoints of v0. Recognising a
+This is the only module that uses Orbax. It uses Orbax's v1 API, which also reads checkpoints of v0. Recognizing a
 folder and reading its JSON import neither jax nor Orbax.
 
 This module handles some limits of Orbax:
@@ -67,7 +67,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     place = location.to_location(path)
     if isinstance(place, Path):
         return any(location.exists(place / marker, shown=place) for marker in location.ORBAX_MARKERS)
-    if place.scheme == "hf":  # adapters of the Hub are recognised in its cache
+    if place.scheme == "hf":  # adapters of the Hub are recognized in its cache
         return False
     try:
         names = {entry.name for entry in place.iterdir()}

@@ -52,7 +52,7 @@ class Group:
             stages: the names of the messages of process 0, in order; by default those of one `write`.
 
         Raises:
-            FileError: JAX's distributed service is not initialised.
+            FileError: JAX's distributed service is not initialized.
         """
         import jax
 

@@ -448,12 +448,12 @@ def test_boxes_cover_each_array_once() -> None:
             assert (count == 1).all()
             assert sum(len(devices) for devices in found.values()) == np.prod(shape)
             some = [box for box in found if rng.random() < 0.6]
-            joined = regions.merge_neighbours(some)
+            joined = regions.merge_neighbors(some)
             assert sorted(b for members in joined.values() for b in members) == sorted(some)
             for box, members in joined.items():
                 assert regions.region_size(box) == sum(map(regions.region_size, members))
         assert list(
-            regions.merge_neighbours(regions.device_regions(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))
+            regions.merge_neighbors(regions.device_regions(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))
         ) == [regions.full_region((16, 24))]
 
 

@@ -253,7 +253,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("of", ["trained", "fresh"])
 def test_a_picture_of_any_shape_is_whole(shape, of):
-    """Nothing is cut at the edge; the colour bar is as tall as its map; the figure is not wider than a page."""
+    """Nothing is cut at the edge; the color bar is as tall as its map; the figure is not wider than a page."""
     from matplotlib import image
 
     layers, modules = SHAPES[shape]
@@ -265,7 +265,7 @@ def test_a_picture_of_any_shape_is_whole(shape, of):
     edge = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
     assert (edge == 1).all()
     assert drawn.shape[1] <= 15 * 130
-    if of == "fresh":  # one map, all of it of the lowest colour
+    if of == "fresh":  # one map, all of it of the lowest color
         low, high = ((abs(drawn * 255 - np.array(c)) < 4).all(-1) for c in ((68, 1, 84), (253, 231, 37)))
         rows = np.flatnonzero(low.sum(1) > 60)  # the map's; the bar is narrower
         assert abs(np.flatnonzero(high.any(1)).min() - rows.min()) <= 2  # the top of the bar

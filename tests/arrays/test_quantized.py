@@ -72,7 +72,7 @@ def test_blocks_run_in_the_order_that_is_asked_for_and_within_each_layer(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_quantised_again_stays_as_it_is(kind):
+def test_what_is_quantized_again_stays_as_it_is(kind):
     w = jnp.asarray(RNG.standard_normal((24, 40)), "float32").at[0].set(0.0)
     once = quantized.quantize_weight(w, kind).dense()
     np.testing.assert_array_equal(quantized.quantize_weight(once, kind).dense(), once)
@@ -118,7 +118,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("api", SIDES)
 @pytest.mark.parametrize("feedforward", [False, True])
-def test_the_bias_of_a_quantised_layer_is_scaled_once(api, feedforward):
+def test_the_bias_of_a_quantized_layer_is_scaled_once(api, feedforward):
     config = jaxadapt.IA3Config(
         target_modules=["layers_0"], feedforward_modules=["layers_0"] if feedforward else [], init_ia3_weights=False
     )
@@ -314,7 +314,7 @@ def test_refusals_name_the_weight_and_change_nothing(options, change, message):
     assert not quantized.is_quantized(model.up_proj.kernel.get_value())
 
 
-def test_initialisations_that_change_the_base_are_refused_on_one_that_cannot_hold_them():
+def test_initializations_that_change_the_base_are_refused_on_one_that_cannot_hold_them():
     base = jaxadapt.models.quantize(small.base()["params"], modules=["q_proj"])
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
     with pytest.raises(jaxadapt.ConfigError, match="quantized"):

@@ -48,12 +48,12 @@ def test_intersections_are_those_of_sets():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_merged_neighbours_are_the_same_cells(seed):
+def test_merged_neighbors_are_the_same_cells(seed):
     rng = np.random.default_rng(seed)
     cuts = [sorted({0, n, *rng.integers(0, n, 2).tolist()}) for n in (6, 5)]
     grid = list(itertools.product(*(list(itertools.pairwise(c)) for c in cuts)))
     kept = [region for region in grid if rng.random() < 0.8]
-    merged = regions.merge_neighbours(kept)
+    merged = regions.merge_neighbors(kept)
     assert sorted(part for parts in merged.values() for part in parts) == sorted(kept)
     for region, parts in merged.items():
         found = np.zeros((6, 5), int)
@@ -66,8 +66,8 @@ def test_merged_neighbours_are_the_same_cells(seed):
 
 def test_all_of_a_grid_is_one_region():
     grid = list(itertools.product([(0, 2), (2, 3)], [(0, 1), (1, 4)]))
-    assert list(regions.merge_neighbours(grid[::-1])) == [((0, 3), (0, 4))]
-    assert regions.merge_neighbours([]) == {}
+    assert list(regions.merge_neighbors(grid[::-1])) == [((0, 3), (0, 4))]
+    assert regions.merge_neighbors([]) == {}
 
 
 @pytest.mark.parametrize(("spec", "runs"), [(("x", None), True), ((None, "x"), False), ((), True)])

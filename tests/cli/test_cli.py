@@ -75,7 +75,7 @@ def test_errors_are_one_readable_message(tmp_path, what):
     assert "Traceback" not in result.output
 
 
-def test_a_name_of_the_hub_without_its_scheme_is_recognised(tmp_path, monkeypatch):
+def test_a_name_of_the_hub_without_its_scheme_is_recognized(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "for the Hub's repository give hf://org/name@v1/fr" in run("inspect", "org/name@v1/fr").output
     with pytest.raises(jaxadapt.FileError, match="for the Hub's repository give hf://org/name$"):
@@ -440,7 +440,7 @@ def test_checkpoints_are_listed(run_folder):
     assert "no step has the metric 'los'; found ['loss', 'seen']" in misspelt.output
 
 
-def test_the_best_checkpoint_is_the_one_by_the_metric_that_the_run_optimised(tmp_path):
+def test_the_best_checkpoint_is_the_one_by_the_metric_that_the_run_optimized(tmp_path):
     runs = {"loss": {"minimize": "loss"}, "seen": {"maximize": "seen"}, "other": {"minimize": "other"}}
     for name, objective in runs.items():
         with jaxadapt.CheckpointManager(tmp_path / name, **objective) as manager:

@@ -156,7 +156,7 @@ def test_a_summary_shows_names_as_they_are():
 
 
 def test_on_a_terminal(evil):
-    """A real one, on which rich may draw: all that it gets are rich's and click's own colours."""
+    """A real one, on which rich may draw: all that it gets are rich's and click's own colors."""
     parent, child = pty.openpty()
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
     with subprocess.Popen(

@@ -125,7 +125,7 @@ def show_short(monkeypatch):
 
 @pytest.mark.parametrize("work", WORK)
 def test_true_draws_nothing_where_nobody_sees_it(work, here, capfd, monkeypatch, show_short):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # colours are asked for, as in many a CI; that makes no terminal of a log
+    monkeypatch.setenv("FORCE_COLOR", "1")  # colors are asked for, as in many a CI; that makes no terminal of a log
     show_short()
     WORK[work][0](True)
     assert capfd.readouterr() == ("", "")

@@ -498,7 +498,7 @@ def test_an_index_that_does_not_hold_is_named(tmp_path, index, error, says):
 
 
 def test_a_proved_family_by_itself(tmp_path):
-    """No keymap=: recognised, exported, read back in another layout of the same model."""
+    """No keymap=: recognized, exported, read back in another layout of the same model."""
     specimen = BY_NAME["maxtext-qwen3"]
     leaves = specimen_arrays.base_leaves(specimen, recorded(specimen.name)["leaves"])
     with pytest.warns(UserWarning, match=r"has no config\.json, so transformers' .* default sizes.*like=folder"):

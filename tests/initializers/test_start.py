@@ -77,7 +77,7 @@ def test_orthogonal_factors_are_not_zero_and_their_product_is():
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
-def test_the_randomised_svd_is_exact_with_as_many_vectors_as_the_matrix_has(shape):
+def test_the_randomized_svd_is_exact_with_as_many_vectors_as_the_matrix_has(shape):
     w = np.random.default_rng(0).standard_normal(shape).astype("float32")
     u, s, vh = kinds.svd_lowrank(w, 2, jax.random.normal(jax.random.key(0), (6, 6)))
     np.testing.assert_allclose((u * s[None]) @ vh, w, atol=1e-5)

@@ -302,7 +302,7 @@ def test_a_spelling_renames_keys_and_the_output_layer():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("scan", "name"), [(None, "llama"), (0, "llama/scan0"), (1, "llama/scan1")])
-def test_llama_is_recognised(scan, name, tied):
+def test_llama_is_recognized(scan, name, tied):
     shapes = llama_shapes(scan=scan, tied=tied)
     assert families.resolve_keymap("auto", shapes).name == name
     assert families.resolve_keymap(None, shapes) == families.get_family(name)
@@ -356,7 +356,7 @@ def test_tables_that_disagree_are_rivals_even_where_one_has_lines_to_spare():
         families.resolve_keymap("auto", llama_shapes(), known)
 
 
-def test_a_table_that_is_not_proved_is_never_recognised():
+def test_a_table_that_is_not_proved_is_never_recognized():
     known = with_other(other_llama("other", proved=False), without="llama")
     with pytest.raises(KeyMapError, match="looks like 'other', but that keymap has not been verified.*keymap='other'"):
         families.resolve_keymap("auto", llama_shapes(), known)
@@ -371,7 +371,7 @@ def test_a_table_for_whole_models_takes_no_part_of_one():
     assert families.resolve_keymap("auto", {**llama_shapes(), "tower.0.extra": (3,)}, known).name == "other"
 
 
-def test_a_table_is_not_recognised_without_what_it_needs():
+def test_a_table_is_not_recognized_without_what_it_needs():
     extra = Weight("model.layers.{l}.extra", "model.layers.{l}.extra.weight", "d -> d")
     lines = (*other_llama("x").weights, extra)
     other = KeyMap("other", lines, needs=(extra.leaf,))

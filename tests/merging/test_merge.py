@@ -189,7 +189,7 @@ def test_a_copy_and_a_sum_of_one_weight():
     assert model.q_proj.active_adapters == ("a", "b")
 
 
-def test_a_quantised_model_merges_what_it_carries():
+def test_a_quantized_model_merges_what_it_carries():
     model = jaxadapt.models.quantize(small.net(), "int8")
     small.trained(LORA, 1, model=model)
     out = model(X)

@@ -1,4 +1,4 @@
-"""Each kind of tree is recognised once, and an operation that a kind lacks says which kinds have it."""
+"""Each kind of tree is recognized once, and an operation that a kind lacks says which kinds have it."""
 
 from __future__ import annotations
 

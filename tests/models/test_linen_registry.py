@@ -189,7 +189,7 @@ def program_of_params(module: Any, case: layers.Case) -> tuple[Any, str]:
 
 
 @pytest.mark.parametrize("case", layers.params(layers.LINEN, how=("exact", "effective", "either")))
-def test_base_is_initialised_by_the_very_same_program(case: layers.Case):
+def test_base_is_initialized_by_the_very_same_program(case: layers.Case):
     model = wrapped(case, "LORA")
     assert program_of_params(model, case) == program_of_params(model.module, case)
 

@@ -107,7 +107,7 @@ def test_a_file_of_peft_fills_the_shapes(how: str, tmp_path: Path):
             return self.q(x)
 
     if how not in str(peft.LoraConfig.__dataclass_fields__["init_lora_weights"].type):
-        pytest.skip("this PEFT has no such initialisation")
+        pytest.skip("this PEFT has no such initialization")
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(
         Torch(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q"], init_lora_weights=how)

@@ -136,15 +136,15 @@ def test_all_reasons_why_layers_cannot_carry_an_adapter_are_in_one_error():
         adapt(TransposedEinsum(), lora("layer", "first"))
 
 
-def test_a_layer_that_contradicts_the_keymap_may_be_quantised():
-    """Its codes do not depend on the roles of the axes, and its own call dequantises them."""
+def test_a_layer_that_contradicts_the_keymap_may_be_quantized():
+    """Its codes do not depend on the roles of the axes, and its own call dequantizes them."""
     model, x = TransposedEinsum(), jnp.ones((2, 8))
     y = model(x)
     np.testing.assert_allclose(jaxadapt.models.quantize(model, "int8", modules=["layer"])(x), y, rtol=0.05, atol=0.05)
 
 
-def test_an_example_on_a_quantised_base():
-    """A quantised weight is two arrays of the traced call, and one leaf of the model."""
+def test_an_example_on_a_quantized_base():
+    """A quantized weight is two arrays of the traced call, and one leaf of the model."""
     model, x = nnx.Sequential(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), nnx.relu), jnp.ones((2, 64))
     model = jaxadapt.models.quantize(model, modules=["layers.0"])
     adapt(model, lora("layers.0"), example=[x])
@@ -242,13 +242,13 @@ class Noisy(nnx.Module):
         return jnp.einsum("btd,dnh->btnh", x, self.w[...]) + self.shift[...].reshape(1, 1, 1, 4)
 
 
-@pytest.mark.parametrize("way", ["plain", "jit", "grad", "quantised", "dropout"])
+@pytest.mark.parametrize("way", ["plain", "jit", "grad", "quantized", "dropout"])
 def test_a_custom_layer_that_draws_and_counts(way):
     """Its random numbers and counts equal those of the merged model in every call."""
     x, extra = layers.x(), {"lora_dropout": 0.5} if way == "dropout" else {}
     model = adapt(layers_nnx.Held(layer=Noisy()), lora("layer", **extra), example=(x,))
     merged = jaxadapt.merge(layers_nnx.Held(layer=Noisy()), jaxadapt.extract(model))
-    if way == "quantised":
+    if way == "quantized":
         table = jaxadapt.KeyMap("mine", (Weight("layer.w", "layer.weight", "d n h -> (n h) d"),))
         few, dense = (
             jaxadapt.models.quantize(layers_nnx.Held(layer=Noisy()), "int8", modules=["layer"], keymap=table)

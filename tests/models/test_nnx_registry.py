@@ -121,7 +121,7 @@ def comparison(method: str, case: layers.Case, model: Any) -> Any:
     return both, adapter
 
 
-def randomised(adapter: Any) -> Any:
+def randomized(adapter: Any) -> Any:
     """Return values of order one in every tensor, so that no term vanishes."""
     leaves, tree = jax.tree.flatten(adapter)
     rng = np.random.default_rng(3)
@@ -135,7 +135,7 @@ def test_equals_the_effective_weight(case, method):
     low = case.name == "linear_bf16"
     y, _, _, _, plain = both(fresh)
     np.testing.assert_allclose(y, plain, atol=1e-6, rtol=1e-6)
-    y, y_ref, g, g_ref, plain = both(randomised(fresh))
+    y, y_ref, g, g_ref, plain = both(randomized(fresh))
     assert np.abs(y - plain).max() > 1e-2  # the adapter has an effect
     close = {"atol": 0.06, "rtol": 0.03} if low else {"atol": 1e-5, "rtol": 1e-5}
     np.testing.assert_allclose(y, y_ref, **close)

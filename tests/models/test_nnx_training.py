@@ -283,7 +283,7 @@ def test_inject_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_the_demo_llama_scanned_and_rematerialised(axis):
+def test_the_demo_llama_scanned_and_rematerialized(axis):
     config = dataclasses.replace(TINY, scan=True, scan_axis=axis, remat=axis == 1)
     model = Llama(config, rngs=nnx.Rngs(0))
     graphdef = nnx.graphdef(model)

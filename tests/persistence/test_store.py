@@ -84,7 +84,7 @@ def test_a_saved_file_is_what_peft_would_have_written(tmp_path):
     np.testing.assert_array_equal(tensors[f"{PREFIX}q_proj.lora_A.weight"], np.asarray(held["lora_A"][...]))
 
 
-def test_saving_after_jitted_optimiser_steps(tmp_path):
+def test_saving_after_jitted_optimizer_steps(tmp_path):
     model = small.trained()
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=jaxadapt.AdapterParam)
 

@@ -65,7 +65,7 @@ HONOURED: dict[str, dict[str, Any]] = {
     "layer_replication": {},  # below
 }
 ELSEWHERE = {"target_parameters", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "kasa_config"}
-"""Fields that have their own tests: of experts and of initialisations."""
+"""Fields that have their own tests: of experts and of initializations."""
 
 REFUSED: dict[str, Any] = {
     "use_qalora": True,

@@ -1,4 +1,4 @@
-"""`start` beside PEFT: what the adapter holds (s·B·A) and what is left in the base, for every initialisation.
+"""`start` beside PEFT: what the adapter holds (s·B·A) and what is left in the base, for every initialization.
 
 Singular vectors have no sign, and QR none either, so products are compared and not factors.
 """
@@ -167,7 +167,7 @@ def test_what_is_taken_out_of_the_base_is_what_peft_takes(kind, family, api, sca
     base, forward = twin(family, api, scan)
     before = forward(base, {"input_ids": IDS})
     kind, _, method = kind.partition("_") if kind == "corda_kpm" else (kind, "", "ipm")
-    # A randomised SVD is exact with as many vectors as there are: LoRA-GA has 4r of 32, PiSSA r.
+    # A randomized SVD is exact with as many vectors as there are: LoRA-GA has 4r of 32, PiSSA r.
     more = {"lora_ga": {"r": 8}, "pissa_niter_2": {"r": 32}}.get(kind, {})
     if kind == "pissa_niter_2":
         more["rank_pattern"] = {"v_proj": 16}
@@ -226,7 +226,7 @@ class Layer:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_from_the_same_draws_the_randomised_svd_is_pefts(steps, monkeypatch):
+def test_from_the_same_draws_the_randomized_svd_is_pefts(steps, monkeypatch):
     """Few rounds, where what comes of it still depends on the draws."""
     theirs = Layer(f"pissa_niter_{steps}", monkeypatch)
     (omega,) = theirs.drawn
@@ -261,7 +261,7 @@ def peft_corda_config(method):
     return CordaConfig(corda_method=method)
 
 
-# (rank 8 and rho 2: PEFT's randomised SVD then has as many vectors as there are inputs, and is exact)
+# (rank 8 and rho 2: PEFT's randomized SVD then has as many vectors as there are inputs, and is exact)
 @pytest.mark.parametrize(
     ("api", "scan", "settings"),
     [
@@ -380,12 +380,12 @@ def loftq(bits, steps, **more):
 @pytest.mark.parametrize("alpha", [RANK, 3 * RANK])
 @pytest.mark.parametrize(("bits", "steps"), LOFTQ)
 def test_loftq_is_pefts_with_the_sum_near_the_weight_at_any_scale(bits, steps, alpha):
-    """The quantised base is PEFT's; so is B·A, which PEFT does not divide by the scale."""
+    """The quantized base is PEFT's; so is B·A, which PEFT does not divide by the scale."""
     found = load_file(RECORDED)
     base = {"q": {"kernel": jnp.asarray(found["weight"].T)}}
     left, adapter = jaxadapt.initializers.start(base, loftq(bits, steps, lora_alpha=alpha))
     theirs = found[f"loftq.{bits}.{steps}.base"]
-    atol = 1e-6 * abs(theirs).max()  # an SVD in float32 by two libraries, and so the next quantisation
+    atol = 1e-6 * abs(theirs).max()  # an SVD in float32 by two libraries, and so the next quantization
     np.testing.assert_allclose(left["q"]["kernel"].T, theirs, rtol=0, atol=atol)
     (change,) = deltas(adapter).values()
     np.testing.assert_allclose(change, found[f"loftq.{bits}.{steps}.product"], rtol=0, atol=atol)

@@ -90,14 +90,14 @@ class Twin:
         if self.api == "nnx":
             model = self.make()
             jaxadapt.adapt(model, config, rngs=nnx.Rngs(0), **keymap)
-            nnx.update(model, randomised(nnx.state(model, jaxadapt.AdapterParam), config, seed))
+            nnx.update(model, randomized(nnx.state(model, jaxadapt.AdapterParam), config, seed))
             jaxadapt.save(model, folder, **options)
             return run_nnx(model)
         module, base = self.make()
         adapted = jaxadapt.adapt(module, config, **keymap)
         variables = {**adapted.init(jax.random.key(0), IDS), **base}
         collection = config.peft_type.lower()
-        variables[collection] = randomised(variables[collection], config, seed)
+        variables[collection] = randomized(variables[collection], config, seed)
         jaxadapt.save(variables, folder, **options)
         return run_linen(adapted, variables)
 
@@ -110,7 +110,7 @@ def run_linen(module: Any, variables: Any) -> np.ndarray:
     return np.asarray(jax.jit(module.apply)(variables, IDS))
 
 
-def randomised(tree: Any, config: Any, seed: int) -> Any:
+def randomized(tree: Any, config: Any, seed: int) -> Any:
     """The same tree with random leaves; IA3 around 1, LoRA around 0."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))

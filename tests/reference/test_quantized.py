@@ -1,4 +1,4 @@
-"""Adapters on quantised bases beside PEFT on the same base made dense."""
+"""Adapters on quantized bases beside PEFT on the same base made dense."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.peft
 IDS = np.random.RandomState(0).randint(0, 64, (2, 7))
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
-# what, the API, whether the layers are scanned, and how its weights come to be quantised
+# what, the API, whether the layers are scanned, and how its weights come to be quantized
 CASES = {
     "ours-nf4-nnx": ("nnx", False, "nf4"),
     "ours-nf4-linen-scan": ("linen", True, "nf4"),
@@ -58,7 +58,7 @@ def torch_base() -> Any:
 
 
 class Ours:
-    """A model of either API whose base is quantised."""
+    """A model of either API whose base is quantized."""
 
     def __init__(self, api: str, scan: bool, how: Any) -> None:
         self.api = api
@@ -147,7 +147,7 @@ def test_trains_saves_and_merges_as_peft_does_on_the_dense_base(name, tmp_path):
     ours = Ours(*CASES[name])
     base = ours.torch()
     close(ours.bare, harness.logits(base, IDS))
-    assert abs(harness.logits(base, IDS) - harness.logits(torch_base(), IDS)).max() > 1e-3  # it was quantised
+    assert abs(harness.logits(base, IDS) - harness.logits(torch_base(), IDS)).max() > 1e-3  # it was quantized
     theirs = harness.make_peft(base, peft.LoraConfig(task_type="CAUSAL_LM", **FIELDS))
     ours.load(harness.save(theirs, tmp_path / "theirs"))
     y, grads = ours.loss()

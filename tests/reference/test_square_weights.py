@@ -76,7 +76,7 @@ def test_a_full_copy_of_a_square_conv1d_lies_as_pefts_or_is_refused(theirs: Any,
         with pytest.raises(jaxadapt.KeyMapError, match=r"(?s)c_proj\.kernel \(16, 16\): square.*fan_in_fan_out=True"):
             call()
 
-    for keymap in (None, DENSE):  # the family "gpt2-dense" is recognised, and knows the layout too
+    for keymap in (None, DENSE):  # the family "gpt2-dense" is recognized, and knows the layout too
         check_copies(model, base, tmp_path, keymap)
 
 

@@ -194,7 +194,7 @@ def test_what_peft_has_no_kasa_for(more):
         jaxadapt.initializers.start(base.base, base.case.config, key=jax.random.key(0), keymap=base.table)
 
 
-def test_micas_b_stays_where_it_is_under_every_optimiser():
+def test_micas_b_stays_where_it_is_under_every_optimizer():
     """PEFT takes no gradient of it; here it is zero, and neither weight decay nor LoRA+ moves it."""
     ours = Started(CASES[2], "linen", None)
     ours.adapt()

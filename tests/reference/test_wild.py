@@ -173,7 +173,7 @@ def peft_specs(model: Any, path: Path, family: str, folder: Path) -> Any:
 
 @pytest.mark.filterwarnings("default:outcomes")
 def test_configurations_in_the_wild(real_adapters, tmp_path):
-    """Each one initialises on a tiny model of its family with PEFT's keys and comes back whole, or is refused."""
+    """Each one initializes on a tiny model of its family with PEFT's keys and comes back whole, or is refused."""
     outcomes: dict[str, tuple[str, str]] = {}
     for number, data in lora_configs(real_adapters).items():
         family, model = fitting(data)

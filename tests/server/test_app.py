@@ -151,7 +151,7 @@ WRONG = [
     ({"model": "fr", "prompt": "x", "logprobs": True}, 400, "logprobs: expected an integer"),
     ({"model": "fr", "prompt": "x", "stop": ["a"] * 5}, 400, "at most 4"),
     ({"model": "fr", "prompt": "x", "stream": 1}, 400, "true or false"),
-    ({"model": "fr", "prompt": "x", "colour": 1}, 400, "colour is not a field"),
+    ({"model": "fr", "prompt": "x", "color": 1}, 400, "color is not a field"),
     ({"model": "frr", "prompt": "x"}, 404, "similar names are 'fr'"),
 ]
 

@@ -41,7 +41,7 @@ def test_like_numpy(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int
     want = np.zeros(shape, kind)
     want[where] = array
     np.testing.assert_array_equal(whole, want)
-    assert all(a[1] < b[0] for a, b in itertools.pairwise(calls))  # no two neighbours that could have been one
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(calls))  # no two neighbors that could have been one
 
 
 @given(boxes(), st.sampled_from([1, 7, 1 << 20]))

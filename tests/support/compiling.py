@@ -9,7 +9,7 @@ import jax
 
 _FLAG = "jax_disable_most_optimizations"
 ENV = {_FLAG.upper(): "1"}  # for a process of its own
-# Tests whose programs are compiled without optimisations, in half the time: folders and files. Not those that train
+# Tests whose programs are compiled without optimizations, in half the time: folders and files. Not those that train
 # for long, read the compiled program, compare bit for bit with another process, or compare closely large values.
 QUICK = (
     "jaxadapt/", "tests/demo/", "tests/initializers/", "tests/keymaps/", "tests/merging/", "tests/methods/",
@@ -20,12 +20,12 @@ QUICK = (
 
 
 def is_quick(nodeid: str) -> bool:
-    """True for a test that runs without optimisations."""
+    """True for a test that runs without optimizations."""
     return nodeid.startswith(QUICK)
 
 
 def optimize(on: bool) -> None:
-    """Compile with optimisations or without from now on.
+    """Compile with optimizations or without from now on.
 
     JAX keeps a program after the flag is reset, and its results can differ in their last bits. So a change drops every
     program.
@@ -37,7 +37,7 @@ def optimize(on: bool) -> None:
 
 @contextlib.contextmanager
 def without_optimizations() -> Iterator[None]:
-    """Compile without optimisations inside the block."""
+    """Compile without optimizations inside the block."""
     before = jax.config.read(_FLAG)
     optimize(False)
     try:

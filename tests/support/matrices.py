@@ -151,7 +151,7 @@ CI = {
     "tests/models/test_linen_wrapper.py::test_all_linear_and_what_init_resolved_it_to": "^ia3$",
     "tests/models/test_linen_wrapper.py::test_no_gradient_of_a_frozen_weight": "^(mha|scan0_remat)$",
     "tests/models/test_nnx.py::test_dropout_in_stacked_layers": "^1$",
-    "tests/models/test_nnx_training.py::test_the_demo_llama_scanned_and_rematerialised": "^1$",
+    "tests/models/test_nnx_training.py::test_the_demo_llama_scanned_and_rematerialized": "^1$",
     "tests/models/test_linen_registry.py::test_computes_what_the_merged_weights_compute": "LORA$|^(dense|mha)-IA3$",
     "tests/reference/test_initializers.py::test_a_converted_adapter_applies_to_the_original_base_in_peft": (
         "^(False-pissa|True-olora)$"

@@ -8,7 +8,7 @@ import numpy as np
 from tests.support.compiling import without_optimizations
 
 
-def test_a_program_compiled_without_optimisations_is_not_used_afterwards():
+def test_a_program_compiled_without_optimizations_is_not_used_afterwards():
     """Bit for bit: a shape that no other test draws, so that the block is the first to compile it."""
 
     def draw() -> np.ndarray:

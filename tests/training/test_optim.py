@@ -1,4 +1,4 @@
-"""`jaxadapt.optim` beside PEFT's optimisers: the same batch, the same gradients, the same steps."""
+"""`jaxadapt.optim` beside PEFT's optimizers: the same batch, the same gradients, the same steps."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_rates_by_rank_move_the_weight_as_rslora_does(rslora):
     assert sizes["up_proj.kernel.lora_A"] == sizes["up_proj.kernel.lora_B"] == pytest.approx(factor * 1e-4)
 
 
-def test_schedules_and_other_optimisers():
+def test_schedules_and_other_optimizers():
     model = small.trained()
     rate = optax.linear_schedule(1.0, 0.5, 1)
     tx = optim.lora_plus(model, lambda lr, weight_decay: optax.sgd(lr), rate, 4)

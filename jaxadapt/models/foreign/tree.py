@@ -348,7 +348,7 @@ def describe_unknown(tree: Any) -> str:
 
 
 def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> ForeignSites:
-    """Bind the tree's LoRA leaves to a keymap (default: the recognised family), in the spelling of a file's `keys`."""
+    """Bind the tree's LoRA leaves to a keymap (default: the recognized family), in the spelling of a file's `keys`."""
     leaves = foreign_tree.claimed
     bound_keymap = real = _resolve_keymap(foreign_tree, keymap).spelling_for(
         [key.removeprefix(PEFT_PREFIX) for key in keys], leaves

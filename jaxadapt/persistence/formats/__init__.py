@@ -1,6 +1,6 @@
 """The file formats of adapters: one file each, and one row of `persistence.FORMATS`.
 
-A format recognises the content of a path, opens it as `PeftTensors`, and writes `PeftTensors`. `look` turns a path into
+A format recognizes the content of a path, opens it as `PeftTensors`, and writes `PeftTensors`. `look` turns a path into
 a `Place` once; the formats decide by the names in it, and other files ask the formats. Each problem of the files is
 a `Finding`: `read` raises its error, and `verify` returns it. The findings about files that hold no adapter of PEFT
 (adapters of other libraries, whole models, checkpoints of a run) stand here.
@@ -98,7 +98,7 @@ class Format:
     """A file format.
 
     Attributes:
-        recognises: tells if a place holds this format, by its names or by a header.
+        recognizes: tells if a place holds this format, by its names or by a header.
         open: opens a place.
         write: writes tensors to a location and returns their number.
         read_config: reads only the configuration; None to open the place for it.
@@ -110,7 +110,7 @@ class Format:
         describe: returns the finding of `verify` about an open file, or about one that `open` refused.
     """
 
-    recognises: Callable[[Place], bool]
+    recognizes: Callable[[Place], bool]
     open: Callable[[Place], contextlib.AbstractContextManager[Opened]]
     write: Callable[[peft_tensors.PeftTensors, location.Location, Wanted, Report], int]
     read_config: Callable[[Place], Config] | None = None
@@ -158,14 +158,14 @@ def load_format(name: str) -> Format:
 
 
 def find(place: Place) -> Format | None:
-    """Return the format of a place; None if no format recognises it."""
+    """Return the format of a place; None if no format recognizes it."""
     names = place.names if place.names is not None else [place.at.name]
     known = (module for module, row in FORMATS.items() if any(name.endswith(row.ends) for name in names))
-    return next((found for found in map(load_format, known) if found.recognises(place)), None)
+    return next((found for found in map(load_format, known) if found.recognizes(place)), None)
 
 
 def open_place(place: Place) -> contextlib.AbstractContextManager[Opened]:
-    """Open an adapter. Raises `FileError` if no format recognises the place, and what its format raises."""
+    """Open an adapter. Raises `FileError` if no format recognizes the place, and what its format raises."""
     return (find(place) or load_format("peft_folder")).open(place)  # its error names the missing files
 
 

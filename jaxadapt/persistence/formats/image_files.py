@@ -397,7 +397,7 @@ def find_settings(config: Config, module: str) -> tuple[int, float]:
 # ---------------------------------------------------------------- reading
 
 
-def recognises(place: Place) -> bool:
+def recognizes(place: Place) -> bool:
     """Return True for a file with the names of an image adapter. Reads only the header."""
     return (
         place.names is None
@@ -568,7 +568,7 @@ def _file_settings(tensors: PeftTensors, modules: Mapping[str, tuple[str, str]])
 
 
 def _require_pipeline(tensors: PeftTensors, style: str, modules: Mapping[str, str]) -> None:
-    """Raise `MismatchError` if readers would not recognise a file, from {the file's key: module}."""
+    """Raise `MismatchError` if readers would not recognize a file, from {the file's key: module}."""
     if find_layout(modules) is None:
         raise_listed(
             MismatchError,
@@ -664,4 +664,4 @@ def describe(source: str, opened: Opened | AdapterError) -> Finding:
     return note("image-file", layout.unknown, text)
 
 
-FORMAT = Format(recognises, lambda place: open_file(place.at), write_file, describe=describe, join=join_models)
+FORMAT = Format(recognizes, lambda place: open_file(place.at), write_file, describe=describe, join=join_models)

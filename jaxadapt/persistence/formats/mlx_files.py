@@ -77,7 +77,7 @@ def translate_name(module: str, to: Literal["mlx", "torch"]) -> str:
 # ---------------------------------------------------------------- finding
 
 
-def recognises(place: Place) -> bool:
+def recognizes(place: Place) -> bool:
     """Return True for a folder of mlx-lm, or a file of its weights (also "0000100_adapters.safetensors") in one."""
     if place.names is not None:
         return {location.CONFIG, location.MLX_WEIGHTS} <= place.names
@@ -335,4 +335,4 @@ def describe(source: str, opened: Opened | AdapterError) -> Finding:
     )  # fmt: skip
 
 
-FORMAT = Format(recognises, open_files, write_folder, describe=describe)
+FORMAT = Format(recognizes, open_files, write_folder, describe=describe)

@@ -187,7 +187,7 @@ def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
     )
 
 
-def recognises(place: Place) -> bool:
+def recognizes(place: Place) -> bool:
     """Return True for a complete Orbax checkpoint."""
     names = place.names or frozenset()
     is_complete = not isinstance(place.at, location.Address) or orbax.COMMITTED in names
@@ -264,7 +264,7 @@ def report_total(report: Report, stage: str, adapter: Adapter) -> None:
 
 
 FORMAT = Format(
-    recognises,
+    recognizes,
     open_checkpoint,
     write_tensors,
     read_config=lambda place: read_config(place.at),

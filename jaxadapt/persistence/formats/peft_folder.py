@@ -171,7 +171,7 @@ _NOTHING = "0" * 64  # digest of no JSON: the save replaced none, or is complete
 # ---------------------------------------------------------------- reading
 
 
-def recognises(place: Place) -> bool:
+def recognizes(place: Place) -> bool:
     """Return True for a folder with a file of PEFT's weights."""
     return place.names is not None and not place.names.isdisjoint(location.WEIGHTS)
 
@@ -297,7 +297,7 @@ def read_config(place: Place) -> Config:
             return opened.tensors.config
     weights = place.at / (WEIGHTS_BIN if header is None else WEIGHTS)
     if location.CONFIG not in place.names and not has_copy(header):
-        formats.refuse(formats.missing_config(weights, {}) if recognises(place) else formats.missing_files(place))
+        formats.refuse(formats.missing_config(weights, {}) if recognizes(place) else formats.missing_files(place))
     return resolve_config(place.at / location.CONFIG, header, weights)
 
 
@@ -506,4 +506,4 @@ def _blank_digest(weights: location.Location, replaces: str) -> None:
                 file.write(_NOTHING.encode())
 
 
-FORMAT = Format(recognises, open_folder, write_folder, read_config)
+FORMAT = Format(recognizes, open_folder, write_folder, read_config)

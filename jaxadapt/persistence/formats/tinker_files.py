@@ -95,7 +95,7 @@ _PLAIN: Mapping[str, Any] = {
 # ---------------------------------------------------------------- finding
 
 
-def recognises(place: Place) -> bool:
+def recognizes(place: Place) -> bool:
     """Return False: the names of the files are PEFT's. `peft_folder` asks `is_named_like` after reading them."""
     return False
 
@@ -501,4 +501,4 @@ def describe(source: str, opened: Opened | AdapterError) -> Finding:
     )  # fmt: skip
 
 
-FORMAT = Format(recognises, open_files, refuse_writing, describe=describe)
+FORMAT = Format(recognizes, open_files, refuse_writing, describe=describe)

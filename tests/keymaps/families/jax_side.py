@@ -314,7 +314,7 @@ def maxtext(specimen: Specimen) -> Side:
         more |= {"routed_bias": True, "n_routing_groups": 2, "topk_routing_group": 1}
         more |= {"model_name": "deepseek3-671b", "override_model_config": True}  # (it routes by its name)
         more |= {"routed_score_func": "sigmoid", "routed_scaling_factor": 2.5}
-        # It turns neighbouring pairs, as DeepSeek does, in its yarn alone; which by a factor of 1 changes nothing else.
+        # It turns neighboring pairs, as DeepSeek does, in its yarn alone; which by a factor of 1 changes nothing else.
         more |= {"rope_interleave": True, "rope_factor": 1.0, "max_position_embeddings": 4096}
     activation, theta = "sigmoid" if o["model"] == "gpt_oss" else "silu", 10_000
     if "gemma" in o["model"]:

@@ -35,7 +35,7 @@ class Specimen:
     """A tiny random model in PyTorch and in JAX.
 
     Args:
-        table: the table that has to be recognised, by its name.
+        table: the table that has to be recognized, by its name.
         torch, config: the class in transformers, and its configuration.
         side: the function of `sides.py` that builds the JAX model, with `options`.
         unused: keys of the state dict that the JAX model lacks (they are tied to others).

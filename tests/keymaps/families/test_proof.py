@@ -54,11 +54,11 @@ def test_every_proved_table_has_its_proof():
 
 
 @pytest.mark.parametrize("specimen", ELSEWHERE, ids=str)
-def test_it_is_recognised_by_names_and_shapes(specimen):
-    recognised(specimen, recorded(specimen.name)["leaves"])
+def test_it_is_recognized_by_names_and_shapes(specimen):
+    recognized(specimen, recorded(specimen.name)["leaves"])
 
 
-def recognised(specimen: Specimen, shapes: Any) -> None:
+def recognized(specimen: Specimen, shapes: Any) -> None:
     if not specimen.rivals:
         assert families.resolve_keymap("auto", shapes).name == specimen.table
         return
@@ -164,7 +164,7 @@ def test_a_peft_adapter_gives_pefts_logits(specimen, tmp_path):
         same_tensors(tmp_path / "ours", tmp_path / "peft")
         return
     side = jax_side.side(specimen)
-    recognised(specimen, side.shapes)
+    recognized(specimen, side.shapes)
     with jaxadapt_ranks():
         target = side.make(specimen_arrays.base_leaves(specimen, side.shapes))
         np.testing.assert_allclose(side.logits(target), torch_side.logits(specimen.name, adapter=False), **CLOSE)

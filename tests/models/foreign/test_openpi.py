@@ -228,7 +228,7 @@ def test_extract_takes_heads_that_differ():
         np.testing.assert_array_equal(x, wanted.tensors[key])
 
 
-def test_it_is_recognised_before_dialects_with_any_module():
+def test_it_is_recognized_before_dialects_with_any_module():
     for names in (leaves(), [p for p in leaves() if "attn" in p], [p for p in leaves() if "mlp" in p]):
         found = recognize_dialect(list(names))
         assert found is not None

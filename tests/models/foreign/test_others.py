@@ -53,7 +53,7 @@ def test_peft_computes_what_they_compute(name: str, tmp_path):
     assert np.abs(found - torch_side.logits(others.TORCH[name], adapter=False)).max() > 0.1
 
 
-def test_easydels_own_table_is_recognised_in_its_tree(tmp_path):
+def test_easydels_own_table_is_recognized_in_its_tree(tmp_path):
     """Below what wraps its layers; and the adapter has the names that the test above gives it."""
     tree = others.tree_of("easydel-llama", nest(leaves_of("easydel-llama")))
     assert jaxadapt.extract(tree).keymap.name == "easydel:llama"

@@ -133,7 +133,7 @@ class Jitted(nn.Module):
 
 
 class Branches(nn.Module):
-    """A layer called inside `nn.cond`; initialised outside it, as cond asks."""
+    """A layer called inside `nn.cond`; initialized outside it, as cond asks."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -201,7 +201,7 @@ class Doubled(nn.Module):
         return nn.map_variables(nn.Dense, "params", trans_in_fn=double, init=True)(6, name="layer")(x)
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return nn.WeightNorm(nn.Dense(6, name="layer"))(x)
@@ -421,7 +421,7 @@ LINEN: list[Case] = [
     Case("own_squared", own(lambda x, w: x @ w**2, 8, 6), one, {W: IO}, EFFECTIVE, why="not linear in w"),
     Case("own_custom_vjp", own(layers.opaque_matmul, 8, 6), one, {W: IO}, EFFECTIVE, why="custom_vjp"),
     Case("own_cond", own(layers.switched_matmul, 8, 6), one, {W: IO}, EFFECTIVE, why="cond"),
-    Case("weight_norm", Normalised, one, {KERNEL: IO}, REFUSED, why="WeightNorm"),
+    Case("weight_norm", Normalized, one, {KERNEL: IO}, REFUSED, why="WeightNorm"),
     Case("map_variables", Doubled, one, {KERNEL: IO}, REFUSED, why="map_variables"),
     Case("read_outside", ReadOutside, one, {"enc.kernel": IO}, REFUSED, why="read outside"),
 ]

@@ -31,7 +31,7 @@ class Norm(nnx.Module):
 
 
 def rotated(x: Array, theta: float, pairs: bool, part: float = 1.0) -> Array:
-    """RoPE on (batch, token, head, dim), of halves or of neighbouring `pairs` (which come out as halves).
+    """RoPE on (batch, token, head, dim), of halves or of neighboring `pairs` (which come out as halves).
 
     A `part` below 1 leaves the rest of each head as it is.
     """
