@@ -521,7 +521,8 @@ def _moe_of(
     options = {"model": kind, "scan": scan, "head_dim": 6, "tied": False, "rope_theta": theta, "expert_size": size}
     options |= {"layers": layers, "dense": first}
     suffix = "" if scan is None else f"/scan{scan}"
-    rivals = tuple(_DENSE_FIRST) if first and scan is None else ()
+    # More dense layers than the other has tell them apart; fewer do not.
+    rivals = tuple(_DENSE_FIRST) if first == min(_DENSE_FIRST.values()) and scan is None else ()
     name = f"{library}-{table}{suffix.replace('/', '-')}"
     return Specimen(
         name, f"{library}:{table}{suffix}", torch, config, library, options, one.targets, rivals,
