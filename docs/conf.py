@@ -30,6 +30,9 @@ extensions = [
     "sphinx_design",
     "sphinx_llm.txt",
 ]
+llms_txt_description = (
+    "jaxadapt fine-tunes JAX models (Flax, Equinox, any pytree) with adapters whose files are those of PyTorch's PEFT."
+)
 html_theme, html_title, html_favicon = "furo", f"jaxadapt {version}", "icon.svg"
 smartquotes = False
 nb_execution_mode = "off"  # the tests run them

@@ -329,7 +329,7 @@ def test_a_run_that_never_said_it_has_no_best(tmp_path: Path) -> None:
             _ = manager.best
 
 
-@pytest.mark.parametrize("objective", ['"loss"', "[]", '{"minimize": "loss"}', '{"minimize": "a", "maximize": "b"}'])
+@pytest.mark.parametrize("objective", ['"loss"', "[]", '{"minimum": "loss"}', '{"minimize": "a", "maximize": "b"}'])
 def test_a_damaged_objective_names_the_file(objective: str, tmp_path: Path) -> None:
     with jaxadapt.CheckpointManager(tmp_path, minimize="loss") as manager:
         manager.save(1, small.host_adapter())
