@@ -628,6 +628,6 @@ def layout_advice(config: Config, leave_out: str) -> str:
     """Return the end of an error message about unknown layouts: the ways to define a layout."""
     return (
         "\nFor an NNX model or a pytree, pass example=[inputs of one call] (in load, LoraTree(model, example=…)): the"
-        f" computation shows the layouts. Or pass keymap=<family>, or a KeyMap with an entry for each; or {leave_out}. In"
-        f" Linen, create the collection with the adapted module, whose call shows them:{linen_example(config)}"
+        f" computation shows the layouts. Or pass keymap=<family>, or a KeyMap with an entry for each; or {leave_out}."
+        f" In Linen, create the collection with the adapted module, whose call shows them:{linen_example(config)}"
     )
