@@ -38,7 +38,7 @@ smartquotes = False
 nb_execution_mode = "off"  # the tests run them
 (HERE / "tutorials").mkdir(exist_ok=True)
 for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
-    (HERE / "tutorials" / notebook.name).write_text(notebook.read_text("utf-8").replace("../docs/", "../"), "utf-8")
+    inventories.write_file(HERE / "tutorials" / notebook.name, notebook.read_bytes().replace(b"../docs/", b"../"))
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 intersphinx_mapping = inventories.write(HERE / "tutorials" / "inventories")

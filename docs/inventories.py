@@ -5,6 +5,7 @@ A name that the signatures newly mention is one more row: the build with `-n` na
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 
@@ -63,6 +64,14 @@ LIBRARIES: dict[str, tuple[str, dict[str, str]]] = {
 """{library: (address, {role and name: page})}."""
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file by one rename, unless it has these bytes already: two builds may run at once."""
+    if not path.exists() or path.read_bytes() != data:
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_bytes(data)
+        new.replace(path)
+
+
 def write(folder: Path) -> dict[str, tuple[str, str]]:
     """Write one inventory a library, and return Sphinx's `intersphinx_mapping`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,5 +79,5 @@ def write(folder: Path) -> dict[str, tuple[str, str]]:
         rows = "".join(f"{key.split()[1]} {key.split()[0]} 1 {page} -\n" for key, page in names.items())
         head = f"# Sphinx inventory version 2\n# Project: {library}\n# Version: \n"
         head += "# The remainder of this file is compressed using zlib.\n"
-        (folder / f"{library}.inv").write_bytes(head.encode() + zlib.compress(rows.encode()))
+        write_file(folder / f"{library}.inv", head.encode() + zlib.compress(rows.encode()))
     return {library: (address, str(folder / f"{library}.inv")) for library, (address, _) in LIBRARIES.items()}
