@@ -54,7 +54,7 @@ OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 40, 0, 1
 CHAIN, CIRCLES = 17, ()
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
-    "load": (25, 303),
+    "load": (25, 270),
     "save": (22, 240),
     "to_peft": (10, 35),
     "adapt": (20, 163),
