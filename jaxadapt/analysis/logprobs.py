@@ -1,8 +1,8 @@
-"""Whether a server applies an adapter: its log-probabilities beside the expected ones, of the same tokens.
+"""Decide if a server applies an adapter, from its log-probabilities and the expected ones of the same tokens.
 
-A server may load an adapter without a word and apply nothing of it, a part of it, or another one. Four measurements of
-the same tokens tell: the server with and without the adapter, and a program that is known to be right, with and without
-it. The two programs disagree without any adapter, too, by their dtypes and kernels. This noise is the measure of all
+A server may load an adapter without a warning and apply nothing of it, a part of it, or another adapter. The decision
+takes four measurements of the same tokens: the server with and without the adapter, and a correct program with and
+without it. Both programs differ without any adapter as well, in their dtypes and kernels. This noise is the unit of all
 distances. The checks are those of `compare` in Tinker's cookbook (tinker-cookbook#928): the adapter is applied at all,
 a request gets the adapter that it names, and the distance with it is at most twice the noise. Nothing is decided about
 an adapter that changes the tokens by at most three times the noise: only beyond it, the answers without an adapter have

@@ -101,7 +101,7 @@ _TEXT_MODEL = re.compile(r"\b(model\.language_model|language_model\.model)\.")
 
 @dataclasses.dataclass(frozen=True)
 class Stacks:
-    """What determines the stacks of one adapter for one program.
+    """The base, the program and the configuration for which an adapter's experts are stacked.
 
     Attributes:
         family: the base's experts.
@@ -117,7 +117,9 @@ class Stacks:
 
 
 def find_stacks(tensors: PeftTensors, style: str, base: Any) -> Stacks | None:
-    """Return what determines the stacks; None if the adapter has no routed experts, or the program reads PEFT's form.
+    """Return the base, program and configuration of the stacks; None if an adapter needs no stacks.
+
+    It needs none without routed experts, and if the program reads PEFT's form.
 
     Args:
         tensors: the adapter.

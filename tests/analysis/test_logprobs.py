@@ -1,4 +1,4 @@
-"""Whether a server applies an adapter: the verdict beside PEFT in bfloat16, with the faults that servers have."""
+"""The verdict on a server is right for PEFT in bfloat16 and for the faults that servers have."""
 
 from __future__ import annotations
 
