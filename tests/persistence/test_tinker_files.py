@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
+from jaxadapt.core import paths
 from jaxadapt.export.conversion import TreeOptions, convert
 from jaxadapt.models import LoraTree
 
@@ -365,20 +366,9 @@ def test_merge_changes_the_weights_of_a_folder_as_tinker_does(tmp_path: Path):
 # ---------------------------------------------------------------- JAX
 
 
-def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, x in flat.items():
-        *path, last = key.split(".")
-        node = tree
-        for name in path:
-            node = node.setdefault(name, {})
-        node[last] = x
-    return tree
-
-
 def test_a_jax_model_loads_the_folder(tmp_path: Path):
     expected = changes(CASES["dense"])
-    base = nested({f"{name}.kernel": np.zeros(x.shape[::-1], "f4") for name, x in expected.items()})
+    base = paths.unflatten({f"{name}.kernel": np.zeros(x.shape[::-1], "f4") for name, x in expected.items()})
     loaded = jaxadapt.load(write(tmp_path / "tinker", CASES["dense"]), {"params": base})
     merged: Any = jaxadapt.merge(loaded)["params"]
     for name, change in expected.items():
@@ -403,7 +393,7 @@ def qwen3_moe() -> dict[str, Any]:
             "mlp.experts.down_proj": (EXPERTS, WIDE, HIDDEN),
         }  # fmt: skip
         shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
-    return {"params": nested({name: np.zeros(shape, "f4") for name, shape in shapes.items()})}
+    return {"params": paths.unflatten({name: np.zeros(shape, "f4") for name, shape in shapes.items()})}
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -450,7 +440,7 @@ def gpt_oss() -> dict[str, Any]:
             "mlp.experts.down_proj": (EXPERTS, WIDE, HIDDEN), "mlp.experts.down_proj_bias": (EXPERTS, HIDDEN),
         }  # fmt: skip
         shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
-    return {"params": nested({name: np.zeros(shape, "f4") for name, shape in shapes.items()})}
+    return {"params": paths.unflatten({name: np.zeros(shape, "f4") for name, shape in shapes.items()})}
 
 
 def test_a_jax_gpt_oss_loads_the_folder(tmp_path: Path):

@@ -30,8 +30,8 @@ EXPERTS = {
     "persistence/expert_keys.py": 40,
     "persistence/no_place.py": 24,
 }
-# {leaf: its statements}: one file for one program, library or family. No other file imports it when it loads: a table names
-# it, or a function imports it. The core is what remains.
+# {leaf: its statements}: one file for one program, library or family. No other file imports it when it loads: a table
+# names it, or a function imports it. The core is what remains.
 LEAVES = {
     "analysis/logprobs.py": 74,
     "cli/served.py": 27,
