@@ -62,7 +62,7 @@ def test_it_opens_as_it_was_run(path: Path) -> None:
     assert "FAST = False" in held[1][1]
     kept = [out for cell in held for out in cell[3]]
     assert not [out for out in kept if out["output_type"] == "error" or out.get("name") == "stderr"]
-    assert sum("image/png" in out.get("data", {}) for out in kept) == 2
+    assert sum("image/png" in out.get("data", {}) for out in kept) >= 2
     # Every cell that prints or shows has its output.
     assert not [
         source
@@ -71,9 +71,21 @@ def test_it_opens_as_it_was_run(path: Path) -> None:
     ]
 
 
+def first_cell(path: Path, monkeypatch: pytest.MonkeyPatch, here: dict[str, str]) -> tuple[str, str]:
+    """The JAX and the jaxadapt that the first cell asks pip for, where these packages are installed."""
+    source = next(source for kind, source, _, _ in cells(path) if kind == "code")
+    plain = "\n".join(line for line in source.splitlines() if not line.startswith("%"))
+    found = [types.SimpleNamespace(name=name, version=version) for name, version in here.items()]
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: found)
+    space: dict[str, str] = {}
+    exec(plain, space)
+    assert '%pip install -q "{jax_here}" "{source}[' in source
+    return space["jax_here"], space["source"]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 @pytest.mark.parametrize(
-    ("plugin", "wanted"),
+    ("plugin", "old"),
     [
         ("numpy", "jax"),
         ("jax-cuda12-plugin", "jax[cuda12]"),
@@ -81,17 +93,29 @@ def test_it_opens_as_it_was_run(path: Path) -> None:
         ("libtpu", "jax[tpu]"),
     ],
 )
-def test_the_first_cell_asks_for_the_accelerator_that_is_there(
-    path: Path, plugin: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+def test_the_first_cell_keeps_the_jax_that_is_there(
+    path: Path, plugin: str, old: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Colab's GPU and TPU machines have JAX with its plugin, which must not be left behind when JAX is renewed."""
-    source = next(source for kind, source, _, _ in cells(path) if kind == "code")
-    plain = "\n".join(line for line in source.splitlines() if not line.startswith("%"))
-    monkeypatch.setattr("importlib.metadata.distributions", lambda: [types.SimpleNamespace(name=plugin)])
-    space: dict[str, object] = {}
-    exec(plain, space)
-    assert space["jax_here"] == wanted
-    assert '%pip install -q "{jax_here}"' in source
+    """Colab's GPU and TPU machines have JAX with its plugin. Only a JAX that is too old changes, with its plugin."""
+    for version, wanted in {
+        "0.10.0": "jax==0.10.0",
+        "0.12.0.1": "jax==0.12.0.1",
+        "1.0": "jax==1.0",
+        "0.9.2": old,
+    }.items():
+        assert first_cell(path, monkeypatch, {plugin: "1", "jax": version})[0] == wanted
+    assert first_cell(path, monkeypatch, {plugin: "1"})[0] == old
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_first_cell_installs_the_checkout_that_it_is_in(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    assert first_cell(path, monkeypatch, {})[1] == ".."
+    assert first_cell(path, monkeypatch, {"jaxadapt": "0.1.0"})[1] == "jaxadapt"  # such as an editable one
+    monkeypatch.chdir(tmp_path)
+    assert first_cell(path, monkeypatch, {})[1] == "jaxadapt"
 
 
 @pytest.mark.slow
