@@ -1,4 +1,12 @@
-"""Train LoRA on an Equinox model, save it in PEFT's format, and load it again."""
+"""Train LoRA on an Equinox model, save it in PEFT's format, and load it again.
+
+    pip install jaxadapt equinox
+    python examples/equinox_lora.py              # 10 seconds; writes the adapter to out/equinox
+
+The names in the file are the model's own paths (`layers.0`, …). It prints the loss after 20 steps:
+
+    0.28
+"""
 
 import sys
 from typing import Any

@@ -1,7 +1,7 @@
 """The programs of examples/, each started as its docstring says, and their files in other programs.
 
-(`equinox_lora.py` is tested in tests/models/test_pytree_libraries.py, `tunix_checkpoints.py` in
-tests/training/test_checkpoint_tunix.py.)
+Elsewhere: `equinox_lora.py` in tests/models/test_pytree_libraries.py, `tunix_checkpoints.py` in
+tests/training/test_checkpoint_tunix.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support import compiling
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples"
-NEW = ("own_model", "rl_weights", "serve_three_adapters", "two_processes")
+MODULES = ("tunix_checkpoints",)  # imported by programs, and started by none
 
 
 def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -36,31 +36,49 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     return runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
 
 
+def write_base(model: Any, folder: Path) -> None:
+    """Save a model of transformers with random weights; norms differ, so that none takes another's place."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(float(name.endswith("norm.weight")), 0.2)
+    model.save_pretrained(folder)
+
+
+def in_peft(folder: Path, tokens: Any) -> tuple[Any, Any]:
+    """Return the logits of the base in `folder` and with its adapter, in PyTorch."""
+    import peft
+    import torch
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(torch.tensor(tokens)).logits.numpy()
+        adapted = peft.PeftModel.from_pretrained(base, str(folder / "adapter"))
+        return plain, adapted(torch.tensor(tokens)).logits.numpy()
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_each_program_is_short_and_says_its_command(path: Path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
     said = ast.get_docstring(ast.parse(text)) or ""
-    if path.stem in NEW:
-        assert re.search(rf"^ *python examples/{path.name} .*\b\d+ seconds", said, re.M), said
-        assert "prints" in said
+    if path.stem not in MODULES:
+        assert re.search(rf"^    python examples/{path.name}\b.*\b\d+ seconds", said, re.M), said
+        assert re.search(r"\bprints\b.*\n\n    \S", said, re.S), said
 
 
 @pytest.mark.peft
 def test_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, foreign_model: None):
     """On a base that transformers wrote, the adapter computes the same in PEFT."""
-    import peft
     import torch
     import transformers
 
     torch.manual_seed(0)
     sizes = runpy.run_path(str(FOLDER / "own_model.py"))["SIZE"].to_hf()
     config = transformers.LlamaConfig(**{key: x for key, x in sizes.items() if key != "architectures"})
-    written = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in written.named_parameters():
-            weight.normal_(float(name.endswith("norm.weight")), 0.2)  # norms differ, so that none takes another's place
-    written.save_pretrained(tmp_path / "base")
+    write_base(transformers.LlamaForCausalLM(config), tmp_path / "base")
     names = run("own_model", tmp_path, monkeypatch)
     out = capsys.readouterr().out
     first, last = map(float, re.findall(r"[\d.]+", out.partition("\n")[0]))
@@ -73,14 +91,43 @@ def test_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any,
     tokens = np.random.default_rng(0).integers(0, 64, (2, 12))
     plain = np.asarray(model(jnp.asarray(tokens)))
     jaxadapt.load(tmp_path / "adapter", model, keymap=keymap)
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    with torch.no_grad():
-        want_plain = base(torch.tensor(tokens)).logits.numpy()
-        want = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(torch.tensor(tokens)).logits.numpy()
+    want_plain, want = in_peft(tmp_path, tokens)
     size = np.abs(want).max()  # float32 in another order of sums
     np.testing.assert_allclose(plain, want_plain, atol=1e-5 * size)
     np.testing.assert_allclose(np.asarray(model(jnp.asarray(tokens))), want, atol=1e-5 * size)
     assert np.abs(want - want_plain).max() > 0.1 * size
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore")  # Tunix's own, of many kinds
+def test_tunix_qwen3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, foreign_model: None):
+    """On a base that transformers wrote, Tunix's training resumes, and its adapter computes the same in PEFT."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    config = runpy.run_path(str(FOLDER / "tunix_qwen3.py"))["CONFIG"]
+    config = transformers.Qwen3Config(**{key: x for key, x in config.items() if key != "architectures"})
+    write_base(transformers.Qwen3ForCausalLM(config), tmp_path / "base")
+    names = run("tunix_qwen3", tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    first, last = map(float, re.findall(r"[\d.]+", said.partition(" after")[0]))
+    assert last < 0.8 * first
+    assert not re.search("^(error|warning)", said, re.M)
+    assert jaxadapt.CheckpointManager(tmp_path / "run").steps == [10, 20]
+
+    tokens = names["batch"](0)
+    plain, adapted = in_peft(tmp_path, tokens)
+    for logits, printed in ((plain, first), (adapted, last)):
+        loss = torch.nn.functional.cross_entropy(torch.tensor(logits[:, :-1]).mT, torch.tensor(tokens[:, 1:]))
+        assert float(loss) == pytest.approx(printed, abs=6e-4)  # a printed digit
+
+    run("tunix_qwen3", tmp_path, monkeypatch)  # all steps are done
+    assert capsys.readouterr().out == said
+    (tmp_path / "run/step-000000020.safetensors").unlink()
+    run("tunix_qwen3", tmp_path, monkeypatch)  # from step 10
+    assert capsys.readouterr().out == said
 
 
 def test_rl_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
