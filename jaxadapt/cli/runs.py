@@ -197,7 +197,7 @@ def serve_command(
 
     The server is for trying adapters, and for reading its code. It has no authentication, and listens only
     on this machine unless --host names another address. For production, give the same folders to vLLM, tpu-inference
-    or SGLang (docs/serving.md).
+    or SGLang (docs/server.md).
 
     \b
     Paths:

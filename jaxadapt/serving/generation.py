@@ -238,7 +238,7 @@ def nnx_forward(model: Any, *, embedded_prompt: bool = False) -> tuple[Forward, 
     """Return the forward function of an NNX model and its state.
 
     Args:
-        model: an NNX model with the interface of the demo's Llama (see docs/serving.md), also with adapters or a bank.
+        model: an NNX model with the interface of the demo's Llama (see docs/server.md), also with adapters or a bank.
         embedded_prompt: True if the active adapter is a prompt of embeddings (PROMPT_TUNING, P_TUNING, …): its virtual
             tokens then stay in the cache after the first call.
 

@@ -5,8 +5,8 @@ llama.cpp, mlx-lm and vLLM run in environments of their own, which this command 
     python tests/full/programs/environments.py FOLDER
     JAXADAPT_PROGRAMS=FOLDER python -m pytest tests/full/test_programs.py
 
-With JAXADAPT_PROGRAMS_RECORD=1 the results go into the tables of docs/files.md, as `python -m tests.full.programs.table
-FOLDER` writes them.
+With JAXADAPT_PROGRAMS_RECORD=1 the results go into the tables of docs/exports.md, as those of
+`python -m tests.full.programs.table FOLDER` do.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_the_biases_of_adapted_modules_are_trained_and_saved_as_peft_does(peft_t
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_disable_gives_the_base_also_where_peft_keeps_trained_biases(bias: str, tmp_path: Any):
-    """As docs/adapters.md and the docstring say; PEFT itself warns that its output is not the base's."""
+    """As docs/several.md and the docstring say; PEFT itself warns that its output is not the base's."""
     torch.manual_seed(0)
     base = TorchNet()
     ours, want = Net(base), base(torch.from_numpy(X)).detach().numpy()

@@ -72,7 +72,7 @@ def test_each_new_token_has_its_logprob_and_those_of_the_most_probable_ones(serv
 
 @pytest.mark.peft
 def test_compare_logprobs_tells_that_the_server_applies_each_adapter(server, base, root):
-    """The request is that of docs/files.md; its first token has a null."""
+    """The request is that of docs/checking.md; its first token has a null."""
     folders = {"base": None, **{name: root / name for name in NAMES}}
     texts = ["Hello you", "One two three"]
     body = {"prompt": texts, "max_tokens": 0, "echo": True, "logprobs": 0}

@@ -1,4 +1,4 @@
-"""Measure the exported adapters in the programs and write the tables of docs/files.md from the results.
+"""Measure the exported adapters in the programs and write the tables of docs/exports.md from the results.
 
     python -m tests.full.programs.table FOLDER                    # FOLDER: made by environments.py
     python -m tests.full.programs.table FOLDER vllm               # one program; the others' results stay
@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.full.programs import measure
 
 RESULTS = Path(__file__).with_name("results.json")
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "files.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "exports.md"
 PROGRAMS = {"llama": "llama.cpp", "mlx": "mlx-lm", "vllm": "vLLM"}
 MERGED = ["no adapter", "DoRA", "IA3", "copies of norms", "a copy of the embedding"]
 
