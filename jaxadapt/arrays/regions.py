@@ -502,7 +502,13 @@ def warn_not_finite(counts: Mapping[str, int], source: str) -> None:
 def check_while_reading(
     get: Callable[[str], np.ndarray], count: int, why: Callable[[list[str]], Exception]
 ) -> Callable[[str], np.ndarray]:
-    """Wrap `get` so that reading the last of `count` arrays raises `why(keys)` for those that are not finite."""
+    """Wrap `get` so that reading the last of `count` arrays raises `why(keys)` for those that are not finite.
+
+    >>> get = check_while_reading({"a": np.ones(2), "b": np.array([np.nan])}.__getitem__, 2, ValueError)
+    >>> get("a"), get("b")
+    Traceback (most recent call last):
+    ValueError: ['b']
+    """
     finite: dict[str, bool] = {}
 
     def get_checked(key: str) -> np.ndarray:

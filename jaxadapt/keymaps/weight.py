@@ -521,8 +521,9 @@ def axes_tensor(
         scale_power: see `MethodTensor`.
         options: other fields of `MethodTensor`.
 
-    >>> axes_tensor("boft_s", "out 1").torch
-    (('out',), ())
+    >>> scale = axes_tensor("boft_s", "out 1")
+    >>> scale.torch, scale.scale_power
+    ((('out',), ()), 0)
     """
     names = axes.split()
     layouts = ("batch", *(n for n in names if n != "1")), tuple(() if n == "1" else (n,) for n in names)

@@ -176,11 +176,7 @@ class AppliedMethod:
         new = function(self.hparams, self.params, axes, self.part(w)).astype(w.dtype)
         if self.axes.parts is None:
             return new
-        if isinstance(w, np.ndarray):
-            w = w.copy()
-            w[self._parts] = new
-            return w
-        return w.at[self._parts].set(new)
+        return jnp.asarray(w).at[self._parts].set(new)
 
     @property
     def _parts(self) -> tuple[Any, ...]:

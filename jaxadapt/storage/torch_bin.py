@@ -593,6 +593,12 @@ def _text(value: str) -> bytes:
 
 
 def _integer(value: int) -> bytes:
+    """Return the pickle opcode of an integer.
+
+    >>> import pickletools
+    >>> [next(pickletools.genops(_integer(n) + b"."))[1] for n in (-(1 << 31), (1 << 31) - 1, 1 << 31, -(1 << 40))]
+    [-2147483648, 2147483647, 2147483648, -1099511627776]
+    """
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + struct.pack("<i", value)
     raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)

@@ -512,6 +512,18 @@ def test_the_class_follows_from_the_type():
         IA3Config.from_dict({"peft_type": "LORA"})
 
 
+def test_a_class_is_imported_when_its_type_is_asked_for():
+    code = "from jaxadapt.configs.base import class_of; print(*(class_of(t).__name__ for t in ('IA3', 'VERA', 'CPT')))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["IA3Config", "VeraConfig", "CPTConfig"]
+
+
+@pytest.mark.parametrize("task", [-1, 0.0, True])
+def test_a_task_is_a_number_from_zero(task: Any):
+    with pytest.raises(ConfigError, match="prompt_tuning_init_task: expected an integer of 0 or more, or null"):
+        Config.from_dict({"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 2, "prompt_tuning_init_task": task})
+
+
 def test_numbers_of_numpy_are_pythons_in_the_file():
     import numpy as np
 

@@ -58,7 +58,8 @@ POOL = [
     "tests/arrays/test_*.py", "tests/configs/test_*.py", "tests/keymaps/test_*.py", "tests/methods/test_*.py",
     "tests/methods/prompt/test_*.py",
     "tests/core/test_*.py", "tests/adapters/test_joint_tensors.py", "tests/storage/test_safetensors*.py",
-    "tests/storage/test_strided.py", "tests/storage/test_torch_bin.py", "tests/persistence/test_bad_lora.py",
+    "tests/storage/test_strided.py", "tests/storage/test_torch_bin*.py", "tests/storage/test_checksum.py",
+    "tests/storage/test_location.py", "tests/storage/test_source.py", "tests/persistence/test_bad_lora.py",
     "tests/persistence/test_narrow_dtypes.py", "tests/merging/test_pairs.py", "tests/merging/test_resize.py",
     "tests/reference/test_adaption_prompt.py", "tests/reference/test_prompts.py", "tests/serving/test_row_methods.py",
 ]  # fmt: skip
@@ -361,6 +362,7 @@ class Records:
             tests = {test for tests in of_file.values() for test in tests} - {""}
         chosen: list[str] = []
         own, package = _stem(mutant.file), f"tests/{Path(mutant.file).parts[1]}/"
+        tests = tests or {test for test in self.seconds if test.startswith(package)}  # a table, or defaults of a class
         of = {t: (own not in t, not t.startswith(package), round(self.seconds.get(t, 1.0), 1), t) for t in tests}
         for test in sorted(tests, key=of.__getitem__):
             if chosen and budget < self.seconds.get(test, 1.0):

@@ -183,6 +183,33 @@ def test_the_loss_of_a_model_in_a_jitted_step():
     np.testing.assert_allclose(jax.jit(loss)(adapter.params), want, rtol=1e-6)
 
 
+def test_without_a_rank_to_remove_the_last_step_masks_nothing():
+    """PEFT's allocator removes no rank here; a file's other tensors, such as trained biases, stay as they are."""
+    config = AdaLoraConfig(**{**FIELDS, "target_r": 4})
+    keys = [f"{PREFIX}lin.{name}" for name in ("lora_A", "lora_B", "lora_E", "bias")]
+    tensors = dict(zip(keys, map(jnp.ones, ((4, 3), (5, 4), (4, 1), (5,))), strict=True))
+    state = adalora.Allocation.start(tensors)
+    assert state.importance.keys() == state.uncertainty.keys() == set(keys[:3])
+    for step in (12, 13, 14):  # the steps before, at and after total_step - tfinal = 13
+        state, after = adalora.allocate_ranks(config, state, step, tensors, tensors)
+        assert after.keys() == tensors.keys()
+        assert all((after[key] == tensors[key]).all() for key in keys)
+    assert not state.masks
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(3, 3 / 4), (0, 1)])
+def test_the_scale_is_alpha_or_where_it_is_zero_the_ranks_over_init_r(alpha: int, scale: float):
+    """PEFT 0.21.2: `scaling = lora_alpha if lora_alpha > 0 else float(r)`, which the layer divides by its rank."""
+    keymap = jaxadapt.KeyMap("t", (jaxadapt.Weight("w", "lin.weight", "i o -> o i"),))
+    config = AdaLoraConfig(**{**FIELDS, "lora_alpha": alpha})
+    a, e, b = (np.random.default_rng(i).normal(size=s).astype("f4") for i, s in enumerate(((4, 3), (4, 1), (5, 4))))
+    tensors = {f"{PREFIX}lin.{n}": x for n, x in zip(("lora_A", "lora_E", "lora_B"), (a, e, b), strict=True)}
+    base = {"w": jnp.zeros((3, 5))}
+    adapter = jaxadapt.from_peft(jaxadapt.PeftTensors(config, tensors), base, keymap=keymap)
+    merged = jaxadapt.merge(base, adapter)["w"]
+    np.testing.assert_allclose(merged.T, scale * b @ (a * e), rtol=1e-4)  # PEFT divides by r + 1e-5
+
+
 def test_what_contradicts_itself_is_refused():
     with pytest.raises(ConfigError, match="tinit: expected less than total_step - tfinal, found 5"):
         AdaLoraConfig(tinit=5, tfinal=5, total_step=10)

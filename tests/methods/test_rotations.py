@@ -162,6 +162,9 @@ def test_an_embedding_is_rotated_after_the_lookup(fields):
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(hook.weight(jnp.asarray(table))[ids], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(hook.unweight(hook.weight(jnp.asarray(table))), table, rtol=1e-4, atol=1e-5)
+    one_hot = jnp.eye(10)[ids]  # a lookup by a product
+    y = hook.output(Use("btv", "vd", "btd", site.axes), one_hot, one_hot @ table, jnp.asarray(table))
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     # The head of a model with tied embeddings is a module of its own.
     head, h = Use("bd", "vd", "bv", site.axes), jnp.asarray(numbers(2, 6))
     np.testing.assert_array_equal(hook.output(head, h, h @ table.T, jnp.asarray(table)), h @ table.T)
