@@ -1,11 +1,13 @@
-"""What release.yml does to the checkout before it builds.
+"""The steps of a release: release.yml takes the first two before it builds, and a host of the site the third.
 
 python .ci/release.py check v0.1.0        # the tag, the version and the changelog agree
 python .ci/release.py fill https://…      # write the repository's address into the files that a package shows
+python .ci/release.py versions site       # list the site's versions, site/0.1.0/ and so on, in site/versions.json
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tomllib
@@ -14,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Pages beside the source, as `[project.urls]` names them. The address itself is nowhere in the repository.
 URLS = {
-    "Source": "{address}",
+    "Repository": "{address}",  # notebooks/pairs.py makes the badges from it
     "Documentation": "{address}/blob/v{version}/docs/index.md",
     "Changelog": "{address}/blob/v{version}/CHANGELOG.md",
     "Issues": "{address}/issues",
@@ -63,11 +65,21 @@ def fill_address(root: Path, address: str) -> None:
     readme.write_text(links, encoding="utf-8")
 
 
+def list_versions(site: Path) -> list[str]:
+    """Write `versions.json` beside the folders of a site's versions, the newest first, and return them."""
+    folders = [path.parent.name for path in site.glob("*/objects.inv")]
+    versions = sorted(folders, key=lambda name: [int(part) for part in re.findall(r"\d+", name)], reverse=True)
+    (site / "versions.json").write_text(json.dumps(versions) + "\n", encoding="utf-8")
+    return versions
+
+
 def main() -> None:
-    """Run one of the two commands."""
+    """Run one of the commands."""
     command, value = sys.argv[1:]
     if command == "fill":
         fill_address(ROOT, value)
+    elif command == "versions":
+        list_versions(Path(value))
     elif problems := find_problems(ROOT, value):
         raise SystemExit("\n".join(problems))
 

@@ -34,6 +34,14 @@ llms_txt_description = (
     "jaxadapt fine-tunes JAX models (Flax, Equinox, any pytree) with adapters whose files are those of PyTorch's PEFT."
 )
 html_theme, html_title, html_favicon = "furo", f"jaxadapt {version}", "icon.svg"
+templates_path, html_static_path = ["_templates"], ["_static"]
+html_css_files, html_js_files = ["versions.css"], [("versions.js", {"defer": "defer"})]
+html_sidebars = {
+    "**": [
+        f"sidebar/{part}.html"
+        for part in ("brand", "versions", "search", "scroll-start", "navigation", "scroll-end", "variant-selector")
+    ]
+}
 smartquotes = False
 nb_execution_mode = "off"  # the tests run them
 (HERE / "tutorials").mkdir(exist_ok=True)
