@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import tomllib
 import zipfile
@@ -123,15 +122,9 @@ def run_readme_demo(dist: Sequence[Path]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def read_sdist(path: Path) -> set[str]:
-    """Return the names of the files of a source distribution, without its own top folder."""
-    with tarfile.open(path) as archive:
-        return {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-
-
 def main() -> None:
     """Run what the command line asks for."""
-    found = [version for version in _pythons() if shutil.which(f"python{version}")]
+    found = [version for version in _pythons() if _is_there(version)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dist", type=Path, help="a folder with the wheel and the source distribution to test")
     parser.add_argument("--python", nargs="*", default=found, help="versions, or paths of interpreters")
@@ -162,6 +155,12 @@ def main() -> None:
         changed, count = TABLE.subn(lambda _: text, page.read_text(encoding="utf-8"), count=1)
         assert count == 1, "tests/full/README.md has no table of the wheel"
         page.write_text(changed, encoding="utf-8")
+
+
+def _is_there(version: str) -> bool:
+    """True if the command runs; pyenv has commands that do not."""
+    path = shutil.which(f"python{version}")
+    return path is not None and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0
 
 
 def _pythons() -> list[str]:

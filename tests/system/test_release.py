@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shutil
@@ -71,7 +72,7 @@ def test_a_release_fills_in_the_address(copy: Path, release: dict[str, Any], pro
     filled = tomllib.loads((copy / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     urls = filled.pop("urls")
     assert filled == project
-    assert set(urls) == {"Source", "Documentation", "Changelog", "Issues"}
+    assert set(urls) == {"Repository", "Documentation", "Changelog", "Issues"}
     assert all(url == address or url.startswith(f"{address}/") for url in urls.values())
     assert yaml.safe_load((copy / "CITATION.cff").read_text(encoding="utf-8"))["repository-code"] == address
     readme = (copy / "README.md").read_text(encoding="utf-8")
@@ -93,6 +94,28 @@ def test_no_other_file_states_an_address(root: Path, project: dict[str, Any]):
     ]
     found = {page.name: own.findall(page.read_text(encoding="utf-8")) for page in pages if page.is_file()}
     assert {name: hits for name, hits in found.items() if hits} == {}
+
+
+def test_the_pages_name_each_python(root: Path, project: dict[str, Any]):
+    named = [line.rpartition(":: ")[2] for line in project["classifiers"] if re.search(r"Python :: 3\.\d+$", line)]
+    assert len(named) > 3
+    versions = (root / "docs/versions.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (3\.\d+) \|", versions, re.M) == named
+    install = (root / "docs/install.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| Python 3.*$", install, re.M)
+    assert re.findall(r"3\.\d+", row) == [named[0], *named]
+    for requirement in project["dependencies"]:
+        name, _, lowest = requirement.partition(">=")
+        assert name in ("click", "rich") or f"{name} {lowest}" in install, requirement
+
+
+def test_a_site_lists_its_versions(tmp_path: Path, release: dict[str, Any]):
+    for name in ("0.9.0", "0.10.0", "0.2.1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "objects.inv").touch()
+    (tmp_path / "other").mkdir()
+    assert release["list_versions"](tmp_path) == ["0.10.0", "0.9.0", "0.2.1"]
+    assert json.loads((tmp_path / "versions.json").read_text()) == ["0.10.0", "0.9.0", "0.2.1"]
 
 
 def conda_dependencies(text: str) -> set[str]:
