@@ -65,6 +65,7 @@ nbformat.write(kept, out)
 def environment(python: Path, wheels: Path | None) -> dict[str, str]:
     """Return the variables of a process that installs from `wheels`, or that uses the packages of this environment."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MPLBACKEND")}
+    env["COLUMNS"] = "80"  # of the tables that commands print, as in the tests
     env["PATH"] = f"{python.parent}{os.pathsep}{env['PATH']}"
     if wheels is None:
         env["PYTHONPATH"] = str(HERE.parent)

@@ -18,8 +18,16 @@ from tests.support.little_model import little_package as little_package
 from tests.support.little_model import little_smollm2 as little_smollm2
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[3] / "notebooks").glob("*.ipynb"))
-NAMES = ["finetune_and_share", "from_pytorch_and_back", "serve_many_adapters"]
-SHARING = NAMES[:2]
+NAMES = [
+    "anatomy_of_an_adapter",
+    "finetune_and_share",
+    "from_pytorch_and_back",
+    "mesh_and_resume",
+    "serve_many_adapters",
+    "your_own_model",
+]
+SHARING = NAMES[1:3]  # these upload to the Hub
+TORCH = ["from_pytorch_and_back", "your_own_model"]
 REPO = "me/tuned"
 
 
@@ -48,7 +56,7 @@ def shell(line: str) -> None:
     print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def test_there_are_three() -> None:
+def test_there_are_six() -> None:
     assert [path.stem for path in NOTEBOOKS] == NAMES
 
 
@@ -120,10 +128,10 @@ def test_the_first_cell_installs_the_checkout_that_it_is_in(
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.usefixtures("little_smollm2")
+@pytest.mark.usefixtures("little_smollm2", "foreign_model")
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=pytest.mark.peft if "pytorch" in p.stem else ()) for p in NOTEBOOKS],
+    [pytest.param(p, marks=pytest.mark.peft if p.stem in TORCH else ()) for p in NOTEBOOKS],
     ids=lambda p: p.stem,
 )
 def test_it_runs(path: Path, hub: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
