@@ -63,6 +63,14 @@ def test_the_badge_follows_the_address(pairs: types.ModuleType, path: Path):
     assert pairs.with_badge(badged, path.stem, None) == pairs.with_badge(text, path.stem, None)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_lead_somewhere(path: Path):
+    """The site's build checks that the headings exist."""
+    found = re.findall(r"\]\((?!https?:)([^)#\s]+)", path.with_suffix(".md").read_text(encoding="utf-8"))
+    assert found
+    assert [link for link in found if not (FOLDER / link).is_file()] == []
+
+
 def test_a_changed_cell_loses_its_output(pairs: types.ModuleType):
     book = opened(NOTEBOOKS[0])
     shown = [cell for cell in book.cells if cell.cell_type == "code" and cell.outputs]
