@@ -16,6 +16,7 @@ the loss on held-out text to the file; `--plot` draws the losses over the sizes.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -209,11 +210,25 @@ def read(file: Path | None) -> dict[str, Any]:
     return json.loads(file.read_text()) if file is not None and file.exists() else {}
 
 
+@functools.cache
+def adapter_shapes(method: str) -> Any:
+    """The variables of SmolLM2 with the demo's adapter, as shapes."""
+    config = replace(smollm2(30, 49152), scan=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of block sizes that do not divide
+        module: Any = jaxadapt.adapt(llama.LinenLlama(config), finetune.adapter_config(method))
+        return jax.eval_shape(module.init, jax.random.key(0), finetune.TOKENS)
+
+
 def trained_size(method: str) -> int:
     """The number of trained parameters of the demo's adapter on SmolLM2."""
-    config = replace(smollm2(30, 49152), scan=True)
-    module: Any = jaxadapt.adapt(llama.LinenLlama(config), finetune.adapter_config(method))
-    return count_trained(jaxadapt.extract(jax.eval_shape(module.init, jax.random.key(0), finetune.TOKENS)))
+    return count_trained(jaxadapt.extract(adapter_shapes(method)))
+
+
+def file_size(method: str) -> int:
+    """The bytes of the tensors in the file of the demo's adapter on SmolLM2, in float32."""
+    tensors = jax.eval_shape(lambda variables: dict(jaxadapt.to_peft(variables).tensors), adapter_shapes(method))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in tensors.values())
 
 
 def draw(path: Path, points: Mapping[str, tuple[int, float]]) -> None:

@@ -33,6 +33,7 @@ extensions = [
 llms_txt_description = (
     "jaxadapt fine-tunes JAX models (Flax, Equinox, any pytree) with adapters whose files are those of PyTorch's PEFT."
 )
+html_extra_path = ["concepts.svg"]  # where the Markdown twin of the page looks for it
 html_theme, html_title, html_favicon = "furo", f"jaxadapt {version}", "icon.svg"
 templates_path, html_static_path = ["_templates"], ["_static"]
 html_css_files, html_js_files = ["versions.css"], [("versions.js", {"defer": "defer"})]

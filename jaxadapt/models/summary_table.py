@@ -167,7 +167,8 @@ class Row:
 class Summary:
     """The adapted leaves of a model, and the numbers of trained and of all parameters.
 
-    `str(summary)` is a table, with one row for all layers of a kind. `families` are the adapters' keymaps, by name.
+    `str(summary)` is a table, with one row for all layers of a kind; "count" is their number of modules in PyTorch.
+    `families` are the adapters' keymaps, by name.
     """
 
     rows: tuple[Row, ...]
@@ -193,7 +194,7 @@ class Summary:
             cells = (
                 first.adapter + ("" if first.adapter in self.active else " (inactive)"),
                 pattern,
-                str(len(rows)),
+                str(sum(len(row.modules) or 1 for row in rows)),
                 _times(first.shape),
                 ", ".join(f"{name} {_times(shape)}" for name, shape in first.tensors.items()),
                 first.dtype,
@@ -208,8 +209,13 @@ class Summary:
         Console(file=text, width=160, force_terminal=False, force_jupyter=False).print(table)
         lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
         unproved = ", which is not tested against the real models"
-        keymaps = (f"{keymap.name!r}{'' if keymap.proved else unproved}" for keymap in self.families.values())
-        lines += [f"PyTorch names by the keymap {keymap}" for keymap in dict.fromkeys(keymaps)]
+        keymaps = (
+            "the names in the file are the model's own paths (keymap 'generic')"
+            if keymap.name == "generic"
+            else f"PyTorch names by the keymap {keymap.name!r}{'' if keymap.proved else unproved}"
+            for keymap in self.families.values()
+        )
+        lines += dict.fromkeys(keymaps)
         lines += [
             f"{leaf} is PyTorch's weight times {factor:.6g}, not a power of two: saving and loading round once"
             for leaf, factor in self._inexact_factors().items()

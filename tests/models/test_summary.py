@@ -66,6 +66,21 @@ def test_the_scale_of_every_kind_of_method_is_a_number():
     assert "1.5" in text
 
 
+@pytest.mark.parametrize("family", ["llama/scan0", "generic"])
+def test_the_count_is_that_of_the_modules_in_the_file_and_the_names_are_said_to_be_whose_they_are(family: str):
+    kernel = jnp.ones((3, 8, 8))
+    base = {"model": {"layers": {"self_attn": {"q_proj": {"kernel": kernel}}}}}
+    if family == "generic":
+        base = {"other": {str(n): {"kernel": kernel[0]} for n in range(3)}}
+    config = jaxadapt.LoraConfig(r=2, target_modules="all-linear")
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0), keymap=family)
+    row, names, _ = str(jaxadapt.summary({"params": base, **adapter.collection})).splitlines()[1:]
+    files = [key for key in jaxadapt.to_peft(adapter).tensors if "lora_A" in key]
+    assert row.split()[2] == str(len(files)) == "3"
+    assert ("PyTorch names by the keymap 'llama/scan0'" in names) == (family != "generic")
+    assert ("the model's own paths" in names) == (family == "generic")
+
+
 def test_nothing_adapted_is_an_error():
     with pytest.raises(jaxadapt.AttachError, match="no adapter"):
         jaxadapt.summary(Net(nnx.Rngs(0)))

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from benchmarks.methods import file_size, trained_size
+from jaxadapt.cli import main
+from jaxadapt.methods import METHODS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # The home page has the list of pages; commands.md is made from the commands.
@@ -60,3 +66,42 @@ def test_the_last_line_names_the_next_two_pages(page: str):
 def test_every_page_is_in_the_list_of_pages():
     listed = re.findall(r"^([\w/]+)$", (DOCS / "index.md").read_text("utf-8"), re.M)
     assert sorted({*PAGES} - {*listed}) == []
+
+
+def rows_between(page: str, begin: str, end: str) -> list[list[str]]:
+    """The rows of the table between two comments of a page, without those of the head and of captions."""
+    text = PAGES[page].partition(f"<!-- {begin} -->")[2].partition(f"<!-- {end} -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()[2:]]
+    return [row for row in rows if row[1]]
+
+
+def test_the_trees_of_models_md_are_those_of_the_keymaps():
+    rows = rows_between("models", "trees", "end of trees")
+    assert len(rows) > 10
+    for name, *entry in rows:
+        printed = CliRunner().invoke(main, ["families", name.strip("`"), "--json"])
+        entries = [[found["leaf"], found["key"], found["pattern"]] for found in json.loads(printed.output)]
+        assert [cell.strip("`") for cell in entry] in entries, name
+
+
+SIZES = rows_between("choosing", "sizes of methods", "end of sizes")
+
+
+def test_choosing_md_has_the_figures_of_the_benchmark_for_every_method():
+    pattern = r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]* \| [\d.]+ \| ([\d.]+) \|$"
+    bench = (DOCS.parent / "benchmarks" / "README.md").read_text("utf-8")
+    measured = {m[1].upper(): (m[2], m[4], m[3], m[5]) for m in re.finditer(pattern, bench, re.M)}
+    assert {row[0]: (row[1], *row[3:6]) for row in SIZES} == measured
+    assert sorted(measured) == sorted(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "size"),
+    [
+        pytest.param(*row[:3], id=row[0], marks=() if row[0] in {"LORA", "VERA", "PREFIX_TUNING"} else pytest.mark.full)
+        for row in SIZES
+    ],
+)
+def test_choosing_md_has_the_sizes_counted_from_the_shapes(method: str, trained: str, size: str):
+    assert trained_size(method.lower()) == int(trained.replace(",", ""))
+    assert float(size.replace(",", "")) == pytest.approx(file_size(method.lower()) / 1e6, rel=0.05)

@@ -56,3 +56,14 @@ def test_each_page_has_a_twin_in_markdown(site: Path):
     for page in sorted((ROOT / "docs").glob("*.md")):
         assert f"{page.stem}" in listed
         assert (site / f"{page.stem}.html.md").stat().st_size > 100
+
+
+def test_the_twins_have_no_empty_links_and_keep_the_tabs(site: Path):
+    twins = {path.name: path.read_text(encoding="utf-8") for path in site.glob("*.html.md")}
+    assert {name: found for name, text in twins.items() if (found := re.findall(r"\[[^\]]*\]\(\)", text))} == {}
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        tabs = re.findall(r"^:::\{tab-item\} (.+)$", page.read_text(encoding="utf-8"), re.M)
+        assert re.findall(r"^###+ (NNX|Linen)$", twins[f"{page.stem}.html.md"], re.M)[: len(tabs)] == tabs
+    pictures = re.findall(r"!\[[^\]]*\]\((\w[^)]*)\)", twins["concepts.html.md"])
+    assert pictures
+    assert all((site / picture).exists() for picture in pictures)
