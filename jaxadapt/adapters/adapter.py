@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -182,8 +182,7 @@ class Adapter:
 
         Integer tensors, such as SHiRA's indices, have a collection of their own, `{"shira_integers": {name: ...}}`.
         """
-        collection = collection_name(self.config)
-        leaves = paths.flatten(self.params)
+        collection, leaves = collection_name(self.config), paths.flatten(self.params)
         integers = {path: x for path, x in leaves.items() if np.issubdtype(_unbox(x).dtype, np.integer)}
         if not integers:
             return {collection: {name: {**self.params, CONFIG_NODE: self.recipe}}}
@@ -193,39 +192,61 @@ class Adapter:
             integers_name(collection): {name: paths.unflatten(integers)},
         }
 
+    @classmethod
+    def of_leaves(cls, config: Config, leaves: Mapping[str, Any], keymap: KeyMap) -> Adapter:
+        """Return the adapter with these arrays, `{path: array}`, which are nested when `params` is first read."""
+        self = object.__new__(cls)
+        vars(self).update(config=config, keymap=keymap, _leaves=leaves)
+        return self
+
+    if not TYPE_CHECKING:  # the type of `params` is that of the field
+
+        def __getattr__(self, name: str) -> Any:
+            if name != "params" or "_leaves" not in vars(self):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return vars(self).setdefault(name, paths.unflatten(self._leaves))
+
     def flat(self) -> dict[str, Any]:
         """Return `{"model.layers.0.q_proj.kernel.lora_A": array}`."""
-        return {
-            path: leaf if isinstance(leaf, _ARRAYS) else _unbox(leaf)
-            for path, leaf in paths.flatten(self.params).items()
-        }
+        # The caller may change `params`, so its values count as soon as it is there.
+        leaves = paths.flatten(self.params) if "params" in vars(self) else vars(self)["_leaves"]
+        return {path: leaf if _is_array_type(type(leaf)) else _unbox(leaf) for path, leaf in leaves.items()}
 
     @property
     def sites(self) -> dict[str, dict[str, Any]]:
         """`{base leaf: {tensor: array}}`, without the shared tensors."""
-        return {leaf: tensors for leaf, tensors in self._tensors.items() if leaf != SHARED_NODE}
+        return {leaf: tensors for leaf, tensors in by_leaf(self._arrays()).items() if leaf != SHARED_NODE}
 
     @property
     def shared(self) -> dict[str, Any]:
         """`{tensor: array}` of the tensors that belong to the whole adapter."""
-        return {name: _unbox(leaf) for name, leaf in self.params.get(SHARED_NODE, {}).items()}
+        return {path.rpartition(".")[2]: x for path, x in self.flat().items() if path.startswith(f"{SHARED_NODE}.")}
 
-    @property
-    def _tensors(self) -> dict[str, dict[str, Any]]:
-        sites: dict[str, dict[str, Any]] = {}
-        for path, leaf in self.flat().items():
-            if not is_array(leaf):
+    def _arrays(self) -> dict[str, Any]:
+        """Return `flat()`. Raises `AttachError` for a value that is no array."""
+        leaves = self.flat()
+        for path, leaf in leaves.items():
+            if not _is_array_type(type(leaf)) and not is_array(leaf):
                 raise AttachError(
                     f"{path!r}: expected an array, found {type(leaf).__name__}; an adapter holds arrays only"
                 )
-            base, _, tensor = path.rpartition(".")
-            sites.setdefault(base, {})[tensor] = leaf
-        return sites
+        return leaves
+
+    @property
+    def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}`."""
+        return {path: tuple(x.shape) for path, x in self._arrays().items()}
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """`{base leaf: {tensor: shape}}`; the shared tensors have the leaf "~shared"."""
-        return {leaf: {name: tuple(x.shape) for name, x in tensors.items()} for leaf, tensors in self._tensors.items()}
+        return by_leaf(self.leaf_shapes)
+
+
+def by_leaf(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return `{base leaf: {tensor: value}}` from `{path: value}`."""
+    parts = ((path.rpartition("."), value) for path, value in values.items())
+    return paths.nest([(leaf, tensor, value) for (leaf, _, tensor), value in parts])
 
 
 def _unbox(leaf: Any) -> Any:
@@ -250,6 +271,12 @@ def name_donated_arrays(arrays: Mapping[str, Any]) -> Generator[None]:
 
 
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+
+
+@functools.cache
+def _is_array_type(cls: type) -> bool:
+    """Return True if all values of a type are arrays; `isinstance` of a JAX array takes a microsecond."""
+    return issubclass(cls, _ARRAYS)
 
 
 def is_array(leaf: Any) -> bool:
@@ -288,13 +315,9 @@ class Site:
     def leaf(self) -> str:
         return self.match.leaf
 
-    @property
+    @functools.cached_property
     def axes(self) -> Axes:
         """The roles of the weight's axes."""
-        return self._axes
-
-    @functools.cached_property
-    def _axes(self) -> Axes:
         axes = self.match.axes
         return dataclasses.replace(axes, torch=torch_layout(self)) if self.method.torch_layout else axes
 
@@ -318,6 +341,11 @@ class Site:
     def axis_sizes(self) -> dict[str, int]:
         """The sizes of the axes of its tensors, by name."""
         return {name: size for entry in self.entries for name, size in entry.form.axis_sizes.items()}
+
+    @functools.cached_property
+    def weight_shape(self) -> tuple[int | None, ...]:
+        """The shape of the weight, as far as the tensors state it."""
+        return tuple(map(self.axis_sizes.get, self.match.weight.left))
 
     @functools.cached_property
     def stack_sizes(self) -> tuple[int, ...]:
@@ -380,6 +408,21 @@ class Sites(tuple[Site, ...]):
     def file_plan(self) -> plan.Plan:
         """The plan of the file that holds the tensors."""
         return plan.make_plan([entry for _, entry in file_entries(self)])
+
+    @functools.cached_property
+    def all_in_file(self) -> bool:
+        """True if a file holds all tensors."""
+        return all(tensor.in_file for tensor, _ in tensor_entries(self))
+
+    @functools.cached_property
+    def integers(self) -> dict[str, np.dtype[Any]]:
+        """The dtypes of the file's tensors of integers, by key."""
+        return {key: np.dtype(t.dtype) for t, e in file_entries(self) if t.dtype for key in e.keys}
+
+    @functools.cached_property
+    def copied_keys(self) -> frozenset[str]:
+        """The keys of full copies (`modules_to_save`), which keep the file's dtype."""
+        return frozenset(key for site in self if site.method.copies for entry in site.entries for key in entry.keys)
 
 
 def shared_tensors(sites: Sequence[Site]) -> tuple[BoundTensor, ...]:
@@ -460,8 +503,7 @@ def bind_site(
         sizes = sizes | plan.axis_sizes_from_tensors(
             match, method_tensors(config, method, Target(match, modules, {}, existing)), shapes
         )
-    target = Target(match, modules, sizes, existing, has_bias)
-    own = METHODS[config.peft_type].key_prefix
+    target, own = Target(match, modules, sizes, existing, has_bias), METHODS[config.peft_type].key_prefix
     prefix = keymap.prefix if own == PEFT_PREFIX else own
     tensors = method_tensors(config, method, target)
     entries = tuple(plan.plan_entry(keymap, match, tensor, sizes, prefix) for tensor in tensors)

@@ -154,6 +154,7 @@ def may_have_experts(keys: Iterable[str]) -> bool:
     return any(_LOOKS_LIKE_EXPERTS.search(key) for key in keys)
 
 
+@functools.lru_cache(maxsize=1 << 14)  # loading adapters one after the other asks for the same keys
 def split_adapter_name(key: str) -> tuple[str, str] | None:
     """Return the adapter's name in a key and the key without it; None if the key has no adapter's name.
 

@@ -35,6 +35,7 @@ from jaxadapt.adapters.adapter import (
     adapted_modules,
     bind_shared,
     bind_site,
+    by_leaf,
     entry_shapes,
     single_entry_sizes,
 )
@@ -461,21 +462,19 @@ def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mappi
     Raises `KeyMapError` for a leaf without an entry. Raises `MismatchError` if shapes contradict each other or the
     configuration.
     """
-    return _recover_sites(config, keymap, tuple((leaf, tuple(shapes.items())) for leaf, shapes in leaves.items()))
+    flat = ((f"{leaf}.{name}", shape) for leaf, shapes in leaves.items() for name, shape in shapes.items())
+    return _recover_sites(config, keymap, tuple(flat))
 
 
 def sites_of(adapter: Adapter) -> Sites:
     """Return the sites of an adapter, with its shared tensors."""
-    return sites_from_shapes(adapter.config, adapter.keymap, adapter.shapes)
-
-
-Tensors = tuple[tuple[str, tuple[tuple[str, Shape], ...]], ...]
+    return _recover_sites(adapter.config, adapter.keymap, tuple(adapter.leaf_shapes.items()))
 
 
 @functools.lru_cache(maxsize=64)  # every save of a run needs the same sites, and every call outside jit
-def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
-    """Return the sites of an adapter's leaves: adapted ones first, then copies."""
-    method, leaves = get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
+def _recover_sites(config: Config, keymap: KeyMap, tensors: tuple[tuple[str, Shape], ...]) -> Sites:
+    """Return the sites of an adapter's leaves, from `(path, shape)` pairs: adapted ones first, then copies."""
+    method, leaves = get_method(config), by_leaf(dict(tensors))
     found_shared = leaves.pop(SHARED_NODE, {})
     matches = {leaf: match for leaf in leaves if (match := keymap.match(leaf)) is not None}
     copied = [match for leaf, match in matches.items() if not TENSORS.isdisjoint(leaves[leaf])]

@@ -114,11 +114,10 @@ def aligned_empty(nbytes: int) -> np.ndarray:
     return raw[skip : skip + nbytes]
 
 
-def aligned_parts(sizes: Sequence[int]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """Return an uninitialized uint8 array, and its aligned parts with these sizes in bytes, in order."""
-    ends = list(itertools.accumulate(size + -size % ALIGNED for size in sizes))
-    block = aligned_empty(ends[-1] if ends else 0)
-    return block, (block[start : start + size] for start, size in zip([0, *ends], sizes, strict=False))
+def aligned_block(sizes: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Return an uninitialized uint8 array, and the aligned starts of its parts with these sizes in bytes, in order."""
+    *starts, end = itertools.accumulate((size + -size % ALIGNED for size in sizes), initial=0)
+    return aligned_empty(end), starts
 
 
 # ---------------------------------------------------------------- the interface
@@ -151,7 +150,7 @@ class TensorSource(Mapping[str, Any]):
         """The shapes and dtypes by key. No tensor is read."""
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes by key. No tensor is read."""
         return {key: tuple(spec.shape) for key, spec in self.specs.items()}

@@ -106,8 +106,7 @@ def index_entries(
     """
     combinations: list[tuple[tuple[int, ...], dict[str, str]]] = [((), {})]
     for axis in braced:
-        names = weight.index_names(axis)
-        indices = (only or {}).get(axis, range(sizes[axis]))
+        names, indices = weight.index_names(axis), (only or {}).get(axis, range(sizes[axis]))
         combinations = [
             ((*index, i), {**text, axis.strip("{}"): names[i] if names is not None else weight.torch_number(axis, i)})
             for index, text in combinations

@@ -251,7 +251,7 @@ class _Variables(Carrier):
         leaves = {path.rpartition(".")[0] for path in values}
         if leaves != {SHARED_NODE}:  # the trained parameters of a method whose sites have none
             recipe.check_complete(len(leaves - {SHARED_NODE}), name)
-        return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+        return Adapter.of_leaves(recipe.config, values, recipe.keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         variables = self._adapters.get(name)
@@ -368,7 +368,7 @@ class Model(_Variables, Object):
             present is not None
             and not changes
             and is_same(present, adapter)
-            and graph.have_same_shapes(present.params, adapter.params)
+            and present.leaf_shapes == adapter.leaf_shapes
         ):
             graph.set_values(self._adapters[name], values)
             return self.tree if self.active() == [name] else self.activate((name,))
@@ -535,8 +535,7 @@ class Variables(Params):
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
     ) -> Any:
-        changed = Variables(self.replace(new) if new else self.tree)
-        values = adapter.flat()
+        changed, values = Variables(self.replace(new) if new else self.tree), adapter.flat()
         if (
             present is not None
             and present.config == adapter.config

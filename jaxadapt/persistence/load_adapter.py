@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters import experts, initial_values, peft_tensors, sites
-from jaxadapt.adapters.adapter import Adapter, Recipe, Site, Sites, file_entries, tensor_entries
+from jaxadapt.adapters.adapter import Adapter, Recipe, Site, Sites
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import as_source, float_dtype, is_float
 from jaxadapt.configs import lora
@@ -265,15 +265,15 @@ def _check_base(
 
 def _promote(adapter: Adapter, present: Adapter) -> Adapter:
     """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
-    if len({x.dtype for x in jax.tree.leaves((adapter.params, present.params))}) == 1:
-        return adapter
     new = adapter.flat()
     old = new | present.flat()  # a tensor that the attached adapter lacks keeps its dtype
+    if len({x.dtype for x in (*new.values(), *old.values())}) == 1:
+        return adapter
     wider = {pair: jnp.promote_types(*pair) for pair in {(x.dtype, old[path].dtype) for path, x in new.items()}}
     if all(kept == pair[0] for pair, kept in wider.items()):
         return adapter
     promoted = {path: x.astype(wider[x.dtype, old[path].dtype]) for path, x in new.items()}
-    return Adapter(adapter.config, paths.unflatten(promoted), adapter.keymap)
+    return Adapter.of_leaves(adapter.config, promoted, adapter.keymap)
 
 
 def _changed_base(
@@ -385,12 +385,12 @@ def adapter_from_tensors(
     )
     if dtype is None and expected.on_device and dtypes != own:  # arrays in memory keep their own dtypes
         leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in expected.plan.entries}
-    if any(not tensor.in_file for tensor, _ in tensor_entries(adapter_sites)):
+    if not adapter_sites.all_in_file:
         leaves = initial_values.init_values(
             recipe.config, adapter_sites, jax.random.key(0), base=base.leaves, base_shardings=base.shardings,
             given=leaves,
         )  # fmt: skip
-    return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
+    return Adapter.of_leaves(recipe.config, leaves, recipe.keymap), adapter_sites
 
 
 def bind(
@@ -418,8 +418,10 @@ def bind(
     return rules.Expected(tensors, recipe, adapter_sites, base, options)
 
 
-_LAYER_NUMBER = re.compile(r"(?<![^._])\d+(?=\.)")
-"""A number in the path of a leaf that tells layers apart, as in "layers.0.q_proj" and "Block_0.Dense_1"."""
+@functools.lru_cache(maxsize=1 << 14)  # loading adapters one after the other asks for the same leaves
+def _leaf_kind(leaf: str) -> str:
+    """Return a leaf without the numbers that tell layers apart, as in "layers.0.q_proj" and "Block_0.Dense_1"."""
+    return re.sub(r"(?<![^._])\d+(?=\.)", "", leaf)
 
 
 def _bind_to_attached(
@@ -441,12 +443,16 @@ def _bind_to_attached(
     except AdapterError:
         return None  # the file replaces an adapter whose tensors contradict its configuration
     # A leaf of another layer may be a target, too: the model may have got layers since.
-    adapted = {site.leaf: _LAYER_NUMBER.sub("", site.leaf) for site in adapter_sites}
-    others, kinds = base.shapes.keys() - adapted.keys(), set(adapted.values())
+    adapted = {site.leaf for site in adapter_sites}
+    others, kinds = base.shapes.keys() - adapted, set(map(_leaf_kind, adapted))
     is_alike = (
-        all(_is_for_weight(site, base.shapes.get(site.leaf, ())) for site in adapter_sites)
-        and not any(_LAYER_NUMBER.sub("", leaf) in kinds for leaf in others)
-        and all(tensor.in_file for tensor, _ in tensor_entries(adapter_sites))
+        all(
+            site.weight_shape == (shape := base.shapes.get(site.leaf, ()))
+            or paths.Spec(site.weight_shape).accepts_shape(paths.Spec(shape))
+            for site in adapter_sites
+        )
+        and kinds.isdisjoint(map(_leaf_kind, others))
+        and adapter_sites.all_in_file
         and as_source(tensors.tensors).shapes == adapter_sites.file_plan.shapes
     )
     if not is_alike:
@@ -477,19 +483,10 @@ def _warn_of_newer_peft(tensors: PeftTensors, adapter_sites: Sites) -> None:
         )
 
 
-def _is_for_weight(site: Site, shape: tuple[int, ...]) -> bool:
-    """Return True if a site's tensors are for a weight of this shape."""
-    names = site.match.weight.left
-    sizes = dict(zip(names, shape, strict=False))
-    return len(names) == len(shape) and all(sizes.get(name, size) == size for name, size in site.axis_sizes.items())
-
-
 def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites) -> dict[str, Any]:
     """Return the dtypes in memory by key, from a file's: copies keep theirs, and integers have the method's."""
-    new = {dtype: memory_dtype(dtype, requested) for dtype in set(own.values())}
-    integers = {key: np.dtype(t.dtype) for t, e in file_entries(adapter_sites) if t.dtype for key in e.keys}
-    copied = rules.copied_keys(adapter_sites)
-    return {key: dtype if key in copied else new[dtype] for key, dtype in own.items()} | integers
+    new, copied = {dtype: memory_dtype(dtype, requested) for dtype in set(own.values())}, adapter_sites.copied_keys
+    return {key: dtype if key in copied else new[dtype] for key, dtype in own.items()} | adapter_sites.integers
 
 
 AUTOCAST = "autocast"
@@ -503,11 +500,9 @@ def requested_dtype(dtype: Any) -> Any:
 
 def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
     """Return the dtype in memory of a tensor stored as `stored`: float32 for 8-bit floats, which have no arithmetic."""
-    if not is_float(stored):
-        return np.dtype(stored)
-    if requested not in (None, AUTOCAST):
+    if is_float(stored) and requested not in (None, AUTOCAST):
         return np.dtype(requested)
-    smallest = 4 if requested == AUTOCAST else 2  # bytes
+    smallest = 0 if not is_float(stored) else 4 if requested == AUTOCAST else 2  # bytes
     return np.dtype("float32" if np.dtype(stored).itemsize < smallest else stored)
 
 

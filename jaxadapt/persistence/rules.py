@@ -29,7 +29,7 @@ from jax.core import Tracer
 from jax.sharding import Sharding
 
 from jaxadapt.adapters import initial_values, peft_tensors
-from jaxadapt.adapters.adapter import Recipe, Site, Sites, file_entries, repeats_heads, tensor_entries
+from jaxadapt.adapters.adapter import Recipe, Sites, file_entries, repeats_heads, tensor_entries
 from jaxadapt.adapters.sites import WRAPPERS, is_embedding, repeat_for_heads, vocabulary_axes
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.regions import (
@@ -41,7 +41,7 @@ from jaxadapt.arrays.regions import (
     is_finite,
     warn_not_finite,
 )
-from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_parts, as_source, rename
+from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_block, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AdapterError, MismatchError, Report, bullets, byte_counter, no_report, warn
 from jaxadapt.keymaps import check
@@ -202,8 +202,7 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
     PEFT writes the token embedding and the head to the file of an adapter on them. With strict=False, other weights
     that differ stay, and count as unexpected.
     """
-    keymap = expected.recipe.keymap
-    surplus = [key for key in source if key not in expected.plan.keys]
+    keymap, surplus = expected.recipe.keymap, [key for key in source if key not in expected.plan.keys]
     if not surplus:
         return source
     known, ties = _base_tensors(expected), dict(keymap.tied)
@@ -336,12 +335,11 @@ def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
     With strict=False only the last two, unless no tensor fits.
     """
     plan, given = expected.plan, _fitting(source, expected)
-    wanted = {key: jnp.integer if t.dtype else jnp.floating for t, e in file_entries(expected.sites) for key in e.keys}
-    is_kind = functools.cache(jnp.issubdtype)
+    integers, is_kind = expected.sites.integers, functools.cache(jnp.issubdtype)
     unusable = [
-        f"{key}: {spec.dtype.name}, expected {'floats' if wanted[key] is jnp.floating else 'integers'}"
+        f"{key}: {spec.dtype.name}, expected {'integers' if key in integers else 'floats'}"
         for key, spec in given.specs.items()
-        if key in wanted and not is_kind(spec.dtype, wanted[key])
+        if key in plan.keys and not is_kind(spec.dtype, jnp.integer if key in integers else jnp.floating)
     ]
     may_lack = plan.keys if expected.is_lenient(source) else expected.optional
     keymap = expected.recipe.keymap.name if expected.options.strict else ""
@@ -376,13 +374,11 @@ def attention_hint(keys: Iterable[str]) -> str:
     """Return a hint for keymaps without entries for an `nn.MultiheadAttention`, which only PEFT's keys name so."""
     split = (key.removeprefix(PEFT_PREFIX).partition(".base_layer.out_proj.lora_") for key in keys)
     modules = sorted({module for module, separator, _ in split if separator})
-    if not modules:
-        return ""
-    return (
+    text = (
         "\nEach of these is an nn.MultiheadAttention in PyTorch, which stores queries, keys and values in one tensor."
         " Pass a KeyMap with entries for them, made by Weight.attention(path in JAX, name in PyTorch):\n"
-        + bullets(modules)
     )
+    return f"{text}{bullets(modules)}" if modules else ""
 
 
 # ---------------------------------------------------------------- tensors that a file lacks
@@ -444,18 +440,13 @@ def _new_tensors(absent: set[str], source: TensorSource, expected: Expected) -> 
         raise type(error)(f"{expected.file.source}: cannot initialize the missing tensors: {error}") from error
     new = incomplete.file_plan.encode(leaves, host=not expected.on_device)
     dtypes = {spec.dtype for spec in source.specs.values()}
-    copied, own = copied_keys(incomplete), dtypes.pop() if len(dtypes) == 1 else None
+    copied, own = incomplete.copied_keys, dtypes.pop() if len(dtypes) == 1 else None
 
     def value(key: str) -> Any:
         keeps = own is None or key in copied or new.specs[key].dtype.kind in "iu"
         return new[key] if keeps else new[key].astype(own)
 
     return {key: value(key) for key in new if key in absent}
-
-
-def copied_keys(adapter_sites: Iterable[Site]) -> set[str]:
-    """Return the keys of full copies (`modules_to_save`), which keep the file's dtype."""
-    return {key for site in adapter_sites if site.method.copies for entry in site.entries for key in entry.keys}
 
 
 # ---------------------------------------------------------------- device arrays
@@ -497,15 +488,16 @@ def load_arrays(
     if not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values()):
         return _decode_in_memory(plan, tensors, dtype, shardings, name)
     source = as_source(tensors)
+    specs = source.specs
+    is_uniform = dtype is None and len({*dtypes.values(), *(spec.dtype for spec in specs.values())}) == 1
 
     def leaf_of(entry: plans.PlanEntry) -> _Leaf:
-        wanted = dtype[entry.path] if isinstance(dtype, Mapping) else dtype
-        new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
-        place = shardings.get(entry.path)
+        wanted = dtypes[entry.keys[0]] if is_uniform else dtype[entry.path] if isinstance(dtype, Mapping) else dtype
+        new, place = entry.dtype(dtypes) if wanted is None else np.dtype(wanted), shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
-        is_cast = {source.specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
+        is_cast = not is_uniform and {specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
         is_copy = place is None and not is_cast and entry.form.is_identity
-        return _Leaf(entry, new, place, size * new.itemsize, check or is_cast, is_copy)
+        return _Leaf(entry, new, place, size * new.itemsize, check or is_cast, is_copy, {})
 
     position = {key: number for number, key in enumerate(source)}
     order = sorted(map(leaf_of, plan.entries), key=lambda leaf: position[leaf.entry.keys[0]])  # file order
@@ -552,7 +544,7 @@ class _Leaf:
     nbytes: int
     is_checked: bool
     is_copy: bool
-    regions: dict[Region, np.ndarray] = dataclasses.field(default_factory=dict[Region, np.ndarray])
+    regions: dict[Region, np.ndarray]
     not_finite: int | None = None
 
     def held(self) -> Iterable[Region]:
@@ -572,10 +564,12 @@ class _Leaf:
 def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
     """Return a task that reads the regions of each leaf."""
     # Allocated here, in the caller's thread; see `local_files.run_in_order`. In one piece: that is faster.
-    sizes = [regions.region_size(box) * leaf.dtype.itemsize for leaf in job for box in leaf.held()]
-    block, parts = aligned_parts(sizes)
+    held = [(leaf, box, regions.region_shape(box)) for leaf in job for box in leaf.held()]
+    sizes = [math.prod(shape) * leaf.dtype.itemsize for leaf, _, shape in held]
+    block, starts = aligned_block(sizes)
+    for (leaf, box, shape), start in zip(held, starts, strict=True):
+        leaf.regions[box] = np.ndarray(shape, leaf.dtype, block, start)
     for leaf in job:
-        leaf.regions = {box: next(parts).view(leaf.dtype).reshape(regions.region_shape(box)) for box in leaf.held()}
         for array in leaf.regions.values() if leaf.entry.form.is_partial else ():  # the file does not contain all of it
             array[...] = 0
     (dtype, *others) = {leaf.dtype for leaf in job}

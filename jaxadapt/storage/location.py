@@ -315,8 +315,7 @@ class HubAddress(NamedTuple):
         revision = self.revision or ""
         if not revision.startswith("refs/"):
             revision = revision.replace("/", "%2F")
-        version = f"@{revision}" if revision else ""
-        folder = f"/{self.subfolder}" if self.subfolder else ""
+        version, folder = f"@{revision}" if revision else "", f"/{self.subfolder}" if self.subfolder else ""
         return f"{HUB}{self.repo}{version}{folder}"
 
     def file(self, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -194,3 +195,65 @@ def test_paths_that_are_no_files(tmp_path: Path, read: Callable[[object], object
         with pytest.raises(FileError, match=message) as caught:
             read(str(tmp_path / name))
         assert type(caught.value) is FileError
+
+
+PLAIN = (
+    '{"__metadata__":{"k":"v"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    '"b":{"dtype":"BF16","shape":[],"data_offsets":[8,10]}}  '
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", ""),
+        ('"__metadata__":{"k":"v"},', ""),
+        ('{"k":"v"}', "{}"),
+        ('{"k":"v"}', "null"),
+        ('{"k":"v"}', '{"k":1}'),
+        ('{"k":"v"}', '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'),
+        ('{"k":"v"}', '{"k":{}'),
+        ('{"k":"v"},', '{"k":"v"},"c":{},'),
+        ('{"k":"v"},', '{"k":"v"},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'),
+        ('{"k":"v"},', '{"k":"v"},"c":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'),
+        ('{"k":"v"}', '{"k":"\\ud800"}'),
+        ('"a"', '"b"'),
+        ('"a"', '"__metadata__"'),
+        ('"a"', '"\\u0061"'),
+        ('"a"', '"ä"'),
+        ('"a"', '"a\n"'),
+        ("F32", "F31"),
+        ("F32", "F4"),
+        ("[2]", "[1,2]"),
+        ("[2]", "[2,1,1,1,1,1,1,1,1]"),
+        ("[2]", "[0]"),
+        ("[2]", "[02]"),
+        ("[2]", "[2,]"),
+        ("[2]", "[3]"),
+        ("[2]", "[-2]"),
+        ("[2]", "[2.0]"),
+        ("[0,8]", "[0, 8]"),
+        ("[0,8]", "[1,9]"),
+        ("[0,8]", "[8,0]"),
+        ("[8,10]", "[6,8]"),
+        ("[8,10]", "[8,12]"),
+        ("[]", "[1000000000000000000]"),
+        ("}}  ", "},}"),
+        ("}}  ", "}}}"),
+        ("}}  ", "}"),
+        ("}}  ", '},"c":{}}'),
+        ("}}  ", "}}\n"),
+        ("}}  ", "}} x"),
+        (',"b"', ',,"b"'),
+        ('{"__', '{,"__'),
+    ],
+)
+def test_a_header_as_it_is_written_reads_like_one_with_other_spaces(old: str, new: str) -> None:
+    text = PLAIN.replace(old, new, 1)
+    results: list[object] = []
+    for raw in (text.encode(), text.replace('"dtype":', '"dtype" :', 1).encode()):
+        try:
+            results.append(codec.parse("f", raw, 8 + len(raw) + 10)[:2])
+        except FormatError as error:
+            results.append(re.sub(r"line .*|[0-9]", "", str(error)))  # the places and sizes differ by the space
+    assert results[0] == results[1]
