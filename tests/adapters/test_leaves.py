@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +54,7 @@ def test_a_changed_result_of_flat_changes_no_adapter() -> None:
 
 
 @pytest.mark.parametrize("first", [lambda x: x, lambda x: x.params and x], ids=["by path", "nested"])
-def test_copies_trees_and_files_are_those_of_nested_params(first: object, tmp_path: Path) -> None:
+def test_copies_trees_and_files_are_those_of_nested_params(first: Callable[[Any], Any], tmp_path: Path) -> None:
     wanted = values(extracted())
     made = {
         "pickle": lambda x: pickle.loads(pickle.dumps(x)),
@@ -74,4 +76,4 @@ def test_copies_trees_and_files_are_those_of_nested_params(first: object, tmp_pa
 def test_other_names_are_no_attributes() -> None:
     for adapter in (extracted(), jaxadapt.Adapter(extracted().config, {})):
         with pytest.raises(AttributeError, match="no attribute 'weights'"):
-            adapter.weights  # noqa: B018
+            _ = adapter.weights  # pyright: ignore[reportAttributeAccessIssue]
