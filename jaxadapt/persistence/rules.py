@@ -488,14 +488,12 @@ def load_arrays(
     if not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values()):
         return _decode_in_memory(plan, tensors, dtype, shardings, name)
     source = as_source(tensors)
-    specs = source.specs
-    is_uniform = dtype is None and len({*dtypes.values(), *(spec.dtype for spec in specs.values())}) == 1
 
     def leaf_of(entry: plans.PlanEntry) -> _Leaf:
-        wanted = dtypes[entry.keys[0]] if is_uniform else dtype[entry.path] if isinstance(dtype, Mapping) else dtype
+        wanted = dtype[entry.path] if isinstance(dtype, Mapping) else dtype
         new, place = entry.dtype(dtypes) if wanted is None else np.dtype(wanted), shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
-        is_cast = not is_uniform and {specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
+        is_cast = {source.specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
         is_copy = place is None and not is_cast and entry.form.is_identity
         return _Leaf(entry, new, place, size * new.itemsize, check or is_cast, is_copy, {})
 
