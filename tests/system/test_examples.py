@@ -7,6 +7,7 @@ tests/training/test_checkpoint_tunix.py.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -128,6 +129,60 @@ def test_tunix_qwen3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     (tmp_path / "run/step-000000020.safetensors").unlink()
     run("tunix_qwen3", tmp_path, monkeypatch)  # from step 10
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.peft
+def test_openpi_lerobot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """In PEFT, each layer under LeRobot's names gets the product that openpi's einsums compute."""
+    import peft
+    import torch
+
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"type": "pi0"}')
+    (base / "policy_preprocessor.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["openpi_lerobot", str(tmp_path), "--base", str(base)])
+    names = runpy.run_path(str(FOLDER / "openpi_lerobot.py"), run_name="__main__")
+    assert "rank 12 and scale 1: q_proj of the action expert" in capsys.readouterr().out
+    adapter = tmp_path / "adapter"
+    assert json.loads((adapter / "config.json").read_text()) == {"type": "pi0", "use_peft": True}
+    assert (adapter / "policy_preprocessor.json").exists()
+
+    layers = names["read_lora"](tmp_path / "checkpoint/params")["PaliGemma"]["llm"]["layers"]
+    wanted: dict[str, np.ndarray[Any, Any]] = {}
+    for end, root in zip(("", "_1"), names["EXPERTS"], strict=True):
+
+        def product(equation: str, module: dict[str, Any], name: str = "") -> Any:
+            return np.einsum(equation, module[f"{name}lora_a"]["value"], module[f"{name}lora_b"]["value"])
+
+        attention, mlp = layers["attn"], layers[f"mlp{end}"]
+        q = product("lndr,lnrh->lnhd", attention[f"q_einsum{end}"])
+        k, v = product("lpkdr,lpkrh->plkhd", attention[f"kv_einsum{end}"])
+        o = product("lnhr,lmrd->ldnh", attention[f"attn_vec_einsum{end}"])  # all heads add to one hidden vector
+        gate, up = product("lpdr,lprf->plfd", mlp, "gating_einsum_")
+        down = product("lfr,lrd->ldf", mlp, "linear_")
+        for name, changes in {
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": o,
+            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down,
+        }.items():  # fmt: skip
+            outs = 1 if name.endswith("o_proj") else changes.ndim - 2
+            for layer, change in enumerate(changes):
+                change = change.reshape(int(np.prod(change.shape[:outs])), -1)
+                wanted[f"model.{root}layers.{layer}.{name}"] = change
+
+    policy = torch.nn.Module()
+    for path, change in wanted.items():
+        *parents, last = path.split(".")
+        node = policy
+        for parent in parents:
+            if parent not in dict(node.named_children()):
+                node.add_module(parent, torch.nn.Module())
+            node = node.get_submodule(parent)
+        node.add_module(last, torch.nn.Linear(change.shape[1], change.shape[0], bias=False))
+    loaded = peft.PeftModel.from_pretrained(policy, str(adapter)).base_model.model
+    for path, change in wanted.items():
+        found = loaded.get_submodule(path).get_delta_weight("default").detach().numpy()
+        np.testing.assert_allclose(found, change, rtol=1e-4, atol=1e-7, err_msg=path)  # float32
 
 
 def test_rl_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
