@@ -5,6 +5,8 @@ A block after the line `<!-- no-run -->` is left out.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import operator
 import re
 from pathlib import Path
@@ -62,19 +64,25 @@ def test_the_row_of_the_command_line_lists_every_command():
 
 
 @pytest.mark.peft
-def test_what_pefts_functions_are_called_here():
+def test_the_calls_of_the_page_for_users_of_peft():
+    """Each name of PEFT exists; each call has a function of jaxadapt and arguments that it takes."""
     import peft
 
-    table = TEXT["docs/adapters.md"].partition("## Coming from PEFT")[2]
-    rows = re.findall(r"^\| (`[\w.`, ]+`) \| (.+) \|$", table, re.M)
-    assert len(rows) > 10
-    for theirs, ours in rows:
+    rows = re.findall(r"^\| (`[\w.`, ]+`) \| (.+) \| (.+) \|$", TEXT["docs/from_peft.md"], re.M)
+    rows = [row for row in rows if re.search(r"`[A-Z]?\w*[._]\w+`", row[0]) and "(" in row[1]]
+    assert len(rows) > 15
+    for theirs, *cells in rows:
         for name in re.findall(r"[\w.]+", theirs):
             operator.attrgetter(name)(peft)
-        names = re.findall(r"`([\w.]+)`", ours)
-        assert names, ours
-        for name in names:
-            operator.attrgetter(name)(jaxadapt)
+        for cell in cells:
+            found = [code for code in re.findall(r"`([^`]+)`", cell) if "(" in code]
+            assert found or cell == "the same" or cell.startswith("the same with"), cell
+            for code in found:
+                code = re.sub(r"^with (.*?)(?: as \w+)?:$", r"\1", code).replace("…", "x")
+                for call in [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]:
+                    function = operator.attrgetter(ast.unparse(call.func))(jaxadapt)
+                    keywords = {word.arg: None for word in call.keywords if word.arg is not None}
+                    inspect.signature(function).bind(*call.args, **keywords)
 
 
 @pytest.mark.peft
