@@ -108,7 +108,7 @@ def index_entries(
     for axis in braced:
         names, indices = weight.index_names(axis), (only or {}).get(axis, range(sizes[axis]))
         combinations = [
-            ((*index, i), {**text, axis.strip("{}"): names[i] if names is not None else weight.torch_number(axis, i)})
+            ((*index, i), weight.add_number(text, axis, i) if names is None else {**text, axis.strip("{}"): names[i]})
             for index, text in combinations
             for i in indices
         ]
@@ -189,8 +189,8 @@ class KeyMap:
             return None
         weight, regex_match = hits[0]
         holes = regex_match.groupdict()
-        if weight.layers != (1, 0) and "l" in holes:
-            holes["l"] = weight.torch_number("l", int(holes["l"]))
+        for name in weight.layer_names if weight.layers != (1, 0) and "l" in holes else ():
+            holes = weight.add_number(holes, name, int(holes.pop(name)))
         return Match(leaf, weight, tuple(sorted(holes.items())))
 
     @functools.cached_property
@@ -345,8 +345,7 @@ def coverage(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> int:
     must agree in size, which distinguishes layers stacked on axis 0 from those stacked on axis 1; so must the axes
     in `same`.
     """
-    fits = next(misfits(keymap, shapes), None) is None
-    return sum(keymap.match(leaf) is not None for leaf in shapes) if fits else 0
+    return 0 if next(misfits(keymap, shapes), "") else sum(keymap.match(leaf) is not None for leaf in shapes)
 
 
 def shape_problem(match: Match, shape: Sequence[int]) -> str:
@@ -358,9 +357,9 @@ def shape_problem(match: Match, shape: Sequence[int]) -> str:
             f" {len(weight.left)} axes"
         )
     for axis, size in zip(weight.left, shape, strict=True):
-        names = weight.index_names(axis) if axis.startswith("{") else None
-        if names is not None and len(names) != size:
-            return f"leaf {match.leaf!r} has size {size} on its fused axis, but its entry names {list(names)}"
+        names = weight.index_names(axis) or range(fixed.get(axis.strip("{}"), size))
+        if axis.startswith("{") and len(names) != size:
+            return f"leaf {match.leaf!r} has size {size} on its axis {axis}, but its entry names {list(names)}"
         if fixed and size % math.prod(fixed.get(name, 1) for name in axis_parts(axis)):
             return f"leaf {match.leaf!r}: an axis of size {size} cannot be split as {axis} with the sizes {fixed}"
     return ""

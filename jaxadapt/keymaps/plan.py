@@ -258,8 +258,9 @@ def axis_sizes_from_tensors(
     """
     sizes = {axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}
     parts = {axis: size if match.parts is None else len(match.parts) for axis, size in sizes.items()}
-    known = {t.name for t in tensors}
-    problems = [f"{match.leaf}.{name}: the method has no such tensor" for name in shapes if name not in known]
+    problems = [
+        f"{match.leaf}.{name}: the method has no such tensor" for name in shapes if all(t.name != name for t in tensors)
+    ]
     for tensor in tensors:
         (left, _), shape = tensor_layout(match, tensor), shapes.get(tensor.name)
         wrong: list[str] = []
@@ -360,9 +361,8 @@ class PlanEntry:
                     out = out.at[form.index(i)].set(part)
             return out
         parts = xp.stack([form.decode(t.astype(dtype)) for t in file_tensors])
-        counts = tuple(form.shape[axis] for axis in form.split)
-        parts = parts.reshape(counts + parts.shape[1:])
-        return xp.moveaxis(parts, tuple(range(len(counts))), form.split)
+        parts = parts.reshape(*(form.shape[axis] for axis in form.split), *parts.shape[1:])
+        return xp.moveaxis(parts, tuple(range(len(form.split))), form.split)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ Kind = Literal["linear", "embedding", "conv", "attention", "vector", "other", "p
 """The kind of a weight: what it is in PyTorch, which determines how PEFT adapts it (see `Weight`)."""
 
 _HOLE = re.compile(r"\{(\w+)\}")
-_LAYER = re.compile(r"(?:^|[._])\{l\}(?=\.|$)")
+_LAYER = re.compile(r"(?:^|[._])\{(l|place)\}(?=\.|$)")
 _PART = re.compile(r"\[(?:(?P<axis>\w+) )?(?P<part>\d+(?:/|::)\d+)\]$")
 
 EXPERTS = "{e}"
@@ -92,7 +92,10 @@ class Weight:
             leaf are stacked, if it differs from that of the other leaves.
         over: the names of a braced axis' indices, `p=("k", "v")` for a leaf that has both. As a number, the size of an
             axis in parentheses on the left: `"d n (c p) -> (n p c) d", p=2` undoes an interleaving, where the leaf's
-            last axis has pairs and PyTorch has first halves and second halves.
+            last axis has pairs and PyTorch has first halves and second halves. `place=5` is the number of layers of a
+            block in an entry with the axis (or hole) `{place}`, where `{l}` is the number of the block: PyTorch's layer
+            is step · l + first + place. `"d {l} {place} f -> f d", layers=(6, 0), place=5` is a leaf with the first
+            five layers of each block of six.
 
     Raises `KeyMapError` if the entry contradicts itself.
 
@@ -203,7 +206,13 @@ class Weight:
             *(f"{n!r} has names but is not a braced axis" for n, _ in self.over if n not in braced),
             *(
                 f"axis {{{n}}} must appear in the key, else all its indices have the same key"
-                for n in sorted(braced.difference(key_holes))
+                for n in sorted(braced.difference(key_holes, self.layer_names[1:]))
+            ),
+            *(
+                ["l and place must both be holes of the leaf, or both be braced axes, and only l a hole of the key"]
+                if "place" in self.layer_names
+                and ("place" in key_holes or not any(map({*self.layer_names}.issubset, (holes, braced))))
+                else []
             ),
             *self._problems_of_groups(plain),
         ]
@@ -218,7 +227,7 @@ class Weight:
                 problems.append(f"{axis}: its axes must be in the same PyTorch axis")
         problems += [
             f"{n!r} has a size, but is not in parentheses on the left"
-            for n in sorted(sizes.keys() - {n for _, names in groups for n in names})
+            for n in sorted(sizes.keys() - {n for _, names in groups for n in names} - {*self.layer_names[1:]})
         ]
         if self.scale is not None:
             problems += [
@@ -255,25 +264,35 @@ class Weight:
         texts = None if match is None else match.groupdict()
         return texts if texts is None or self.has_layer(texts.get("l", str(self.layers[1]))) else None
 
+    @functools.cached_property
+    def layer_names(self) -> tuple[str, ...]:
+        """The axes or holes that make up the number of PyTorch's layer: "l", and "place" if its size is given."""
+        numbered = {*self.left, *_NAME_HOLE.findall(self.leaf)} if "place" in dict(self.sizes) else ()
+        return ("l", "place") if "{place}" in numbered else ("l",)
+
     def has_layer(self, text: str) -> bool:
         """Return True if PyTorch's layer of this number belongs to this entry."""
         step, first = self.layers
-        return len(text) <= 18 and int(text) >= first and (int(text) - first) % step == 0
+        places = range(dict(self.sizes)["place"] if "place" in self.layer_names else 1)
+        return len(text) <= 18 and int(text) >= first and (int(text) - first) % step in places
 
-    def torch_number(self, axis: str, i: int) -> str:
-        """Return PyTorch's number of index i of a numbered axis or hole."""
-        step, first = self.layers if axis.strip("{}") == "l" else (1, 0)
-        return str(step * i + first)
+    def add_number(self, texts: Mapping[str, str], axis: str, i: int) -> dict[str, str]:
+        """Return the texts for the holes of a key, with PyTorch's number for index i of a numbered axis or hole."""
+        name, (step, first) = axis.strip("{}"), self.layers
+        if name in self.layer_names:
+            name, i = "l", int(texts.get("l", first)) + (step if name == "l" else 1) * i
+        return {**texts, name: str(i)}
 
-    def model_number(self, axis: str, text: str) -> int:
-        """Return the index of PyTorch's number: the inverse of `torch_number`."""
-        step, first = self.layers if axis.strip("{}") == "l" else (1, 0)
-        return (int(text) - first) // step
+    def model_number(self, axis: str, texts: Mapping[str, str]) -> int:
+        """Return the index on a numbered axis or hole for the texts of a key: the inverse of `add_number`."""
+        if (name := axis.strip("{}")) not in self.layer_names:
+            return int(texts[name])
+        return divmod(int(texts["l"]) - self.layers[1], self.layers[0])[self.layer_names.index(name)]
 
     def fill_leaf(self, texts: Mapping[str, str]) -> str:
         """Return the leaf with these texts in its holes; holes that no text fills remain."""
-        leaf_texts = {**texts, "l": str(self.model_number("l", texts["l"]))} if "l" in texts else texts
-        return _HOLE.sub(lambda hole: leaf_texts.get(hole[1], hole[0]), self.leaf)
+        numbers = {n: str(self.model_number(n, texts)) for n in self.layer_names} if "l" in texts else {}
+        return _HOLE.sub(lambda hole: {**texts, **numbers}.get(hole[1], hole[0]), self.leaf)
 
     def fill_key(self, texts: Mapping[str, str]) -> str:
         """Return the key with these texts in its holes."""
@@ -362,11 +381,10 @@ class Weight:
     @functools.cached_property
     def torch_roles(self) -> dict[str, tuple[str, ...]]:
         """The axes of the file's tensors by role: as `roles`, with split axes replaced by their parts."""
-        groups = self.right
         fused = tuple(n for n in self.left if self.index_names(n) is not None)
         batch = fused + tuple(n for n in self.left if n == EXPERTS)
-        experts = groups[0] if self.kind == "experts" and len(groups) == 3 else ()
-        groups = groups[1:] if experts else groups
+        experts = self.right[0] if self.kind == "experts" and len(self.right) == 3 else ()
+        groups = self.right[1:] if experts else self.right
         out, inputs = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
         channels = inputs
         if self.kind == "conv":
@@ -390,8 +408,8 @@ class Weight:
 
     @functools.cached_property
     def scanned_leaf(self) -> str:
-        """The path of the leaf in a model with stacked layers, without `{l}`."""
-        return _LAYER.sub("", self.leaf).removeprefix(".")
+        """The path of the leaf in a model with stacked layers, without `{l}` and `{place}`."""
+        return _LAYER.sub(lambda m: "" if m[1] in self.layer_names else m[0], self.leaf).removeprefix(".")
 
     @functools.cached_property
     def is_layer_matrix(self) -> bool:
@@ -401,29 +419,28 @@ class Weight:
     def scanned(self, axis: int) -> Weight:
         """Return this entry for layers stacked on `axis`: `{l}` is removed from the path and becomes an axis.
 
-        A negative axis counts from the end of the stacked leaf. If the leaf has fewer axes than that, its layers are
-        stacked on axis 0.
+        `{place}` becomes the axis behind that of `{l}`. A negative axis counts from the end of the stacked leaf. If the
+        leaf has fewer axes than that, its layers are stacked on axis 0.
 
         >>> Weight("layers.{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i").scanned(1).pattern
         'i {l} o -> o i'
         >>> Weight("layers_{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i").scanned(0).leaf
         'layers.q.kernel'
         """
-        leaf = self.scanned_leaf
-        if leaf == self.leaf:
+        if self.scanned_leaf == self.leaf:
             return self
         left = list(self.left)
         (axis,) = self.scan or (axis,)
-        left.insert(axis if axis >= 0 else max(0, len(left) + 1 + axis), "{l}")
-        return Weight(leaf, self.key, f"{' '.join(left)} ->{self.pattern.split('->')[1]}", **self.options)
+        left.insert(axis if axis >= 0 else max(0, len(left) + 1 + axis), f"{{{'} {'.join(self.layer_names)}}}")
+        return Weight(self.scanned_leaf, self.key, f"{' '.join(left)} ->{self.pattern.split('->')[1]}", **self.options)
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the entry: everything except leaf, key and pattern."""
-        options = {"kind": self.kind, "fan_in_fan_out": self.fan_in_fan_out, "scale": self.scale}
+        usual = {"kind": self.kind, "fan_in_fan_out": self.fan_in_fan_out, "scale": self.scale}
         rare = (("groups", self.groups, 1), ("shift", self.shift, 0.0), ("layers", self.layers + self.scan, (1, 0)))
-        options |= {name: value for name, value, default in rare if value != default}
-        return {**options, **dict(self.over), **dict(self.sizes)}
+        changed = ((name, value) for name, value, default in rare if value != default)
+        return dict((*usual.items(), *changed, *self.over, *self.sizes))
 
     def factor(self, sizes: Mapping[str, int]) -> float:
         """Return the factor by which to multiply PyTorch's weight to get the leaf; 1 without a scale.

@@ -198,7 +198,7 @@ def test_base_plan_lists_every_problem_and_names_the_leaves():
         plan.base_plan(KeyMap("mine", lines), shapes)
     text = str(caught.value)
     assert "'a.q.w' matches 2 entries" in text
-    assert "'kv' has size 3 on its fused axis, but its entry names ['k', 'v']" in text
+    assert "'kv' has size 3 on its axis {p}, but its entry names ['k', 'v']" in text
     assert "'r' has shape (2, 2, 2)" in text
     assert "lost (4,): no entry" in text
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from jaxadapt import KeyMap, KeyMapError, Weight
-from jaxadapt.keymaps.keymap import Match
+from jaxadapt.keymaps import plan
+from jaxadapt.keymaps.keymap import Match, from_data, shape_problem, to_data
 
 
 def test_an_attention_layer_has_eight_entries():
@@ -63,3 +65,55 @@ def test_several_entries_for_one_leaf_are_refused():
     with pytest.raises(KeyMapError, match=r"h\.0\.w"):
         table.match("h.0.w")
     assert repr(table) == "<KeyMap 't', 2 entries>"
+
+
+@pytest.mark.parametrize("scan", [None, 0, 1])
+def test_layers_in_blocks_have_the_numbers_of_pytorchs_layers(scan):
+    """Blocks of six: five layers in one leaf with two stacked axes, or with two holes, and the last in another."""
+    options = {"layers": (6, 1), "place": 5}
+    entries = (
+        Weight("blocks_{l}.local_{place}.q", "h.{l}.q.weight", "d n h -> (n h) d", **options),
+        Weight("blocks_{l}.last.q", "h.{l}.q.weight", "d n h -> (n h) d", layers=(6, 6)),
+    )
+    keymap, sizes = KeyMap("blocks", entries), (3, 2, 4)
+    if scan is None:
+        places = (*(f"local_{place}" for place in range(5)), "last")
+        shapes = {f"blocks_{block}.{place}.q": sizes for block in (0, 1) for place in places}
+    else:
+        keymap = keymap.scanned(scan)
+        assert from_data(to_data(keymap)).weights == keymap.weights
+        shapes = {
+            "blocks.local.q": (*sizes[:scan], 2, 5, *sizes[scan:]), "blocks.last.q": (*sizes[:scan], 2, *sizes[scan:])
+        }  # fmt: skip
+    made = plan.base_plan(keymap, shapes)
+    layers = [f"h.{number}.q.weight" for number in range(1, 13)]
+    assert made.shapes == dict.fromkeys(layers, (8, 3))
+    tensors = {key: np.full((8, 3), number) for number, key in enumerate(layers)}
+    back = made.encode(made.decode(tensors))
+    assert all((back[key] == tensors[key]).all() for key in layers)
+    for key in layers:  # and from the key back to the leaf
+        entry, texts = next((w, texts) for w in keymap.weights if (texts := w.match_key(key)) is not None)
+        leaf = made.keys[key][0].path
+        assert entry.fill_leaf(texts) == leaf
+        at = [entry.model_number(axis, texts) for axis in entry.roles["stack"]]
+        assert scan is None or (made.decode(tensors)[leaf].take(at[0], scan) == layers.index(key)).any()
+    assert [w.match_key("h.0.q.weight") for w in keymap.weights] == [None, None]
+
+
+def test_a_block_of_another_size_is_no_fit():
+    entry = Weight("blocks.local.q", "h.{l}.q.weight", "{l} {place} d f -> f d", layers=(6, 0), place=5)
+    found = shape_problem(Match("blocks.local.q", entry), (2, 4, 3, 3))
+    assert found == "leaf 'blocks.local.q' has size 4 on its axis {place}, but its entry names [0, 1, 2, 3, 4]"
+
+
+@pytest.mark.parametrize(
+    ("leaf", "key", "pattern"),
+    [
+        ("a_{l}.x", "m.{l}.w", "{place} d f -> f d"),
+        ("a.x", "m.w", "{place} d f -> f d"),
+        ("a_{l}.b_{place}.x", "m.{l}.{place}.w", "d f -> f d"),
+    ],
+)
+def test_the_places_of_a_block_stand_beside_its_number(leaf, key, pattern):
+    with pytest.raises(KeyMapError, match="l and place must both be holes of the leaf, or both be braced axes"):
+        Weight(leaf, key, pattern, layers=(6, 0), place=5)

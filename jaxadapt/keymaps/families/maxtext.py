@@ -188,11 +188,10 @@ def _router(block: str, torch: str) -> Weight:
 _COMMON = tuple(w for w in SHARED if ".mlp." not in w.leaf)
 _LAYER_NORMS = tuple(w for w in SHARED if "layer_norm" in w.leaf)
 _OUTSIDE = tuple(w for w in SHARED if _OURS not in w.leaf)
-_USUAL = ("e f d", "e d f", ("0/2", "1/2"))
 
 
 def _usual(block: str) -> tuple[Weight, ...]:
-    return (_router(block, "mlp.gate"), *_experts(block, "mlp", *_USUAL))
+    return (_router(block, "mlp.gate"), *_experts(block, "mlp", "e f d", "e d f", ("0/2", "1/2")))
 
 
 _MIXTRAL, _QWEN3 = _usual("MoeBlock_0"), _usual("moe_block")

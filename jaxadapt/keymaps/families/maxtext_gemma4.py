@@ -1,34 +1,31 @@
-"""MaxText's Gemma 4 (maxtext 0.2.5), unrolled: 26B with experts, and 31B.
+"""MaxText's Gemma 4 (maxtext 0.2.5), 26B with experts and 31B: unrolled, and stacked in blocks of six layers.
 
 The norms store PyTorch's weight, not 1 + w as in MaxText's Gemma 2 and 3; the embedding includes the factor √d. In the
 layers with global attention, k serves as v, and there are no weights for v. The router is an `nn.Linear`; its experts
 are two arrays (expert, in, out). E2B and E4B have further leaves, so this keymap does not match them.
 
-MaxText stacks the models in blocks of six layers: one leaf for the five local layers of all blocks, with two stacked
-axes. No entry can have two such axes, so these models need `scan_layers=false`.
+A stacked model has one leaf for the five local layers of all blocks, with two stacked axes, and one for the layer with
+global attention. The layers of both sizes are whole blocks.
 """
 
-from jaxadapt.keymaps.families import LAYER, Weight, decoder_keymap, layer_norms
+from typing import Any
 
-_OURS = "decoder.layers_{l}."
-_ATTENTION, _BLOCK = f"{_OURS}self_attention.", f"{_OURS}mlp.moe_block."
+from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms
+
 _GATED = (("wi_0", "gate", "d f -> f d"), ("wi_1", "up", "d f -> f d"), ("wo", "down", "f d -> d f"))
 
-GEMMA4 = decoder_keymap(
-    "maxtext:gemma4",
-    (
-        Weight(
-            "token_embedder.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding", scale=("d", 0.5)
-        ),
-        Weight("decoder.decoder_norm.scale", "model.norm.weight", "d -> d"),
-        Weight("decoder.logits_dense.kernel", "lm_head.weight", "d v -> v d"),
-        Weight(f"{_ATTENTION}query.kernel", f"{LAYER}self_attn.q_proj.weight", "d n h -> (n h) d"),
-        Weight(f"{_ATTENTION}key.kernel", f"{LAYER}self_attn.k_proj.weight", "d k h -> (k h) d"),
-        Weight(f"{_ATTENTION}value.kernel", f"{LAYER}self_attn.v_proj.weight", "d k h -> (k h) d"),
-        Weight(f"{_ATTENTION}out.kernel", f"{LAYER}self_attn.o_proj.weight", "n h d -> d (n h)"),
-        *layer_norms(_ATTENTION, (("query_norm", "self_attn.q_norm"), ("key_norm", "self_attn.k_norm")), "h"),
+
+def _layer(ours: str, **options: Any) -> tuple[Weight, ...]:
+    """Return the entries of a layer with this prefix of its names; `options` are those of each entry."""
+    attention, block = f"{ours}self_attention.", f"{ours}mlp.moe_block."
+    entries = (
+        Weight(f"{attention}query.kernel", f"{LAYER}self_attn.q_proj.weight", "d n h -> (n h) d"),
+        Weight(f"{attention}key.kernel", f"{LAYER}self_attn.k_proj.weight", "d k h -> (k h) d"),
+        Weight(f"{attention}value.kernel", f"{LAYER}self_attn.v_proj.weight", "d k h -> (k h) d"),
+        Weight(f"{attention}out.kernel", f"{LAYER}self_attn.o_proj.weight", "n h d -> d (n h)"),
+        *layer_norms(attention, (("query_norm", "self_attn.q_norm"), ("key_norm", "self_attn.k_norm")), "h"),
         *layer_norms(
-            _OURS,
+            ours,
             (
                 ("pre_self_attention_norm", "input_layernorm"),
                 ("post_self_attention_norm", "post_attention_layernorm"),
@@ -41,24 +38,47 @@ GEMMA4 = decoder_keymap(
         ),
         *(
             Weight(f"{module}{a}.kernel", f"{LAYER}mlp.{b}_proj.weight", pattern)
-            for module in (f"{_OURS}mlp.", f"{_BLOCK}shared_experts.")
+            for module in (f"{ours}mlp.", f"{block}shared_experts.")
             for a, b, pattern in _GATED
         ),
-        Weight(f"{_OURS}layer_scalar", f"{LAYER}layer_scalar", "one -> one"),
-        Weight(f"{_OURS}mlp.pre_forward_scale_2", f"{LAYER}router.scale", "d -> d"),
-        Weight(f"{_BLOCK}MoeBlock_0.gate.kernel", f"{LAYER}router.proj.weight", "d e -> e d"),
-        Weight(f"{_BLOCK}MoeBlock_0.per_expert_scale", f"{LAYER}router.per_expert_scale", "e -> e"),
+        Weight(f"{ours}layer_scalar", f"{LAYER}layer_scalar", "one -> one"),
+        Weight(f"{ours}mlp.pre_forward_scale_2", f"{LAYER}router.scale", "d -> d"),
+        Weight(f"{block}MoeBlock_0.gate.kernel", f"{LAYER}router.proj.weight", "d e -> e d"),
+        Weight(f"{block}MoeBlock_0.per_expert_scale", f"{LAYER}router.per_expert_scale", "e -> e"),
         *(
-            Weight(
-                f"{_BLOCK}MoeBlock_0.{a}", f"{LAYER}experts.{b}", f"e {axes[0]} {axes[1]} -> {right}", kind="experts"
-            )
+            Weight(f"{block}MoeBlock_0.{a}", f"{LAYER}experts.{b}", f"e {axes[0]} {axes[1]} -> {right}", kind="experts")
             for a, b, axes, right in (
                 ("wi_0", "gate_up_proj[f 0/2]", "df", "e f d"),
                 ("wi_1", "gate_up_proj[f 1/2]", "df", "e f d"),
                 ("wo", "down_proj", "fd", "e d f"),
             )
         ),
+    )
+    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, **options}) for w in entries)
+
+
+def _keymap(name: str, layers: tuple[Weight, ...]) -> KeyMap:
+    embedding = Weight(
+        "token_embedder.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding", scale=("d", 0.5)
+    )
+    return decoder_keymap(
+        f"maxtext:{name}",
+        (
+            embedding,
+            Weight("decoder.decoder_norm.scale", "model.norm.weight", "d -> d"),
+            Weight("decoder.logits_dense.kernel", "lm_head.weight", "d v -> v d"),
+            *layers,
+        ),
+        complete=True,
+        needs=tuple(w.leaf for w in layers if w.leaf.endswith("layer_scalar")),
+    )
+
+
+GEMMA4 = _keymap("gemma4", _layer("decoder.layers_{l}."))
+GEMMA4_BLOCKS = _keymap(
+    "gemma4-blocks",
+    (
+        *_layer("decoder.scanned_blocks_{l}.local_layers_{place}.", layers=(6, 0), place=5),
+        *_layer("decoder.scanned_blocks_{l}.global_layer.", layers=(6, 5)),
     ),
-    complete=True,
-    needs=(f"{_OURS}layer_scalar",),
 )

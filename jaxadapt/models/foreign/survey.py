@@ -362,13 +362,13 @@ def _find_leaf(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapp
     leaf = w.fill_leaf(texts)
     if not leaves:
         limits = {entry.layers: n for counted, n in keymap.counts for entry in keymap.weights if entry.leaf == counted}
-        is_layer = "l" not in texts or w.model_number("l", texts["l"]) < limits.get(w.layers, math.inf)
+        is_layer = "l" not in texts or w.model_number("l", texts) < limits.get(w.layers, math.inf)
         return leaf if is_layer and "{" not in leaf else ""
     if "{" in leaf:  # PyTorch's name does not tell a part of the path
         leaf = next(filter(template_regex(leaf, {}).fullmatch, leaves), "")
     sizes = dict(zip(w.left, leaves.get(leaf, ()), strict=False))
-    numbers = ((axis, texts[axis.strip("{}")]) for axis in w.roles["stack"] if axis in sizes)
-    return leaf if leaf in leaves and all(w.model_number(axis, text) < sizes[axis] for axis, text in numbers) else ""
+    stack = [axis for axis in w.roles["stack"] if axis in sizes]
+    return leaf if leaf in leaves and all(w.model_number(axis, texts) < sizes[axis] for axis in stack) else ""
 
 
 def blank_arrays(
@@ -403,7 +403,7 @@ def blank_arrays(
     known = _known_sizes(match, base, sizes)
     if base is None:
         for axis in (*weight.roles["stack"], *({EXPERTS} & set(weight.left))):
-            known[axis] = 1 + max(weight.model_number(axis, texts[axis.strip("{}")]) for texts in axis_names.values())
+            known[axis] = 1 + max(weight.model_number(axis, texts) for texts in axis_names.values())
         solved = _solve_sizes([((axes,), (total,)) for axes, total in totals.items()], known)
         if solved is None:
             wanted = " and ".join(f"{' '.join(axes)} must multiply to {total}" for axes, total in totals.items())

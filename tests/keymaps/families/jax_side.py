@@ -379,7 +379,7 @@ def _maxtext_more(specimen: Specimen) -> dict[str, Any]:
         found |= {"global_rope_proportion": 0.25, "local_rope_proportion": 1.0, "final_logits_soft_cap": 8.0}
         found |= {"activation": "gelu", "v_norm_with_scale": False, "norm_topk_prob": True, **named}
         found |= {
-            "model_name": specimen.name.removeprefix("maxtext-"),
+            "model_name": specimen.name.removeprefix("maxtext-")[: len("gemma4-31b")],
             "num_experts": found.get("num_experts", 1),
         }  # (one is none)
     if model == "qwen3_next":
@@ -397,6 +397,7 @@ def _maxtext_more(specimen: Specimen) -> dict[str, Any]:
         found |= {"rope_type": "yarn", "rope_interleave": True, "rope_factor": 1.0, "max_position_embeddings": 4096}
     if model == "olmo3":
         found |= {"use_qk_norm": True, "sliding_window_size": 4, "model_name": "olmo3-7b", **named}
+        found["inhomogeneous_layer_cycle_interval"] = 4
     if model == "gpt3":
         found |= {"trainable_position_size": 32, "mlp_activations": ["gelu"], "fused_qkv": True}
     return found

@@ -249,11 +249,11 @@ def _maxtext_of(
 
 
 _FULL_SIXTH = [*["sliding_attention"] * 5, "full_attention"]
-_LARGE4 = {**GEMMA4, **_GEMMA4["large"], "num_hidden_layers": 6, "layer_types": _FULL_SIXTH}
+_LARGE4 = {**GEMMA4, **_GEMMA4["large"]}
 _GLOBAL = {"global_head_dim": 8, "global_num_kv_heads": 1, "share_kv_projections": True}
 _QWEN3_NEXT = {
-    **rope(), "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
-    "head_dim": 8, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
+    **rope(), "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8,
+    "shared_expert_intermediate_size": 8, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "norm_topk_prob": True, "experts_implementation": "eager",
 }  # fmt: skip
 _LLAMA4 = {
@@ -266,7 +266,7 @@ _DEEPSEEK2 = {
     "n_shared_experts": 2, "q_lora_rank": None, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
     "v_head_dim": 5, "head_dim": 4, "num_key_value_heads": HEADS, "experts_implementation": "eager",
 }  # fmt: skip
-_OLMO3 = {**rope(), "num_hidden_layers": 4, "head_dim": 4, "sliding_window": 4, "pad_token_id": 0}
+_OLMO3 = {**rope(), "head_dim": 4, "sliding_window": 4, "pad_token_id": 0}
 _GPT3 = {"head_dim": 4, "activation_function": "gelu_new", "n_inner": F, "layer_norm_epsilon": 1e-6}
 # (PEFT takes the names gate_proj, up_proj, down_proj and gate for the routed experts, also at the end of a name.)
 _HYBRID = (*PROJ[:4], "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate")
@@ -275,17 +275,28 @@ _MLA = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 def _maxtext_families() -> tuple[Specimen, ...]:
     gemma4 = {"torch": "Gemma4ForCausalLM", "unused": (HEAD,)}
-    made = [
-        _maxtext_of("gemma4-31b", config=_LARGE4, **gemma4, **_GLOBAL),
+    made: list[Specimen] = []
+    for scan in (None, 0, 1):
+        blocks, count = scan is not None, 1 if scan is None else 2  # (two blocks)
+        kinds = {"num_hidden_layers": 6 * count, "layer_types": _FULL_SIXTH * count}
+        made.append(
+            _maxtext_of("gemma4-31b", config={**_LARGE4, **kinds}, scan=scan, blocks=blocks, **gemma4, **_GLOBAL)
+        )
+        if scan == 0:
+            continue
+        made += [
+            _maxtext_of(
+                "gemma4-26b", config={**_LARGE4, **_GEMMA4["moe"], **kinds}, scan=scan, targets=(*PROJ, "proj"),
+                parameters=_EXPERTS, blocks=blocks, **gemma4, **_GLOBAL,
+            ),
+            _maxtext_of("olmo3", "Olmo3ForCausalLM", {**_OLMO3, "num_hidden_layers": 4 * count}, scan, blocks=blocks),
+        ]  # fmt: skip
+    made.append(
         _maxtext_of(
-            "gemma4-26b", config={**_LARGE4, **_GEMMA4["moe"]}, parameters=_EXPERTS, targets=(*PROJ, "proj"), **gemma4,
-            **_GLOBAL,
-        ),
-        _maxtext_of(
-            "qwen3_next", "Qwen3NextForCausalLM", _QWEN3_NEXT, targets=_HYBRID,
+            "qwen3_next", "Qwen3NextForCausalLM", {**_QWEN3_NEXT, "num_hidden_layers": 4}, targets=_HYBRID,
             parameters=(*_EXPERTS, "mlp.gate.weight"), rivals=("maxtext:qwen3_next", "maxtext:qwen3_5"),
-        ),
-    ]  # fmt: skip
+        )
+    )  # fmt: skip
     for scan in (None, 1):
         blocks = scan is not None
         two_blocks = {"num_hidden_layers": 8 if blocks else 4}
@@ -298,7 +309,6 @@ def _maxtext_families() -> tuple[Specimen, ...]:
             _maxtext_of("gpt3", "GPT2LMHeadModel", _GPT3, scan, ("c_attn", "c_proj", "c_fc")),
         ]  # fmt: skip
     scout = {**_LLAMA4, "moe_layers": [0, 1, 2, 3], "use_qk_norm": True, "intermediate_size": F}
-    made.append(_maxtext_of("olmo3", "Olmo3ForCausalLM", _OLMO3))
     made.append(_maxtext_of("llama4-scout", "Llama4ForCausalLM", scout, parameters=_EXPERTS))
     return tuple(made)
 
