@@ -208,13 +208,8 @@ class Weight:
                 f"axis {{{n}}} must appear in the key, else all its indices have the same key"
                 for n in sorted(braced.difference(key_holes, self.layer_names[1:]))
             ),
-            *(
-                ["l and place must both be holes of the leaf, or both be braced axes, and only l a hole of the key"]
-                if "place" in self.layer_names
-                and ("place" in key_holes or not any(map({*self.layer_names}.issubset, (holes, braced))))
-                else []
-            ),
             *self._problems_of_groups(plain),
+            *self._problems_of_blocks(),
         ]
 
     def _problems_of_groups(self, plain: frozenset[str]) -> list[str]:
@@ -225,15 +220,25 @@ class Weight:
                 problems.append(f"{axis}: all axes except one must have a size (as in p=2), and none may have braces")
             elif len({i for i, group in enumerate(self.right) for n in names if n in group}) != 1:
                 problems.append(f"{axis}: its axes must be in the same PyTorch axis")
-        problems += [
-            f"{n!r} has a size, but is not in parentheses on the left"
-            for n in sorted(sizes.keys() - {n for _, names in groups for n in names} - {*self.layer_names[1:]})
+        return [
+            *problems,
+            *(
+                f"{n!r} has a size, but is not in parentheses on the left"
+                for n in sorted(sizes.keys() - {n for _, names in groups for n in names} - {*self.layer_names[1:]})
+            ),
+            *(
+                f"the axis {n!r} of the scale is not in the pattern"
+                for n in sorted({*("" if self.scale is None else self.scale[0]).split()} - plain)
+            ),
         ]
-        if self.scale is not None:
-            problems += [
-                f"the axis {n!r} of the scale is not in the pattern" for n in sorted(set(self.scale[0].split()) - plain)
-            ]
-        return problems
+
+    def _problems_of_blocks(self) -> list[str]:
+        together = any({"{l}", "{place}"} <= {*names} for names in (self.left, _NAME_HOLE.findall(self.leaf)))
+        return [
+            "l and place must both be holes of the leaf, or both be braced axes, and only l a hole of the key"
+            for name in self.layer_names[1:]
+            if not together or f"{{{name}}}" in self.key
+        ]
 
     @functools.cached_property
     def left(self) -> tuple[str, ...]:
