@@ -357,8 +357,8 @@ def shape_problem(match: Match, shape: Sequence[int]) -> str:
             f" {len(weight.left)} axes"
         )
     for axis, size in zip(weight.left, shape, strict=True):
-        names = weight.index_names(axis) or range(fixed.get(axis.strip("{}"), size))
-        if axis.startswith("{") and len(names) != size:
+        names = (axis.startswith("{") and weight.index_names(axis)) or range(fixed.get(axis.strip("{}"), size))
+        if len(names) != size:
             return f"leaf {match.leaf!r} has size {size} on its axis {axis}, but its entry names {list(names)}"
         if fixed and size % math.prod(fixed.get(name, 1) for name in axis_parts(axis)):
             return f"leaf {match.leaf!r}: an axis of size {size} cannot be split as {axis} with the sizes {fixed}"
