@@ -272,8 +272,7 @@ class Weight:
     @functools.cached_property
     def layer_names(self) -> tuple[str, ...]:
         """The axes or holes that make up the number of PyTorch's layer: "l", and "place" if its size is given."""
-        numbered = {*self.left, *_NAME_HOLE.findall(self.leaf)} if "place" in dict(self.sizes) else ()
-        return ("l", "place") if "{place}" in numbered else ("l",)
+        return ("l", "place") if "place" in dict(self.sizes) and "{place}" in self.leaf + self.pattern else ("l",)
 
     def has_layer(self, text: str) -> bool:
         """Return True if PyTorch's layer of this number belongs to this entry."""
