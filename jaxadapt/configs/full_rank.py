@@ -386,7 +386,7 @@ _TOKENS = expects("a list of integers from 0 on", lambda x: is_ints(x) and min(x
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TrainableTokensConfig(InitConfig, peft_type="TRAINABLE_TOKENS"):
-    """Training of single rows of an embedding, as LoRA's `trainable_token_indices` without LoRA.
+    """Trainable tokens: trains single rows of an embedding, as LoRA's `trainable_token_indices` without LoRA.
 
     Besides the attributes of `Config`:
 

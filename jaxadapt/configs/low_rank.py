@@ -318,7 +318,7 @@ class LoKrConfig(LycorisConfig, peft_type="LOKR"):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MissConfig(BiasConfig, ExcludesConfig, peft_type="MISS", bias="MiSS_only"):
-    """MiSS (arXiv:2409.15371): all blocks of r inputs get the same change of the weight.
+    """MiSS (arXiv:2409.15371): one trained block is repeated over all blocks of r inputs.
 
     Besides the attributes of `Config`:
 

@@ -306,7 +306,7 @@ _TASK = expects("an integer of 0 or more, or null", lambda x: x is None or (is_i
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MultitaskPromptTuningConfig(PromptTuningConfig, peft_type="MULTITASK_PROMPT_TUNING"):
-    """Multitask prompt tuning (arXiv:2303.02861): a prompt of all tasks, times a low-rank matrix of each task.
+    """Multitask prompt tuning (arXiv:2303.02861): one prompt for all tasks, multiplied by a low-rank matrix per task.
 
     The fields are PEFT's. Those not listed here are described in `PromptTuningConfig`. Each call needs the tasks of its
     rows: see `jaxadapt.models.invoke`.

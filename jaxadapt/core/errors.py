@@ -9,7 +9,7 @@ Every error that the library raises on purpose is one of these:
     ├── KeyMapError        a keymap is wrong, or does not fit the model
     │   └── MismatchError  tensors are missing, unexpected, claimed twice or wrongly shaped
     ├── TargetError        `target_modules` (or another selection) matches nothing, or nothing that can be adapted
-    └── AttachError        a layer cannot carry the adapter exactly, or the tree carries no (or another) adapter
+    └── AttachError        a layer cannot compute the adapter exactly, or the tree has no (or another) adapter
 
 A message names the file, path or tensor, the expected and the found value, and a way out. One error lists all problems
 of one kind. `warn` reports a fact that the user should know although no call failed. `close_matches` finds names that
@@ -74,7 +74,7 @@ class TargetError(AdapterError):
 
 
 class AttachError(AdapterError):
-    """A layer cannot carry the adapter exactly, or a tree carries no (or another) adapter."""
+    """A layer cannot compute the adapter exactly, a tree has no (or another) adapter, or arguments do not fit it."""
 
 
 def bullets(items: Iterable[str], limit: int = 8) -> str:

@@ -265,7 +265,7 @@ def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) ->
         )
     if names.adapters and name not in names.adapters:
         raise MismatchError(
-            f"{stored.source}: no adapter is called {name!r}; choose one with --name: {', '.join(names.adapters)}"
+            f"{stored.source}: there is no adapter {name!r}; choose one with --name: {', '.join(names.adapters)}"
         )
     left_out = reading.left_out_by_peft(names, config)
     tensors = rename(stored.tensors, {new: key for new, key in names.keys_of(name).items() if key not in left_out})

@@ -212,7 +212,9 @@ def convert_several(
     place = location.to_location(target)
     names = list(map(_last_name, sources))
     if twice := repeated(names):
-        raise FileError(f"{os.fspath(target)}: several sources are called {', '.join(twice)}; convert them one by one")
+        raise FileError(
+            f"{os.fspath(target)}: several sources have the name {', '.join(twice)}; convert them one by one"
+        )
     ending = ".safetensors" if options.get("format") in FILES else ""
     done: list[Written] = []
     for source, name in zip(sources, names, strict=True):

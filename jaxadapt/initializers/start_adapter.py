@@ -272,7 +272,7 @@ def start(
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
 ) -> Started:
-    """Initialize a LoRA adapter as `init_lora_weights` requires, or a prompt by `prompt_tuning_init`, as PEFT 0.21.2.
+    """Initialize a LoRA adapter as `init_lora_weights` requires, or a prompt by `prompt_tuning_init`, as PEFT does.
 
     An adapter of another type starts as `init` and `adapt` start it; it needs `key`.
 

@@ -270,7 +270,7 @@ def _respell(keymap: KeyMap, spelling: str) -> KeyMap:
         known = ", ".join(
             (*dict(keymap.spellings), *([PER_EXPERT] if keymap.expert_modules else []), "scan0, scan1, …")
         )
-        raise KeyMapError(f"the keymap {keymap.name!r} has no spelling {spelling!r}; use one of {known}")
+        raise KeyMapError(f"the keymap {keymap.name!r} has no naming variant {spelling!r}; use one of {known}")
 
     def respell(key: str) -> str:
         return next((theirs + key[len(ours) :] for ours, theirs in renames if key.startswith(ours)), key)

@@ -262,12 +262,12 @@ def _select_held(held: Carrier, adapter: Adapter | None) -> dict[str, Adapter]:
     selected = {name: each for name, each in found.items() if _is_selected(each, adapter)}
     if not isinstance(held, Variables) and not found and adapter is None:
         raise AttachError(
-            "cannot merge: this model has no active adapter; it carries"
+            "cannot merge: this model has no active adapter; it has"
             f" {held.names() or 'none'}. Activate one, or pass an adapter"
         )
     if isinstance(held, Variables) and len(selected) != 1 and (found or adapter is None):
         raise AttachError(
-            f"cannot merge: these variables carry the adapters {list(found) or 'none'}, but {len(selected)} are"
+            f"cannot merge: these variables have the adapters {list(found) or 'none'}, but {len(selected)} are"
             " selected; expected one. Call merge(variables, jaxadapt.extract(variables, name=name)), or pass"
             " variables['params'] and an adapter"
         )

@@ -220,8 +220,8 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
         factors = [[getattr(pairs[part], side) for part in filter(pairs.__contains__, parts)] for pairs in adapters]
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(factors)):
             raise AttachError(
-                "inside jit these shared factors cannot be compared, so the leaves cannot be joined to one matrix as in"
-                " PEFT. Call the function outside jit:\n" + paths.bullets(parts)
+                "cannot compare these A and B tensors inside jit, so they cannot be joined to one matrix as in PEFT."
+                " Call the function outside jit:\n" + paths.bullets(parts)
             )
         if not all(len(own) in (0, len(parts)) and experts.bitwise_equal(own) for own in factors):
             groups |= {part: [part] for part in groups.pop(matrix)}

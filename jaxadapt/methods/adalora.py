@@ -119,7 +119,7 @@ def orthogonality_loss(tensors: Mapping[str, Array]) -> Array:
     b = [x.T @ x for key, x in tensors.items() if key.rpartition(".")[2] == "lora_B"]
     squares = [jnp.sum((x - jnp.eye(len(x), dtype=x.dtype)) ** 2) for x in (*a, *b)]
     if not squares:
-        raise MismatchError("cannot compute the orthogonality loss: no tensor is called lora_A or lora_B")
+        raise MismatchError("cannot compute the orthogonality loss: there is no tensor lora_A or lora_B")
     # The gradient of a norm of 0 is 0, as in PyTorch.
     norms = [jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0) for square in squares]
     return sum(norms[1:], norms[0]) / len(norms)

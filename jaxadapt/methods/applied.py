@@ -138,14 +138,14 @@ class AppliedMethod:
     def weight(self, w: Array) -> Array:
         if self.drop is not None:
             raise AttachError(
-                "cannot apply dropout: the model uses this weight outside a supported product, where only an effective"
-                " weight can replace it. Set the dropout of the configuration to 0.0, or exclude this layer with"
-                " exclude_modules"
+                "cannot apply dropout: the model uses this weight in an operation other than a matmul, where"
+                " jaxadapt can only replace the whole weight. Set the dropout of the configuration to 0.0, or exclude"
+                " this layer with exclude_modules"
             )
         if self.effects.bias == "adds" and not self.by_weight:
             raise AttachError(
-                "cannot apply the bias of the adapter: the model uses this weight outside a supported product, where"
-                " only an effective weight can replace it, and that has no bias. Exclude this layer with"
+                "cannot apply the bias of the adapter: the model uses this weight in an operation other than a"
+                " matmul, where jaxadapt can only replace the whole weight, which has no bias. Exclude this layer with"
                 " exclude_modules"
             )
         return self._change_parts(w, self.method.weight)
@@ -454,7 +454,7 @@ class AppliedRows(AppliedMethod):
 
     def weight(self, w: Array) -> Array:
         raise self._refuse(
-            "the model uses this weight outside a supported product, so it must be the same for all rows"
+            "the model uses this weight in an operation other than a matmul, so it must be the same for all batch rows"
         )
 
     def bias(self, bias: Array) -> Array:

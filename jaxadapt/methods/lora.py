@@ -162,8 +162,8 @@ def mask_delta(params: Params, delta: Array, y: Array) -> Array:
     mask = params.get(MASK)
     if mask is None:
         raise AttachError(
-            "aLoRA adapts only the tokens from its invocation sequence on, but a layer does not see the tokens. Call"
-            " the model within jaxadapt.models.invoke(model, ids)"
+            "aLoRA adapts only the tokens after its invocation sequence, so it needs the token ids. Call the model"
+            " within jaxadapt.models.invoke(model, ids)"
         )
     if y.shape[: mask.ndim] != mask.shape:
         raise AttachError(
@@ -474,7 +474,7 @@ class Lora(Method, peft_type="LORA"):
         if hparams.kind:
             problem = f"it adapts {'an' if hparams.kind == 'embedding' else 'a'} {hparams.kind}, not a matrix product"
         if problem is not None:
-            raise AttachError(f"the rows of a batch cannot each have a LoRA of their own here: {problem}")
+            raise AttachError(f"cannot use a different LoRA per batch row in this layer: {problem}")
         return dataclasses.replace(hparams, scale=None, dropout=0.0, frozen=False, used=None)
 
     def row_params(self, hparams: LoraHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:

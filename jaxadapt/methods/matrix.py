@@ -471,7 +471,7 @@ def check_window(target: Target, method: str) -> None:
     window, groups = target.window, target.match.weight.groups
     if window and (len(window) != 2 or window[0] != window[1] or groups > 1):
         raise target.refuse(
-            f"{method} adapts 2-D convolutions with a square window and one group; found window {window} and"
+            f"{method} adapts 2-D convolutions with a square kernel and one group; found the kernel {window} and"
             f" {groups} groups. Remove the module from target_modules"
         )
 

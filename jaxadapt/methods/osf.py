@@ -51,8 +51,8 @@ class Osf(MatrixMethod, peft_type="OSF"):
         high = int(shared_value("effective_rank", kept))
         if not 0 < high < smaller:
             raise target.refuse(
-                f"OSF needs an effective_rank from 1 to {smaller - 1}, less than the smaller size of the weight, so"
-                f" that directions remain to train; found {high}"
+                f"OSF needs an effective_rank from 1 to {smaller - 1}, below min(in, out), so that directions"
+                f" remain to train; found {high}"
             )
         r, k = (("r", smaller - high),), (("k", high),)
         suffix = ".osf_svd_params."

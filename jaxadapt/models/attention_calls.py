@@ -39,7 +39,7 @@ _ARRAYS = ("query", "key", "value", "bias", "mask", "dropout_rng")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RelativeBias:
-    """A bias of attention scores that depends on positions, as T5's or ALiBi's, so that a prefix gets one too.
+    """A bias of attention scores by positions, such as T5's or ALiBi's; it also computes the bias of a prefix.
 
     The keys of a prefix of n tokens have the positions -n … -1, before the first key at 0.
 
@@ -436,7 +436,7 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) 
 
 @runtime_checkable
 class TakesEmbeddings(Protocol):
-    """A model with a call of its own for virtual tokens that are embeddings (prompt tuning, p-tuning, …).
+    """Protocol of a model with its own method for virtual tokens that are embeddings (prompt tuning, p-tuning, …).
 
     An adapted NNX model or Linen module that has this method is called by it. The method is responsible for positions,
     masks and whatever else counts tokens; it may call `self(…)`, which is then the plain model.
@@ -461,7 +461,7 @@ class TakesEmbeddings(Protocol):
 
 @runtime_checkable
 class TakesKeys(Protocol):
-    """A model with a call of its own for virtual tokens that are keys and values (prefix tuning, cartridges).
+    """Protocol of a model with its own method for virtual tokens that are keys and values (prefix tuning, cartridges).
 
     An adapted NNX model or Linen module that has this method is called by it, for example to put them into a cache. The
     method is responsible for positions and masks; it may call `self(…)`, which is then the plain model.

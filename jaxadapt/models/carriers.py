@@ -181,7 +181,7 @@ def check_fit(adapter: Adapter, config: Config, present: Mapping[str, Any], name
 def check_names(names: Sequence[str], present: Sequence[str]) -> None:
     """Raise `AttachError` unless there are adapters of all these names."""
     if unknown := [name for name in names if name not in present]:
-        raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
+        raise AttachError(f"there is no adapter {', '.join(map(repr, unknown))}; this model has {list(present)}")
 
 
 def check_free(name: str, present: Sequence[str]) -> None:
@@ -245,7 +245,7 @@ class _Variables(Carrier):
         recipe, *others = set(carried.values())  # comparing takes longer than finding that nearly all are one object
         if others:
             raise AttachError(
-                f"cannot extract the adapter {name!r}: its parameters carry {1 + len(others)} different configurations."
+                f"cannot extract the adapter {name!r}: its parameters have {1 + len(others)} different configurations."
                 " Delete it and attach it again"
             )
         leaves = {path.rpartition(".")[0] for path in values}

@@ -68,9 +68,7 @@ class AdapterParam(nnx.LoRAParam[Any]):
         present = sorted({name for path, var in variables if isinstance(var, cls) for name in _adapter_names(path)})
         unknown = [name for name in names if name not in present]
         if unknown or not names:
-            problem = (
-                f"no adapter is called {', '.join(map(repr, unknown))}" if unknown else "name at least one adapter"
-            )
+            problem = f"there is no adapter {', '.join(map(repr, unknown))}" if unknown else "name at least one adapter"
             raise AttachError(f"{problem}; this model has {present}")
         return nnx.All(cls, _Named(frozenset(names)))
 
@@ -125,7 +123,7 @@ BaseParam = nnx.All(nnx.Param, nnx.Not(nnx.Any(AdapterParam, FrozenParam)))
 
 
 class LayerNumber(nnx.Variable[Any]):
-    """The layer numbers of stacked layers whose adapter hyperparameters differ between layers.
+    """The index of each stacked layer, for adapters whose settings differ by layer.
 
     It is not a parameter, so no optimizer updates it. The scan over the layers must slice it on axis 0, even where it
     slices the parameters on another axis: `nnx.StateAxes({nnx.Param: 1, ...: 0})`. A layer that gets an unsliced number

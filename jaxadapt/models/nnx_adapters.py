@@ -321,7 +321,9 @@ def set_rows(model: nnx.Module, rows: call.Rows | None) -> None:
         (leaf for leaf in wanted if leaf not in banked),
     )
     raise_listed(
-        AttachError, "the route is of another bank, which lacks these weights:", sorted(banked.keys() - set(wanted))
+        AttachError,
+        "the route belongs to another bank, which lacks these weights:",
+        sorted(banked.keys() - set(wanted)),
     )
     shared = [{name: graph.SharedRowParam(x, whole=x.shape) for name, x in of.items()} for of in rows.shared]
     for number, (site, arrays) in enumerate(zip(rows.sites, rows.arrays, strict=True)):

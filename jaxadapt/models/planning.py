@@ -353,7 +353,7 @@ def trace_axes(
     unclear = {leaf: problems.get(leaf, not_called) for leaf in leaves if leaf in problems or leaf not in traced}
     raise_listed(
         AttachError,
-        "the axis roles of these weights could not be traced:",
+        "jaxadapt could not find which axes of these weights are inputs:",
         (f"{leaf}: {reason}" for leaf, reason in unclear.items() if required),
     )
     return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
@@ -438,8 +438,8 @@ def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None)
     call.refuse_reads_outside(leaf for leaf in adapted if live[leaf])
     raise_listed(
         AttachError,
-        "dropout cannot be applied, because these layers use their weight outside a supported product, where only"
-        " an effective weight can replace it:",
+        "dropout cannot be applied, because these layers use their weight in an operation other than a"
+        " matmul, where jaxadapt can only replace the whole weight:",
         (f"{leaf}: {reason}" for leaf, reason in stray_uses.items()),
         "\nSet the dropout of the configuration to 0.0, or exclude them with exclude_modules",
     )

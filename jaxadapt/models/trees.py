@@ -238,7 +238,7 @@ def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None
     found = {keys: inner for keys, inner in find_adapters(tree).items() if keys[-1:] in ((), (name,))}
     if len(found) > 1 and all(len(keys) == 2 for keys in found):
         raise AttachError(
-            f"several adapters are called {name!r} here, in {' and '.join(keys[0] for keys in found)}. Rename one of"
+            f"several adapters have the name {name!r} here, in {' and '.join(keys[0] for keys in found)}. Rename one of"
             " them, for example with adapter.named('other')"
         )
     return next(iter(found.values()), None)
@@ -276,7 +276,7 @@ def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | Non
     """
     if config is None:
         raise AttachError(
-            "this tree carries no adapter configuration (it has no adapter, as after merge, or to_pure_dict or a"
+            "this tree has no adapter configuration (it has no adapter, as after merge, or to_pure_dict or a"
             " restore without a target dropped it). Save a merged adapter from the variables before the merge; else"
             " pass jaxadapt.models.LoraTree(tree, config=config) in place of the tree, and keymap= if the model was"
             " adapted with one"

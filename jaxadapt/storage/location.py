@@ -128,7 +128,7 @@ def to_location(path: str | os.PathLike[str]) -> Location:
         )
     text = os.fspath(path)
     if not text:  # often a variable of a shell that is not set
-        raise FileError('expected a path, found an empty text; for the working directory write "."')
+        raise FileError('expected a path, found an empty string; for the working directory write "."')
     match = _ADDRESS.match(text) if isinstance(path, str) else None
     return Path(path) if match is None else Path(text[match.end() :])
 

@@ -530,7 +530,7 @@ class CheckpointManager(run_folder.RunFolder):
                 " jaxadapt; use export() or restore()"
             )
         if name not in stored.recipes:
-            raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.recipes)}")
+            raise AttachError(f"{stored.path}: there is no adapter {name!r}; found {sorted(stored.recipes)}")
         params = _read_below(stored, step_files.name_prefix(name))
         recipe = Recipe.from_text(stored.recipes[name])
         return Adapter(recipe.config, paths.unflatten(params), recipe.keymap)

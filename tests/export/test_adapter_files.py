@@ -197,7 +197,7 @@ def test_an_empty_name_is_not_the_working_directory(folder: Path, tmp_path: Path
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     result = CliRunner().invoke(main, ["rename", str(folder), "--from", "model.", "--to", "x.", "--out", ""])
-    assert (result.exit_code, "found an empty text" in result.output) == (1, True), result.output
+    assert (result.exit_code, "found an empty string" in result.output) == (1, True), result.output
     assert not list((tmp_path / "here").iterdir())
 
 
@@ -275,7 +275,7 @@ def test_extract_one_of_several_adapters_of_a_whole_model(folder: Path, tmp_path
     missing = CliRunner().invoke(
         main, ["extract", f"{tmp_path}/model.safetensors", "--config", str(folder), "--out", f"{tmp_path}/x"]
     )
-    assert "no adapter is called 'default'; choose one with --name: de, fr" in missing.output
+    assert "there is no adapter 'default'; choose one with --name: de, fr" in missing.output
     lost = CliRunner().invoke(main, ["extract", f"{tmp_path}/model.safetensors", "--out", f"{tmp_path}/x"])
     assert "pass --config" in lost.output
     (tmp_path / "other.json").write_text(CONFIG.replace(r=8).to_json())
@@ -359,7 +359,7 @@ def test_convert_several_and_subfolders(folder: Path, tmp_path: Path):
         file = "adapter_model.safetensors"
         assert (tmp_path / "again" / name / file).read_bytes() == (tmp_path / name / file).read_bytes()
     twice = CliRunner().invoke(main, ["convert", str(folder), str(folder), str(tmp_path / "x")])
-    assert "several sources are called adapter" in twice.output
+    assert "several sources have the name adapter" in twice.output
 
 
 def test_a_value_too_large_for_float16_is_refused(tmp_path: Path):

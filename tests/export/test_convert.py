@@ -270,7 +270,7 @@ def test_another_spelling_loses_no_module_that_was_saved(tmp_path):
         ({"to_keymap": "llama"}, "is ambiguous: pass --dialect"),
         ({"to_keymap": "tunix:qwen3"}, "the size of axis '.'.*--axis .="),
         ({"to_keymap": "tunix:qwen3", "sizes": {"h": 5}}, "must multiply to"),
-        ({"to_keymap": "tunix:qwen3", "dialect": "quix"}, "no dialect is called 'quix'"),
+        ({"to_keymap": "tunix:qwen3", "dialect": "quix"}, "there is no dialect 'quix'"),
         ({"to_keymap": "bert"}, "is ambiguous: pass --dialect"),
         ({"to_keymap": "bert", "dialect": "qwix"}, "no entry matches"),
     ],

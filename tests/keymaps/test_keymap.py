@@ -285,7 +285,7 @@ def test_a_spelling_renames_keys_and_the_output_layer():
     ]
     assert other.output == "language_model.lm_head"
     assert other.tied == (("language_model.lm_head.weight", "language_model.model.e.weight"),)
-    with pytest.raises(KeyMapError, match="no spelling 'x'; use one of vl"):
+    with pytest.raises(KeyMapError, match="no naming variant 'x'; use one of vl"):
         table.with_spelling("x")
     leaves = ["q.0.kernel", "q.1.kernel"]
     assert table.spelling_for(["language_model.model.layers.3.q.weight"], leaves) == other
@@ -454,7 +454,7 @@ def test_an_unknown_family_lists_the_known_ones(name):
 
 @pytest.mark.parametrize("change", ["scan", "scanx", "1", "per-expert"])
 def test_an_unknown_change_of_a_table_lists_the_known_ones(change):
-    with pytest.raises(KeyMapError, match=rf"'llama' has no spelling '{change}'; use one of vl, vl4, bare, scan0"):
+    with pytest.raises(KeyMapError, match=rf"'llama' has no naming variant '{change}'; use one of vl, vl4"):
         families.resolve_keymap(f"llama/{change}", {})
 
 

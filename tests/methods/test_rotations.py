@@ -195,7 +195,7 @@ def test_weights_that_peft_cannot_rotate_are_refused():
     flat = Weight("w", "q.weight", "x y i o -> o i x y", kind="conv", groups=1)
     grouped = Weight("w", "q.weight", "x y i o -> o i x y", kind="conv", groups=2)
     for peft_type in ("OFT", "BOFT", "HRA"):
-        with pytest.raises(ConfigError, match="square window"):
+        with pytest.raises(ConfigError, match="square kernel"):
             site_of(peft_type, {}, flat, (2, 3, 4, 6))
         with pytest.raises(ConfigError, match="2 groups"):
             site_of(peft_type, {}, grouped, (2, 2, 2, 6))

@@ -31,7 +31,7 @@ def sites_of(peft_type, fields, shape=(8, 6), weight=LINEAR):
         ("MISS", {"r": 4, "init_weights": "bat"}, "divides 8 inputs and 6 outputs; found 4"),
         ("MISS", {"r": 2, "mini_r": 4, "init_weights": "mini"}, "divides the 6 outputs; found 4"),
         ("ROAD", {"group_size": 4}, "divides the 6 outputs; found 4"),
-        ("OSF", {"effective_rank": 6}, "from 1 to 5, less than the smaller size of the weight.*found 6"),
+        ("OSF", {"effective_rank": 6}, "from 1 to 5, below min\\(in, out\\).*found 6"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(peft_type, fields, message):

@@ -204,7 +204,7 @@ def test_moments_are_no_adapter(variables: Any):
 def test_two_methods_under_one_name_are_told(variables: Any):
     ia3 = jaxadapt.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     other = jaxadapt.init(variables["params"], ia3, key=KEY, keymap=KEYMAP)
-    with pytest.raises(jaxadapt.AttachError, match="several adapters are called 'default' here, in ia3 and lora"):
+    with pytest.raises(jaxadapt.AttachError, match="several adapters have the name 'default' here, in ia3 and lora"):
         jaxadapt.extract({**variables, **other.collection})
     both = {**variables, **other.named("other")}
     assert [jaxadapt.extract(both, name=n).config.peft_type for n in ("default", "other")] == ["LORA", "IA3"]

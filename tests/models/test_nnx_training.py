@@ -72,7 +72,7 @@ def test_a_filter_of_names_that_are_not_there_is_refused():
     named = jaxadapt.AdapterParam.named
     for tree in (model, nnx.state(model), nnx.eval_shape(lambda: small.trained(name="a"))):
         assert len(jax.tree.leaves(nnx.state(model, named(tree, "a")))) > 0
-        with pytest.raises(AttachError, match=r"no adapter is called 'b'; this model has \['a'\]"):
+        with pytest.raises(AttachError, match=r"there is no adapter 'b'; this model has \['a'\]"):
             named(tree, "a", "b")
     with pytest.raises(AttachError, match=r"name at least one adapter; this model has \['a'\]"):
         named(model)

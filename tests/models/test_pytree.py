@@ -210,7 +210,7 @@ def test_saved_loaded_extracted_and_injected(tmp_path: Path):
     assert jaxadapt.init(NET, LORA, keymap=adapter.keymap).shapes == adapter.shapes
     from_peft = jaxadapt.from_peft(jaxadapt.read(tmp_path), LoraTree(NET, example=[X]))
     assert all((from_peft.flat()[path] == x).all() for path, x in adapter.flat().items())
-    with pytest.raises(jaxadapt.AttachError, match="no adapter is called 'b'"):
+    with pytest.raises(jaxadapt.AttachError, match="there is no adapter 'b'"):
         jaxadapt.extract(model, name="b")
 
 

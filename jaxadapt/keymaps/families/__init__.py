@@ -223,7 +223,7 @@ def get_family(name: str, families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
         close = errors.close_matches((base,), tuple(families))
         guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise errors.KeyMapError(
-            f"no family is called {name!r}{guess} Known families: {', '.join(sorted(families))} (add /scan0, /scan1, …"
+            f"there is no family {name!r}{guess} Known families: {', '.join(sorted(families))} (add /scan0, /scan1, …"
             f" for layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 with Hugging Face's"
             " names are 'llama'"
         )

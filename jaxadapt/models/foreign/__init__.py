@@ -277,7 +277,7 @@ def get_dialect(name: str) -> Dialect:
     base, _, change = name.partition("/")
     if base not in DIALECTS or change not in ("", "flat"):
         raise KeyMapError(
-            f"no dialect is called {name!r}; known are {', '.join(sorted(DIALECTS))} (append /flat if the"
+            f"there is no dialect {name!r}; known are {', '.join(sorted(DIALECTS))} (append /flat if the"
             " layers call dot_general, so that inputs and outputs are one axis each)"
         )
     return DIALECTS[base].flattened() if change else DIALECTS[base]
