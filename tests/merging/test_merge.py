@@ -84,7 +84,7 @@ def test_several_adapters_of_a_model():
 
     both = small.variables()
     both["lora"] = {**small.variables()["lora"], **small.variables(name="other")["lora"]}
-    with pytest.raises(AttachError, match=r"carry the adapters \['default', 'other'\]"):
+    with pytest.raises(AttachError, match=r"have the adapters \['default', 'other'\]"):
         jaxadapt.merge(both)
     assert list(jaxadapt.merge(both, jaxadapt.extract(both, name="other"))["lora"]) == ["default"]
 
@@ -136,7 +136,7 @@ def test_a_copy_does_not_change_the_order_of_adapters_that_turn_the_input(place)
 def test_what_carries_no_adapter_says_so():
     for given, says in (
         (small.LinenNet(), "holds no parameters"),
-        (small.base(), "carry the adapters none"),
+        (small.base(), "have the adapters none"),
         (small.base()["params"], r"contain no adapter; pass one: merge\(params, adapter\)"),
     ):
         with pytest.raises(AttachError, match=says):
@@ -212,7 +212,7 @@ def test_variables_are_no_parameters():
     variables = small.base()
     adapter = jaxadapt.init(variables["params"], LORA, key=jax.random.key(0))
     other = adapter.named("other")
-    with pytest.raises(AttachError, match=r"carry the adapters \['other'\], but 0 are selected"):
+    with pytest.raises(AttachError, match=r"have the adapters \['other'\], but 0 are selected"):
         jaxadapt.merge({**variables, **other}, jax.tree.map(jnp.copy, adapter))
     with pytest.raises(MismatchError, match=r'These are Linen variables; .* variables\["params"\]'):
         jaxadapt.unmerge(variables, adapter)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fsspec.implementations.memory import MemoryFileSystem
 
 from benchmarks.methods import file_size, trained_size
 from jaxadapt.cli import main
@@ -42,8 +43,10 @@ def test_the_first_block_prints_what_its_comments_say(page: str, tmp_path: Path,
     assert said, "nothing is printed"
     assert len(said) == len(re.findall(r"\bprint\(", code)), "a print has no comment"
     monkeypatch.chdir(tmp_path)
+    MemoryFileSystem.store.clear()  # of another test that ran this block
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(code, page, "exec"), {"__name__": "__main__"})
+    MemoryFileSystem.store.clear()
     printed = out.getvalue().splitlines()
     assert len(printed) == len(said)
     # A remark may follow what is printed, after a colon or in parentheses.
