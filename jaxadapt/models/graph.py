@@ -341,6 +341,12 @@ def natural_key(path: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(p), "") if p.isdecimal() else (-1, p) for p in path.split("."))
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def dotted(path: Path) -> str:
+    """Return a path as a text with dots."""
+    return paths.join(*map(str, path))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelWalk:
     """The contents of a model, listed once (see `graph.walk`).
@@ -359,7 +365,7 @@ class ModelWalk:
     def modules(self) -> list[tuple[str, nnx.Module]]:
         """`(dotted path, module)`, each module once."""
         is_module = instance_test(nnx.Module)
-        return [(".".join(filter(None, map(str, path))), node) for path, node, _ in self.entries if is_module(node)]
+        return [(dotted(path), node) for path, node, _ in self.entries if is_module(node)]
 
     @functools.cached_property
     def leaves(self) -> dict[str, Owner]:
@@ -378,9 +384,7 @@ class ModelWalk:
         is_base = instance_test(nnx.Param, (AdapterParam, FrozenParam))
         owned = {id(vars(module)[attr]) for module, attr in self.leaves.values()}
         return {
-            paths.join(*map(str, path)): tuple(var.shape)
-            for path, var, _ in self.entries
-            if is_base(var) and id(var) not in owned
+            dotted(path): tuple(var.shape) for path, var, _ in self.entries if is_base(var) and id(var) not in owned
         }
 
     @functools.cached_property
@@ -421,8 +425,7 @@ def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, 
         if is_adapter(var) and var.has_metadata("adapter"):
             if site != keys[:-1]:  # the tensors of one leaf follow each other
                 site = keys[:-1]
-                *module, _, name, leaf = map(str, site)
-                by_path, prefix = adapters.setdefault(name, {}), paths.join(*module, leaf)
+                by_path, prefix = adapters.setdefault(str(site[-2]), {}), dotted((*site[:-3], site[-1]))
             by_path[f"{SHARED_NODE if is_shared(var) else prefix}.{keys[-1]}"] = var
     return adapters
 
@@ -437,10 +440,12 @@ def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
     return values_of({leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()})
 
 
-def base_shardings(owners: Mapping[str, Owner]) -> dict[str, Any]:
-    """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
+def base_shardings(owners: Mapping[str, Owner], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata.
+
+    `values` are those that `base_values` returns.
+    """
     variables: dict[str, nnx.Variable[Any]] = {leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()}
-    values = values_of(variables)
     shardings = {leaf: regions.sharding_of(value) for leaf, value in values.items()}
     for leaf, var in variables.items():
         if var.get_metadata("out_sharding", None) and regions.is_unplaced(values[leaf]):

@@ -66,7 +66,7 @@ class BaseParams:
     @functools.cached_property
     def shardings(self) -> dict[str, Any]:
         """`{path: sharding}`; None for a leaf without a sharding."""
-        return (trees if self.walked is None else graph).base_shardings(self.held)
+        return trees.base_shardings(self.held) if self.walked is None else graph.base_shardings(self.held, self.leaves)
 
     @functools.cached_property
     def keymap(self) -> KeyMap | None:

@@ -458,9 +458,9 @@ class TensorFile(TensorSource):
         Raises:
             FormatError: numpy has no such dtype.
         """
-        tensors = self.header.tensors
-        dtypes = {dtype: self._dtype(key) for dtype, key in {info.dtype: key for key, info in tensors.items()}.items()}
-        return {key: TensorSpec(info.shape, dtypes[info.dtype]) for key, info in tensors.items()}
+        kinds = {info[:2]: key for key, info in self.header.tensors.items()}  # few, so one spec for many tensors
+        specs = {(dtype, shape): TensorSpec(shape, self._dtype(key)) for (dtype, shape), key in kinds.items()}
+        return {key: specs[info[:2]] for key, info in self.header.tensors.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)

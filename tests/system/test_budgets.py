@@ -58,12 +58,12 @@ OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 40, 0, 1
 CHAIN, CIRCLES = 17, ()
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
-    "load": (25, 248),
-    "save": (22, 237),
-    "to_peft": (10, 32),
+    "load": (25, 244),
+    "save": (22, 233),
+    "to_peft": (9, 28),
     "adapt": (20, 155),
-    "inject": (8, 21),
-    "merge": (20, 183),
+    "inject": (8, 17),
+    "merge": (20, 179),
 }
 # What the tests name of the inside (`house.inner_modules`), and the places where they replace something of it.
 INNER_MODULES, REPLACED = 57, 25
