@@ -231,7 +231,7 @@ def run(rounds: int, folder: Path, with_peft: bool) -> list[str]:
             missed.append(f"30 layers: {name} {factor:.2f} x {other}, target {limit:g}")
     count = len(jax.tree.leaves(adapter))
     title = f"**30 unrolled layers, {count} tensors of {sum(x.nbytes for x in jax.tree.leaves(adapter)) / 1e6:.0f} MB"
-    head = ["way", "median ms", "best ms", "processor ms", "beside", "x clock", "x processor", "target"]
+    head = ["way", "median ms", "best ms", "CPU ms", "beside", "x clock", "x CPU time", "target"]
     print(table(f"{title}, each way in a process of its own, median of {rounds} rounds**", head, rows), flush=True)
     return missed
 

@@ -127,7 +127,7 @@ def measure(megabytes: int, repeats: int, folder: Path) -> list[str]:
     ]  # fmt: skip
     what = f"{megabytes} MB and Adam's moments"
     print(table(f"**save and wait, {what}, median of {repeats} interleaved rounds**",
-                ["save", "median ms", "best ms", "processor ms", "x raw"], rows))  # fmt: skip
+                ["save", "median ms", "best ms", "CPU ms", "x raw"], rows))  # fmt: skip
     blocked = {name: median(t.clock) for name, t in whole.items()}
     blocked[FLOOR] = blocked[OURS]
     rows = [
@@ -136,7 +136,7 @@ def measure(megabytes: int, repeats: int, folder: Path) -> list[str]:
         for name, t in early.items()
     ]  # fmt: skip
     head = ["asynchronous save", "median ms", "best ms", "of its own blocking time", f"of {OURS}'s"]
-    print(table(f"**how long the loop stands still, {what}**", head, rows))
+    print(table(f"**the stall of the loop, {what}**", head, rows))
     save, stall = ratio(whole[OURS].clock, whole[RAW].clock), median(early[OURS].clock) / median(whole[OURS].clock)
     print(f"\nsave {save:.2f} x raw, target {SAVE}; stall {stall:.3f} of the blocking time, target {STALL}")
     found = (("save {:.2f} x raw", save, SAVE), ("stall {:.3f} of the blocking time", stall, STALL))

@@ -330,7 +330,7 @@ def run(megabytes: int, rounds: int, folder: Path, with_peft: bool) -> list[str]
             + [f"{results[kind][name]:.2f}", f"{t.first * 1e3:.0f}"]
             for name, t in times.items()
         ]
-        head = [kind, "median ms", "best ms", "processor ms", "x raw", "the first ms"]
+        head = [kind, "median ms", "best ms", "CPU ms", "x raw", "the first ms"]
         print(table(f"**{kind}, {title}**", head, rows), flush=True)
         if kind == "load":
             flax = ratio(times[OURS_LOAD].clock, times["safetensors.flax"].clock)

@@ -32,7 +32,7 @@ IN_CUT = {"o_proj": (HIDDEN, HIDDEN), "down_proj": (INNER, HIDDEN)}
 # Assumed: a parallel file system as clusters have them, and JAX's coordination service as it answers on this machine.
 HOST, STORE = 1e9, 100e9  # bytes a second that one host, and all together, can write
 CALL, META, FLUSH, ANSWER = 10e-6, 100e-6, 20e-3, 0.13e-3  # seconds a write, an open file, a flush, a message
-LEAF, PART = 50e-6, 20e-6  # seconds of Python a leaf while the loop stands, and a device's small array to the host
+LEAF, PART = 50e-6, 20e-6  # seconds of Python a leaf while the loop waits, and a device's small array to the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def main() -> None:
             f"{opening + 2 * FLUSH:.2f}", f"{talking:.2f}", f"{writing + opening + 2 * FLUSH + talking:.1f}",
         ])  # fmt: skip
     head = ["what", "MB", "MB a host", "leaves", "arrays a host", "writes a host", "files opened", "messages",
-            "loop stands s", "writing s", "files s", "talking s", "in all s"]  # fmt: skip
+            "stall s", "writing s", "files s", "messages s", "total s"]  # fmt: skip
     fsdp = given.hosts * given.chips // given.tp
     mesh = f"FSDP {fsdp} × TP {given.tp}, rank {given.rank}"
     print(table(f"**{given.hosts:,} hosts of {given.chips} chips, {mesh}**", head, rows))

@@ -143,7 +143,7 @@ def judge_traffic(url: str, pid: int, given: argparse.Namespace) -> list[str]:
             of = np.percentile([1e3 * each.whole for each in found], (50, 95, 99))
             if number:
                 rounds[name].append((tokens / seconds, 1e3 * busy / tokens, *of))
-    head = ["requests for", "tokens/s", "processor ms a token", "answer, median ms", "p95 ms", "p99 ms"]
+    head = ["requests for", "tokens/s", "CPU ms a token", "answer, median ms", "p95 ms", "p99 ms"]
     medians = {name: np.median(each, axis=0) for name, each in rounds.items()}
     rows = [[name, f"{of[0]:.0f}", f"{of[1]:.1f}", *(f"{x:.0f}" for x in of[2:])] for name, of in medians.items()]
     print(table("### working sets", head, rows))
@@ -263,7 +263,7 @@ def main() -> None:
     head = [
         "requests for",
         "tokens/s",
-        "processor ms a token",
+        "CPU ms a token",
         "first token, median ms",
         "p99 ms",
         "answer, median ms",

@@ -269,7 +269,7 @@ def show(
          against[name])
         for name, of in times.items()
     ]  # fmt: skip
-    print(table(f"### {title}", ("way", "median ms", "processor ms", "ratio", "to"), rows))
+    print(table(f"### {title}", ("way", "median ms", "CPU ms", "ratio", "to"), rows))
     return ratios
 
 

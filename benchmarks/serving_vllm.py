@@ -80,7 +80,7 @@ def compare() -> None:
                 times.append((time.perf_counter() - start, time.process_time() - used))
             return np.median(times[1:], axis=0)
 
-        print("| adapters | prefill, median ms | processor ms | a decode step, median ms | processor ms |")
+        print("| adapters | prefill, median ms | CPU ms | a decode step, median ms | CPU ms |")
         print("|---|---:|---:|---:|---:|")
         for count in sorted({0, 1, 8, given.rows}):
             first, whole = seconds(count, 1), seconds(count, given.tokens)

@@ -398,7 +398,7 @@ def run(name: str, megabytes: int, rounds: int, place: str | None) -> list[str]:
     lines = [[way, f"{1e3 * statistics.median(t):.1f}", f"{1e3 * min(t):.1f}", f"{part[way]:.3f}",
               f"{ratio(t, state[MANAGER]):.3f}"] for way, t in stall.items()]  # fmt: skip
     head = ["asynchronous save", "median ms", "best ms", "of its own blocking time", f"of {MANAGER}'s"]
-    print(table(f"**how long the loop stands still, {with_moments}**", head, lines), flush=True)
+    print(table(f"**the stall of the loop, {with_moments}**", head, lines), flush=True)
     lines = [[way, f"{m['extra']:.1f}", f"{m['local']:.2f}"] for way, m in memory.items()]
     print(table(f"**growth of memory while saving, {what.split(', median')[0]}, the worst process**",
                 ["way", "MB", "x the bytes it holds"], lines), flush=True)  # fmt: skip

@@ -274,7 +274,7 @@ def match(field: str, pattern: str, name: str) -> re.Match[str] | None:
     expression = compile_pattern(field, pattern)
     if len(name) > LONGEST and REPEAT.search(pattern):
         raise ConfigError(
-            f"{field}: cannot match the expression {_show(pattern)} with a name of {len(name)} letters, which begins"
+            f"{field}: cannot match the expression {_show(pattern)} with a name of {len(name)} characters, which begins"
             f" with {name[:80]!r}: the limit is {LONGEST}; list plain names instead, which may be longer"
         )
     return expression.fullmatch(name) if field in _FULL_MATCH else expression.match(name)

@@ -85,7 +85,7 @@ def test_nothing_hangs():
 def test_a_name_too_long_for_an_expression_is_refused():
     config = LoraConfig(target_modules=r".*\.q")
     assert matching.is_target(config, "a" * 500 + ".q")
-    with pytest.raises(ConfigError, match="a name of 1002 letters, which begins with 'aaa[^:]*: the limit is 512"):
+    with pytest.raises(ConfigError, match="a name of 1002 characters, which begins with 'aaa[^:]*: the limit is 512"):
         matching.is_target(config, "a" * 1000 + ".q")
     assert matching.is_target(LoraConfig(target_modules=["q"]), "a" * 1000 + ".q")
 
