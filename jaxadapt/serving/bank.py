@@ -417,8 +417,10 @@ def write(
         new = place.prepare(new, quantized.to_dense(weights[place.row.leaf])) if place.reads else new
         changed: Tensors = {}
         for name, array in arrays.items():
-            value = jax.lax.dynamic_update_index_in_dim(array, new[name].astype(array.dtype), slot, place.layers)
             target = place.shardings.get(name)
+            # On a mesh with Explicit axes, the update must have the sharding of the array.
+            update = jax.device_put(jnp.expand_dims(new[name].astype(array.dtype), place.layers), target)
+            value = jax.lax.dynamic_update_slice_in_dim(array, update, slot, place.layers)
             changed[name] = value if target is None else jax.lax.with_sharding_constraint(value, target)
         written.append(changed)
     return tuple(written)

@@ -260,3 +260,26 @@ def test_gradients_reach_only_the_slots_in_use():
     sizes = np.array([np.abs(np.asarray(x)).max(tuple(range(1, x.ndim))) for x in jax.tree.leaves(gradient(bank))])
     assert (sizes[:, [1, 3]] > 0).all()
     assert (sizes[:, [0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize("spec", [(None, "model"), ("data", "model"), ("model", None)])
+@pytest.mark.parametrize("dora", [False, True])
+def test_put_on_a_mesh(kind: str, spec: tuple[str | None, ...], dora: bool):
+    """An adapter in a slot of a bank that is spread over devices, whichever type the axes of the mesh have."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType[kind],) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], use_dora=dora)
+    adapter = jaxadapt.init({"q": {"kernel": jnp.ones((4, 6))}}, config, key=jax.random.key(0))
+    adapter = jax.tree.map(lambda x: x + 1, adapter)
+    with jax.set_mesh(mesh):
+        base = {"q": {"kernel": jax.device_put(jnp.ones((4, 6)), sharding)}}
+        bank = serving.create(base, config, slots=3)
+        before = {name: x.sharding for name, x in bank.arrays[0].items()}
+        bank = serving.put(bank, 1, adapter, base)
+        assert all(x.sharding.is_equivalent_to(before[name], x.ndim) for name, x in bank.arrays[0].items())
+        for name in ("lora_A", "lora_B"):
+            got = np.asarray(bank.arrays[0][name])
+            np.testing.assert_array_equal(got[1], np.asarray(adapter.flat()[f"q.kernel.{name}"]).reshape(got[1].shape))
+            assert not got[0].any()
+            assert not got[2].any()
