@@ -409,6 +409,7 @@ def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None)
         leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         weight = layer.params[attr]
+        tracing.require_cover(leaf, weight.shape, adapted[leaf].axes)
         # The module reads a copy, so only reads outside its call keep the weight itself live.
         alias = jnp.zeros(weight.shape, weight.dtype)
         if not layer.known:

@@ -296,11 +296,7 @@ def rewrite(
     for name, hook in hooks.items():
         if name not in weights:
             raise AttachError(f"cannot hook the weight {name!r}: the function has only {sorted(weights)}")
-        shape, axes = _layer_shape(weights[name], hook), hook.axes
-        if sorted(axes.in_axes + axes.out_axes + axes.batch_axes) != list(range(len(shape))):
-            raise AttachError(
-                f"cannot hook the weight {name!r} of shape {shape}: the roles {axes} must cover each axis once"
-            )
+        require_cover(name, _layer_shape(weights[name], hook), hook.axes)
     traced = trace(f, weights, args)
     scope = _Scope(hooks, weights, ChainMap(), {name: [] for name in hooks})
     views = [_View(AxisLayout.identity(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
@@ -311,6 +307,16 @@ def rewrite(
         if (own := transposed_axes(axes, products, shape)) is not None:
             raise AttachError(f"{name!r}: {contradiction_message(axes, own)}")
     return traced.result([scope.plain(out) for out in outs])
+
+
+def require_cover(name: str, shape: tuple[int, ...], axes: Axes) -> None:
+    """Raise `AttachError` if the roles of a weight's axes do not cover each axis of its shape once."""
+    if sorted(axes.in_axes + axes.out_axes + axes.batch_axes) != list(range(len(shape))):
+        raise AttachError(
+            f"cannot hook the weight {name!r} of shape {shape}: the roles {axes} must cover each axis once. If it"
+            " stacks layers over which its module scans by itself, adapt a jaxadapt.models.Function of the module's"
+            " call (docs/pytrees.md), or stack the layers with nnx.scan or nnx.vmap"
+        )
 
 
 def _layer_shape(w: Any, hook: Hook | Stacked) -> tuple[int, ...]:

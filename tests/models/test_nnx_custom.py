@@ -579,3 +579,25 @@ def test_weights_that_no_module_holds_are_not_left_out_in_silence(make, tmp_path
     adapt(model, every.replace(exclude_modules=["held", "layers_0"]))
     assert set(jaxadapt.extract(model).sites) == {"out.kernel"}
     assert jaxadapt.summary(model).base_parameters == 8 * 8 + 8 * 8 + 8  # includes weights in a dict
+
+
+def test_a_module_that_scans_over_its_own_weights_is_refused_with_the_way_out():
+    def run(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    class Stack(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.ones((2, 4, 4)))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return run({"w": self.w[...]}, x)
+
+    keymap = jaxadapt.KeyMap("mine", (jaxadapt.Weight("w", "layers.{l}.q.weight", "{l} i o -> o i"),))
+    config, x = jaxadapt.LoraConfig(r=2, target_modules=["q"]), jnp.ones((1, 4))
+    model = Stack()
+    with pytest.raises(jaxadapt.AttachError, match=r"'w' of shape \(2, 4, 4\)[^\n]*adapt a jaxadapt.models.Function"):
+        jaxadapt.adapt(model, config, rngs=nnx.Rngs(0), keymap=keymap, example=[x])
+    assert nnx.state(model, jaxadapt.AdapterParam) == nnx.State({})
+    way_out = jaxadapt.models.Function(run, {"w": model.w[...]})
+    way_out = jaxadapt.adapt(way_out, config, key=jax.random.key(0), keymap=keymap, example=[x])
+    np.testing.assert_array_equal(way_out(x), model(x))
