@@ -97,7 +97,7 @@ def checkpoints_command(
         raise jaxadapt.AdapterError(
             f"{folder}: no checkpoint found; expected the step-….safetensors files of a CheckpointManager"
         )
-    objective, latest = run.objective, max(rows)
+    objective = run.objective
     best = run.best if objective else None
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     if (minimize or maximize) and best is None:
@@ -105,7 +105,10 @@ def checkpoints_command(
             f"{folder}: no step has the metric {minimize or maximize!r}; found {names or 'none'}"
         )
     if out is not None:
-        number = _resolve_step(latest, best, step)
+        try:
+            number = run.find_step(int(step) if step and step.isdecimal() else step)
+        except jaxadapt.ConfigError as error:
+            raise click.BadParameter(str(error), param_hint="--step") from error
         jaxadapt.CheckpointManager(folder, progress=True).export(number, out)
         output.print_result(as_json, {"step": number, "folder": out}, [("step", str(number)), ("folder", out)])
     elif as_json:
@@ -115,7 +118,7 @@ def checkpoints_command(
         # If the run chose the metric, name it.
         chosen = {} if minimize or maximize else objective
         suffix = "".join(f" ({_MODES[mode]} {metric})" for mode, metric in chosen.items())
-        _print_steps(names, rows, ((f"best{suffix}", best), ("latest", latest)))
+        _print_steps(names, rows, ((f"best{suffix}", best), ("latest", max(rows))))
 
 
 def _print_steps(
@@ -131,21 +134,6 @@ def _print_steps(
         for step, metrics in rows.items()
     ]
     output.print_table(("step", *names, ""), table, numbers=("step", *names))
-
-
-def _resolve_step(latest: int, best: int | None, step: str | None) -> int:
-    """Return the number of the step that --step names."""
-    if step in (None, "latest"):
-        return latest
-    if step == "best":
-        if best is None:
-            raise click.UsageError(
-                "--step best: the run recorded no metric to choose by; add --minimize METRIC or --maximize METRIC"
-            )
-        return best
-    if not step.isdecimal():
-        raise click.BadParameter(f"expected a number, latest or best, found {step!r}", param_hint="--step")
-    return int(step)
 
 
 # ---------------------------------------------------------------- serve

@@ -90,7 +90,9 @@ class RunFolder:
         """
         paths = self._list_steps()
         if not (objective := self._find_objective(paths)):
-            raise ConfigError("best: no objective is known; pass minimize= or maximize=, the name of a metric")
+            raise ConfigError(
+                "best: no objective is known; pass the name of a metric as minimize= (--minimize) or maximize="
+            )
         ranked = self._rank_steps(paths)
         best = next((step for step in ranked if step in paths), None)
         first = next(iter(ranked), None)
@@ -101,6 +103,17 @@ class RunFolder:
                 f" best of those left is {best}. With keep=, keep_best=1 keeps the best step"
             )
         return best
+
+    def find_step(self, step: int | str | None, problem: str = "") -> int:
+        """Return the number of a step: a number, "best", "latest" or None, which is the latest too.
+
+        Raises `FileError`, which begins with `problem`, if there is no such step; `ConfigError` for any other value.
+        """
+        number = self.best if step == "best" else self.latest if step in (None, "latest") else step_number(step)
+        if number is None:
+            found = "no step has the metric" if step == "best" and self.steps else "no checkpoint found"
+            raise FileError(f"{self.folder}: {problem}{found}")
+        return number
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the metrics saved with a step. Raises `FileError` if there is no such step."""
@@ -190,7 +203,8 @@ def step_number(step: Any) -> int:
         number = operator.index(step)
     except TypeError:
         raise ConfigError(
-            f"step: expected an integer, found {type(step).__name__}; call save(step, model) or restore(model, step)"
+            f"step: expected an integer, or 'best' or 'latest' to restore, found {type(step).__name__}; call save(step,"
+            " model) or restore(model, step)"
         ) from None
     if not 0 <= number < 10**18:
         raise ConfigError(f"step: expected 0 or more, found {number}")

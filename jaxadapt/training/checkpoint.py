@@ -479,7 +479,7 @@ class CheckpointManager(run_folder.RunFolder):
     def restore(
         self,
         like: Any,
-        step: int | None = None,
+        step: int | str | None = None,
         *,
         model_only: bool = False,
         opt_state: Any = None,
@@ -491,7 +491,7 @@ class CheckpointManager(run_folder.RunFolder):
         Args:
             like: a new model like the saved one. NNX models are filled in place; Linen variables and `Adapter`s are
                 returned as new values. Its arrays, which may be abstract, decide the devices.
-            step: the number of the step. Default: the latest.
+            step: the number of the step, "best" or "latest", the default.
             model_only: restore only the model, for example to evaluate a step.
             opt_state, rng, data: new values like the saved ones, to fill in the same way. Values saved as dicts, lists
                 and tuples need none.
@@ -509,9 +509,7 @@ class CheckpointManager(run_folder.RunFolder):
                 f"model_only=True does not restore {', '.join(given)}: remove model_only=True or these arguments"
             )
         self.wait()
-        if step is None:
-            step = self._run_on_leader("restore", lambda: self._existing_step(None, "cannot restore: "))
-        number = run_folder.step_number(step)
+        number = self._run_on_leader("restore", functools.partial(self.find_step, step, "cannot restore: "))
         stored = step_files.read_stored_step(self._path(number))
         if model_only:
             stored = _select_model(stored)
@@ -520,10 +518,10 @@ class CheckpointManager(run_folder.RunFolder):
         LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.arrays))
         return Restored(step=number, metrics=stored.metrics, **dict.fromkeys(step_files.PARTS) | filled)
 
-    def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
-        """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
+    def adapter(self, step: int | str | None = None, name: str = "default") -> Adapter:
+        """Return one adapter of a step as a value with numpy arrays. No model is needed; `step` is as in `restore`."""
         self.wait()
-        stored = step_files.read_stored_step(self._path(self._existing_step(step)))
+        stored = step_files.read_stored_step(self._path(self.find_step(step)))
         if stored.guest:
             raise AttachError(
                 f"{stored.path}: contains {stored.guest.get('dialect')} LoRA leaves, not an adapter of"
@@ -537,7 +535,7 @@ class CheckpointManager(run_folder.RunFolder):
 
     def export(
         self,
-        step: int | None,
+        step: int | str | None,
         path: str | os.PathLike[str],
         *,
         config: Config | None = None,
@@ -545,7 +543,7 @@ class CheckpointManager(run_folder.RunFolder):
         on_shared: str | None = None,
         **options: Any,
     ) -> None:
-        """Write the adapters of a step (None: the latest) to a folder that PEFT can load. No model is needed.
+        """Write the adapters of a step to a folder that PEFT can load. No model is needed; `step` is as in `restore`.
 
         `options` are those of `jaxadapt.save`. `name=` selects one of several adapters. `config`, `lora_alpha` and
         `on_shared` are those of `jaxadapt.models.LoraTree`: a tree of another library needs `lora_alpha=` or `config=`.
@@ -560,21 +558,15 @@ class CheckpointManager(run_folder.RunFolder):
         )
 
     def _export(
-        self, step: int | None, path: str | os.PathLike[str], wrap: Mapping[str, Any], options: dict[str, Any]
+        self, step: int | str | None, path: str | os.PathLike[str], wrap: Mapping[str, Any], options: dict[str, Any]
     ) -> None:
-        number = self._existing_step(step, "cannot export: ")
+        number = self.find_step(step, "cannot export: ")
         stored = step_files.read_stored_step(self._path(number))
         if stored.guest:
             tree = _stored_foreign_tree(stored, _read_below(stored, "guest/"))
             save_adapter.save(LoraTree(tree, **wrap), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.recipes:
             save_adapter.save(LoraTree(self.adapter(number, name), **wrap), path, name=name, **options)
-
-    def _existing_step(self, step: int | None, problem: str = "") -> int:
-        number = self.latest if step is None else run_folder.step_number(step)
-        if number is None:
-            raise FileError(f"{self.folder}: {problem}no checkpoint found")
-        return number
 
     def rollback(self, step: int) -> None:
         """Delete every step after `step`, the last first, so that training can continue from `step`."""

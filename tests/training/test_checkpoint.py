@@ -406,7 +406,7 @@ def test_each_kept_step_is_a_peft_folder_in_one_call(tmp_path: Path):
             manager.save(step, small.adapter(seed=step), opt_state={"mu": jnp.ones(3)}, metrics={"loss": loss})
     assert manager.steps == [0, 1, 2, 3]
     for step, name in [*((s, str(s)) for s in manager.steps), (manager.best, "best"), (None, "latest")]:
-        manager.export(step, tmp_path / name)
+        manager.export(name if name in ("best", "latest") else step, tmp_path / name)
         jaxadapt.save(small.adapter(seed=3 if step is None else step), tmp_path / "direct")
         assert small.files(tmp_path / name) == small.files(tmp_path / "direct")
 
@@ -445,6 +445,19 @@ def test_going_back(tmp_path: Path):
     assert (empty.steps, empty.latest) == ([], None)
     with pytest.raises(jaxadapt.FileError, match="no checkpoint"):
         empty.restore(small.host_adapter())
+
+
+def test_best_and_latest_name_a_step(tmp_path: Path):
+    with jaxadapt.CheckpointManager(tmp_path, minimize="loss") as manager:
+        for step, loss in enumerate([3.0, 1.0, 4.0]):
+            manager.save(step, small.host_adapter(fill=step), metrics={"loss": loss})
+    like = small.host_adapter()
+    assert [manager.restore(like, name).step for name in ("best", "latest", None, 0)] == [1, 2, 2, 0]
+    assert [manager.adapter(name).flat()["q_proj.kernel.lora_A"][0, 0] for name in ("best", "latest")] == [1, 2]
+    with pytest.raises(jaxadapt.FileError, match="cannot restore: no step has the metric"):
+        jaxadapt.CheckpointManager(tmp_path, minimize="error").restore(like, "best")
+    with pytest.raises(jaxadapt.ConfigError, match="'best' or 'latest' to restore, found str"):
+        manager.restore(like, "first")
 
 
 def test_two_files_of_one_step_in_a_store_are_one_step():
