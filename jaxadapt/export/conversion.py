@@ -106,11 +106,9 @@ def convert_format(
     """
     place = location.to_location(target)
     is_single = place.suffix == ".safetensors"
-    if format is not None and format not in (FILES if is_single else FOLDERS):
-        raise ConfigError(
-            f"--format {format}: expected {', '.join(FOLDERS)} with a folder as the target, or {' or '.join(FILES)}"
-            " with a file whose name ends in .safetensors"
-        )
+    if format is not None:
+        where = " for a file whose name ends in .safetensors" if is_single else " for a folder"
+        formats.require_style(place, format, FILES if is_single else FOLDERS, where)
     refuse_same(source, target)
     with reporter(progress) as report, _open_parts(source, report) as opened:
         origin = next(iter(opened.values()))
@@ -326,8 +324,7 @@ def _convert_layout(
     progress: Progress,
 ) -> Written:
     """Convert from a tree, to a tree, or a folder to other names."""
-    if style not in FOLDERS or (to_tree and style != "safetensors"):
-        raise ConfigError(f"--format {style}: expected safetensors, or bin or orbax with a folder as the target")
+    formats.require_style(target, style, ("safetensors",) if to_tree else FOLDERS, " for a tree" if to_tree else "")
     if from_tree:
         tensors = _read_tree(location.to_location(source), options, None if to_tree else options.like)
     else:

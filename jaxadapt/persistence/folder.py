@@ -239,8 +239,7 @@ def write(
     ...     jaxadapt.read(folder).config == config
     True
     """
-    if format not in ("safetensors", "bin"):
-        raise FileError(f"{os.fspath(path)}: format {format!r}: expected 'safetensors' or 'bin'")
+    formats.require_style(path, format, ("safetensors", "bin"))
     peft_folder.write_folder(tensors, path, Wanted(format), progress)
 
 

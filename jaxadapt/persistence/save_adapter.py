@@ -534,14 +534,13 @@ def save(
     ...     sorted(jaxadapt.inspect(folder).tensors)
     ['base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight']
     """
-    if format not in ("safetensors", "bin", "orbax"):
-        raise FileError(f"{os.fspath(path)}: format {format!r}: expected 'safetensors', 'bin' or 'orbax'")
+    place = path if isinstance(path, MultihostFolder) else MultihostFolder(path)
+    formats.require_style(place.path, format, ("safetensors", "bin", "orbax"))
     if isinstance(model, PeftTensors):
         raise AttachError(
             "save: expected an adapter in a model's layout, found PeftTensors; write them with"
             " jaxadapt.write(tensors, path)"
         )
-    place = path if isinstance(path, MultihostFolder) else MultihostFolder(path)
     dtype = None if dtype is None else float_dtype(dtype)
     named = {} if base_model is None else {"base_model_name_or_path": base_model}
     target = adapter_folder(place.path, name)

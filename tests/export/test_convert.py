@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,12 +17,13 @@ from safetensors.numpy import load_file, save_file
 import jaxadapt
 from jaxadapt.cli import main
 from jaxadapt.configs import matching
-from jaxadapt.export.conversion import TreeOptions, convert, rename_files
+from jaxadapt.export.conversion import TreeOptions, convert, convert_format, rename_files
 from jaxadapt.models import LoraTree
 from tests.keymaps.families import specimen_arrays, specimens
 from tests.keymaps.families.specimens import values
 from tests.models.foreign import real
 from tests.models.foreign.cases import flat
+from tests.support import small
 
 
 def recorded_tree(name: str) -> dict[str, np.ndarray]:
@@ -333,7 +335,7 @@ ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.o
         ("peft new --lora-alpha 2", "--lora-alpha is for a source tree"),
         ("peft x.safetensors --to tunix:gemma", r"of the target's shapes \(--like\)"),
         ("peft x.safetensors --to llama", "is ambiguous: pass --dialect"),
-        ("peft x.safetensors --format orbax", "--format orbax"),
+        ("peft x.safetensors --format orbax", "format: expected 'kohya-ss' or 'diffusers' for a file"),
         (
             "tree.safetensors new --from maxtext:qwen3/scan0",
             r"for example jaxadapt.models.LoraTree\(tree, lora_alpha=16\)",
@@ -400,3 +402,18 @@ def test_two_leaves_of_one_path_are_refused(tmp_path):
     assert result.exit_code == 1
     assert "two leaves have the same path" in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("call", ["save", "write", "convert", "convert a file"])
+def test_an_unknown_format_is_one_error(call: str, tmp_path: Path):
+    tensors = jaxadapt.to_peft(small.adapter())
+    jaxadapt.write(tensors, tmp_path / "peft")
+    run = {
+        "save": lambda: jaxadapt.save(small.adapter(), tmp_path / "out", format="pt"),
+        "write": lambda: jaxadapt.write(tensors, tmp_path / "out", format="pt"),
+        "convert": lambda: convert_format(tmp_path / "peft", tmp_path / "out", format="pt"),
+        "convert a file": lambda: convert_format(tmp_path / "peft", tmp_path / "o.safetensors", format="pt"),
+    }[call]
+    with pytest.raises(jaxadapt.FileError, match=r"/o\S*: format: expected '\S+' or '.*, found 'pt'$"):
+        run()
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]

@@ -174,6 +174,13 @@ def writer(style: str) -> Format:
     return load_format(next(m for m, row in FORMATS.items() if style in (*row.folders, *row.files, *row.exports)))
 
 
+def require_style(path: str | os.PathLike[str], style: str, allowed: Collection[str], where: str = "") -> None:
+    """Raise `FileError` if a style, the argument `format` of a function, is not one of those allowed."""
+    if style not in allowed:
+        names = " or ".join(map(repr, allowed))
+        raise FileError(f"{os.fspath(path)}: format: expected {names}{where}, found {style!r}")
+
+
 # ---------------------------------------------------------------- findings
 
 
