@@ -106,7 +106,8 @@ def not_an_adapter(found: Any) -> AttachError:
     """Return the error for an argument that should be an `Adapter`."""
     return AttachError(
         f"expected an Adapter, found {type(found).__name__}. jaxadapt.from_peft(tensors, model) makes an Adapter of"
-        " PeftTensors, and the model comes first, as in inject(model, adapter) and merge(model, adapter)"
+        " PeftTensors, such as jaxadapt.read(folder), and jaxadapt.extract(model) takes it out of a model. The model"
+        " comes first, as in inject(model, adapter) and merge(model, adapter)"
     )
 
 

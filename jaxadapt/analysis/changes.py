@@ -2,8 +2,7 @@
 
 The change of LoRA is ΔW = s·B·A, which is never computed; most other methods have their own `Method.measure_change`.
 With B = Qb·Rb and Aᵀ = Qa·Ra, the singular values of ΔW are those of the small matrix s·Rb·Raᵀ. The effective rank is
-exp of the entropy of the normalized singular values (Roy and Vetterli 2007): 1 for a rank-one change, and r if r
-directions have equal weight.
+exp of the entropy of the normalized singular values (Roy and Vetterli 2007): 1 to r, which is r equal directions.
 
 Norms and products of two adapters follow from small Gram matrices, as ⟨B₁·A₁, B₂·A₂⟩ = tr(B₁ᵀB₂ · A₂A₁ᵀ), and
 ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. Two steps of one run, whose factors are nearly equal, would lose their
@@ -32,6 +31,7 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Change, Config, effective_rank
 from jaxadapt.configs.full_rank import IA3Config
 from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.core import errors
 from jaxadapt.core.errors import AdapterError, ConfigError, MismatchError, Progress, bullets, byte_counter, reporter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -568,11 +568,10 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
         first, second: the adapters. Tensors may be read on demand: each thread holds those of one module.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("diff", bytes done, bytes in all).
 
-    Two steps of a run, or two ranks of one training, can be compared; the values of two runs with other seeds are alike
-    only in ΔW, not in A and B, so LoRA is compared by ΔW. A distance between adapters of different ranks is exact to
-    about 1e-8 of the norms. DoRA's magnitudes, copies of modules and other methods' tensors are compared as they are.
+    LoRA is compared by ΔW, because two runs with other seeds are alike only in ΔW, not in A and B. A distance between
+    adapters of different ranks is exact to about 1e-8 of the norms. Other tensors are compared as they are.
 
-    Raises `MismatchError` if the adapters are of different methods.
+    Raises `MismatchError` if the adapters are of different methods, `AttachError` if one is no `PeftTensors`.
 
     >>> import numpy as np, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])
@@ -583,6 +582,9 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
     >>> found.modules[0].norms, found.modules[0].distance, found.modules[0].cosine
     ((6.0, 10.0), 8.0, 0.6)
     """
+    given: tuple[Any, ...] = first, second
+    wrong = [type(each).__name__ for each in given if not isinstance(each, PeftTensors)]
+    errors.raise_listed(errors.AttachError, "diff: expected two PeftTensors, of jaxadapt.read(folder), found:", wrong)
     if first.config.peft_type != second.config.peft_type:
         raise MismatchError(
             f"cannot compare {first.source} with {second.source}: their methods are {first.config.peft_type} and"
@@ -675,13 +677,9 @@ def _compare_tensor(name: str, x: np.ndarray, y: np.ndarray, kind: str) -> Modul
 
 
 def difference_png(difference: Difference, names: tuple[str, str]) -> bytes:
-    """Return two heat maps as a PNG: relative distances and cosines. The same adapters give the same bytes.
+    """Return two heat maps as a PNG: relative distances and cosines, with the adapters' `names` in the title.
 
-    Args:
-        difference: the difference.
-        names: the adapters, for the title.
-
-    Raises `AdapterError` if matplotlib is missing, or if the adapters share no module.
+    The same adapters give the same bytes. Raises `AdapterError` without matplotlib, or if the adapters share no module.
     """
     grid = difference.grid()
     if grid is None:

@@ -416,7 +416,7 @@ def import_base(
     leaves, resolved = collect_base_leaves(model, keymap, allow_generic=True)
     shapes = leaf_shapes(leaves)
     if adapter is not None:  # raise before anything is read if the adapter does not fit
-        base_merge.plan_changes(base_merge.mergeable_leaves(carrier(model).params, adapter), adapter)
+        base_merge.plan_changes(base_merge.mergeable_leaves(carrier(model).params), adapter)
     with hf_model.open_model(location.to_location(path)) as tensors:
         hf_model.refuse_packed(tensors)
         resolved = resolved.spelling_for(tensors, shapes)

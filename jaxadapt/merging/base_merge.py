@@ -357,7 +357,7 @@ def _apply_changes(
 ) -> Any:
     """Apply the changes of several adapters to a tree or model; `task` is the name and the receiver of progress."""
     name, progress = task
-    base = mergeable_leaves(params, adapters[0])  # several adapters are those of a model
+    base = mergeable_leaves(params)  # several adapters are those of a model
     values = {path: quantized.to_dense(x) for path, x in base.items() if dequantize and quantized.is_quantized(x)}
     by_path: dict[str, list[tuple[bool, Effects, ChangedLeaf]]] = {}
     for adapter in adapters:
@@ -386,13 +386,8 @@ def _apply_changes(
     return carrier(params).replace(values)
 
 
-def mergeable_leaves(params: Any, adapter: Any) -> dict[str, Any]:
-    """Return the leaves of base parameters for a merge of an adapter.
-
-    Raises `AttachError` if `adapter` is not an `Adapter`, or if the model has active adapters.
-    """
-    if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise not_an_adapter(adapter)
+def mergeable_leaves(params: Any) -> dict[str, Any]:
+    """Return the leaves of base parameters for a merge; raise `AttachError` if the model has active adapters."""
     held = carrier(params)
     whole = held.in_place or isinstance(held, Tree)
     if whole and held.active():
@@ -431,7 +426,11 @@ def plan_changes(
 
     Args:
         weight, bias: the change of a weight and of a bias. By default the adapter is merged.
+
+    Raises `AttachError` if `adapter` is not an `Adapter`, or does not fit.
     """
+    if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise not_an_adapter(adapter)
     sites = sites_of(adapter)
     _check_fit(sites, base, adapter)
     own, shared = adapter.sites, adapter.shared

@@ -243,3 +243,11 @@ def test_two_steps_of_a_run(tmp_path):
     saved = json.loads(run("diff", tmp_path / "first", tmp_path / "second", "--json").output)
     assert document["totals"] == saved["totals"]
     assert json.loads(run("diff", steps[0], tmp_path / "first", "--json").output)["totals"]["LoRA"]["distance"] == 0
+
+
+@pytest.mark.parametrize("other", ["out/", 3, jaxadapt.LoraConfig()])
+def test_only_peft_tensors_are_compared(other):
+    tensors = jaxadapt.PeftTensors(jaxadapt.LoraConfig(target_modules=["q"]), {})
+    for pair in ((tensors, other), (other, tensors)):
+        with pytest.raises(jaxadapt.AttachError, match=rf"jaxadapt.read\(folder\)[^\n]*\n  {type(other).__name__}$"):
+            jaxadapt.analysis.diff(*pair)

@@ -546,3 +546,13 @@ def test_statistics_are_written_by_a_line_or_refused(tmp_path):
     written = load_file(tmp_path / "model.safetensors")
     assert np.array_equal(written["bn.running_mean"], np.arange(4.0))
     assert len(written) == 5
+
+
+@pytest.mark.parametrize("kind", ["folder", "tensors", "model"])
+def test_only_an_adapter_is_merged_into_the_file(kind: str, tmp_path: Path):
+    keymap = jaxadapt.KeyMap("mine", (jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),))
+    base = {"q": {"kernel": jnp.ones((2, 3))}}
+    other = {"folder": str(tmp_path), "tensors": jaxadapt.PeftTensors(jaxadapt.LoraConfig(), {}), "model": base}[kind]
+    with pytest.raises(jaxadapt.AttachError, match=rf"expected an Adapter, found {type(other).__name__}\..*from_peft"):
+        base_files.export_base(base, tmp_path / "out", other, keymap=keymap)
+    assert not (tmp_path / "out").exists()
