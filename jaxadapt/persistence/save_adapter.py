@@ -535,7 +535,8 @@ def save(
     ['base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight']
     """
     place = path if isinstance(path, MultihostFolder) else MultihostFolder(path)
-    formats.require_style(place.path, format, ("safetensors", "bin", "orbax"))
+    if format not in (styles := ("safetensors", "bin", "orbax")):
+        formats.require_style(place.path, format, styles)
     if isinstance(model, PeftTensors):
         raise AttachError(
             "save: expected an adapter in a model's layout, found PeftTensors; write them with"
