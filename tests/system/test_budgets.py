@@ -43,7 +43,7 @@ LEAVES = {
     "keymaps/families/keras_fused.py": 11,
     "keymaps/families/keras_gemma.py": 16,
     "keymaps/families/maxtext_deepseek2.py": 15,
-    "keymaps/families/maxtext_gemma4.py": 12,
+    "keymaps/families/maxtext_gemma4.py": 13,
     "keymaps/families/maxtext_gpt3.py": 5,
     "keymaps/families/maxtext_llama4.py": 13,
     "keymaps/families/maxtext_olmo3.py": 9,

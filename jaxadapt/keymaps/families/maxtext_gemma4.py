@@ -1,8 +1,9 @@
-"""MaxText's Gemma 4 (maxtext 0.2.5), 26B with experts and 31B: unrolled, and stacked in blocks of six layers.
+"""MaxText's Gemma 4 (maxtext 0.2.5): 26B with experts and 31B, unrolled and stacked in blocks of six layers; E2B, E4B.
 
 The norms store PyTorch's weight, not 1 + w as in MaxText's Gemma 2 and 3; the embedding includes the factor √d. In the
 layers with global attention, k serves as v, and there are no weights for v. The router is an `nn.Linear`; its experts
-are two arrays (expert, in, out). E2B and E4B have further leaves, so this keymap does not match them.
+are two arrays (expert, in, out). E2B and E4B, which MaxText does not stack, have embeddings for each layer. Their last
+layers use the keys and values of earlier ones, and have no weights for them.
 
 A stacked model has one leaf for the five local layers of all blocks, with two stacked axes, and one for the layer with
 global attention. The layers of both sizes are whole blocks.
@@ -12,6 +13,7 @@ from typing import Any
 
 from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms
 
+_PER_LAYER = "decoder.per_layer_embedder."
 _GATED = (("wi_0", "gate", "d f -> f d"), ("wi_1", "up", "d f -> f d"), ("wo", "down", "f d -> d f"))
 
 
@@ -31,6 +33,7 @@ def _layer(ours: str, **options: Any) -> tuple[Weight, ...]:
                 ("post_self_attention_norm", "post_attention_layernorm"),
                 ("pre_ffw_norm", "pre_feedforward_layernorm"),
                 ("post_ffw_norm", "post_feedforward_layernorm"),
+                ("post_per_layer_input_norm", "post_per_layer_input_norm"),
                 ("mlp.post_feedforward_layernorm_1", "post_feedforward_layernorm_1"),
                 ("mlp.pre_feedforward_layernorm_2", "pre_feedforward_layernorm_2"),
                 ("mlp.post_feedforward_layernorm_2", "post_feedforward_layernorm_2"),
@@ -42,6 +45,8 @@ def _layer(ours: str, **options: Any) -> tuple[Weight, ...]:
             for a, b, pattern in _GATED
         ),
         Weight(f"{ours}layer_scalar", f"{LAYER}layer_scalar", "one -> one"),
+        Weight(f"{ours}per_layer_input_gate.kernel", f"{LAYER}per_layer_input_gate.weight", "d p -> p d"),
+        Weight(f"{ours}per_layer_projection.kernel", f"{LAYER}per_layer_projection.weight", "p d -> d p"),
         Weight(f"{ours}mlp.pre_forward_scale_2", f"{LAYER}router.scale", "d -> d"),
         Weight(f"{block}MoeBlock_0.gate.kernel", f"{LAYER}router.proj.weight", "d e -> e d"),
         Weight(f"{block}MoeBlock_0.per_expert_scale", f"{LAYER}router.per_expert_scale", "e -> e"),
@@ -65,6 +70,18 @@ def _keymap(name: str, layers: tuple[Weight, ...]) -> KeyMap:
         f"maxtext:{name}",
         (
             embedding,
+            Weight(
+                f"{_PER_LAYER}embed_tokens_per_layer",
+                "model.embed_tokens_per_layer.weight",
+                "v p -> v p",
+                kind="embedding",
+            ),
+            Weight(
+                f"{_PER_LAYER}per_layer_model_projection.kernel",
+                "model.per_layer_model_projection.weight",
+                "d p -> p d",
+            ),
+            Weight(f"{_PER_LAYER}per_layer_projection_norm.scale", "model.per_layer_projection_norm.weight", "p -> p"),
             Weight("decoder.decoder_norm.scale", "model.norm.weight", "d -> d"),
             Weight("decoder.logits_dense.kernel", "lm_head.weight", "d v -> v d"),
             *layers,

@@ -75,6 +75,7 @@ class Specimen:
 
 
 _DEEP = re.compile(r"layers\.(\d+)\.post_")
+_PER_LAYER = re.compile(r"layers\.([3-9]|\d\d)\.post_per_layer_input_norm\.weight$")
 
 
 def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -83,11 +84,15 @@ def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
     Embeddings are numbers that bfloat16 has: MaxText rounds a tied one to that for its logits, whatever the dtype is.
     The norm in front of Gemma 4's experts is one number: gemma 4.0.1 and google-tunix 0.1.7 route what it gives, and
     transformers what it takes; they agree where it changes no direction. Layers beyond the sixth of a deep model add
-    little (Gemma's norms multiply by 1 + w): rounding grows with what each adds.
+    little (Gemma's norms multiply by 1 + w): rounding grows with what each adds. Gemma 4's inputs of each layer are
+    divided by their own size, which may be small: with ten layers that all add as much, the logits of transformers in
+    float32 and float64 differ by 3e-4. From the fourth layer on they add little here.
     """
     if key.endswith("pre_feedforward_layernorm_2.weight"):
         return np.full(shape, 1.25, "float32")
     x = np.asarray(np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape), "float32")
+    if _PER_LAYER.search(key):
+        return 0.05 + 0.01 * x
     norm = key.endswith("weight") and any(word in key.lower() for word in ("norm", "ln_"))
     if norm and (deep := _DEEP.search(key)) and int(deep[1]) >= 6:
         return 0.02 * x - 0.94
@@ -291,6 +296,16 @@ def _maxtext_families() -> tuple[Specimen, ...]:
             ),
             _maxtext_of("olmo3", "Olmo3ForCausalLM", {**_OLMO3, "num_hidden_layers": 4 * count}, scan, blocks=blocks),
         ]  # fmt: skip
+    small = {"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": V, "num_kv_shared_layers": 5}
+    small |= {"use_double_wide_mlp": True}
+    kinds = {"num_hidden_layers": 10, "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 2}
+    names = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+    made.append(
+        _maxtext_of(
+            "gemma4-e2b", config={**GEMMA4, **kinds, **small}, targets=(*PROJ, *names), **gemma4, **small,
+            global_head_dim=8, decoder_block="gemma4_small",
+        )
+    )  # fmt: skip
     made.append(
         _maxtext_of(
             "qwen3_next", "Qwen3NextForCausalLM", {**_QWEN3_NEXT, "num_hidden_layers": 4}, targets=_HYBRID,

@@ -30,7 +30,7 @@ if importlib.util.find_spec("peft") is not None:
 CLOSE = {"rtol": 0, "atol": 1e-4}
 EVERY = pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
 LIVE = [s for s in SPECIMENS if jax_side.here(s)]
-DIFFERING_LAYERS = ("maxtext-gemma4-31b", "maxtext-gemma4-26b")
+DIFFERING_LAYERS = ("maxtext-gemma4-31b", "maxtext-gemma4-26b", "maxtext-gemma4-e2b")
 ELSEWHERE = [s for s in SPECIMENS if (RECORDED / f"{s.name}.json").exists()]
 
 
