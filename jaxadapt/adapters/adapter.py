@@ -643,8 +643,9 @@ def map_layers(
 
     mapped: Any = apply_change
     for position, axis in enumerate(stack):  # ascending: the outermost vmap takes the last axis and moves no other
-        in_axes = {name: position if name == LAYER else axis for name in params}
-        in_axes |= dict.fromkeys((name for name in shared if name in params), None)
+        in_axes = {name: position if name == LAYER else axis for name in params} | dict.fromkeys(
+            (name for name in shared if name in params), None
+        )
         mapped = jax.vmap(mapped, in_axes=(in_axes, axis), out_axes=axis)
     return mapped(dict(params), w)
 

@@ -31,14 +31,13 @@ from typing import Any
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Site, adapted_modules
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
-from jaxadapt.keymaps import plan, pytorch
+from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.plan import Array, cut_parts, file_key, group_by_file_key, join_parts, parse_part_key, part_key
 from jaxadapt.keymaps.weight import Weight, name_regex
@@ -232,17 +231,6 @@ def is_transposed(entry: Weight) -> bool:
 
 
 # ---------------------------------------------------------------- experts
-
-
-def expert_parameters(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the names of the given leaves' parameters, for leaves that PEFT adapts by parameter name."""
-    matches = ((keymap.match(leaf), shape) for leaf, shape in shapes.items())
-    return [
-        name
-        for match, shape in matches
-        if match is not None and match.weight.by_parameter
-        for name in sites.parameter_names(match, plan.axis_sizes(match, shape)).values()
-    ]
 
 
 def per_expert_keymap(keymap: KeyMap) -> KeyMap:

@@ -296,12 +296,6 @@ _WEIGHT = Rule(
 )
 
 
-def rules_for(peft_type: str) -> tuple[Rule, ...]:
-    """Return the rules for the keys of a method, in the order in which they are undone."""
-    prefixes = _PREFIXES if is_known_method(peft_type) and not has_no_modules(peft_type) else ()
-    return (WRAPPERS, ADAPTER_NAME, *prefixes, *((_WEIGHT,) if peft_type == "LORA" else ()))
-
-
 @dataclasses.dataclass(frozen=True)
 class NormalKeys:
     """The keys of a file with PEFT's names for them.
@@ -350,7 +344,8 @@ def normalize_keys(keys: Iterable[str], peft_type: str) -> NormalKeys:
     if len(models) > 1:
         return NormalKeys(names, models=tuple(sorted(models)))
     steps: list[tuple[Rule, Mapping[str, str | None]]] = []
-    for rule in rules_for(peft_type):
+    prefixes = _PREFIXES if is_known_method(peft_type) and not has_no_modules(peft_type) else ()
+    for rule in (WRAPPERS, ADAPTER_NAME, *prefixes, *((_WEIGHT,) if peft_type == "LORA" else ())):
         now = {key: name for key, name in names.items() if name is not None}
         changed = {key: name for key, name in rule.undo(now).items() if name != now[key]}
         if changed:
@@ -373,8 +368,9 @@ def wrappers_in(keys: Iterable[str]) -> list[str]:
     """Return the wrappers' names that occur in keys, with the programs that add them where they are known."""
     keys = list(keys)
     segments = {part for key in keys for part in key.split(".")}
-    found = [f"{name}, of {program}" for name, program in _WRAPPERS.items() if name in segments]
-    found += sorted(_outer_names(keys) - {"", "module", *_WRAPPERS})
+    found = [f"{name}, of {program}" for name, program in _WRAPPERS.items() if name in segments] + sorted(
+        _outer_names(keys) - {"", "module", *_WRAPPERS}
+    )
     return found or ["module, of DataParallel"]
 
 

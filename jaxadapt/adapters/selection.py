@@ -21,9 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
-from jaxadapt.adapters import routed_experts
 from jaxadapt.adapters.adapter import (
     Covered,
     FileShapes,
@@ -36,7 +34,7 @@ from jaxadapt.adapters.adapter import (
     bind_shared,
     bind_site,
 )
-from jaxadapt.adapters.sites import bind_copies, parameter_names, resolve_tying, wrapper_depths
+from jaxadapt.adapters.sites import bind_copies, expert_parameters, parameter_names, resolve_tying, wrapper_depths
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import matching_patterns
@@ -46,13 +44,13 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import (
     MAIN_WEIGHT_NAMES,
     KeyMap,
-    Match,
     is_guess,
     is_square,
     layout_advice,
     tied_heads,
     with_layout,
 )
+from jaxadapt.keymaps.pytorch import routed_left_out
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.base import Method, get_method
 from jaxadapt.methods.prompt import PromptMethod
@@ -98,7 +96,7 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
         match = keymap.match(leaf)
         if match is None or len(match.weight.left) != len(array.shape):
             continue
-        if not isinstance(array, np.ndarray | jax.Array) or isinstance(array, Tracer):
+        if not isinstance(array, np.ndarray | jax.Array) or isinstance(array, jax.core.Tracer):
             without_values = True
             continue
         for index, parameter in match.parameters(plan.axis_sizes(match, array.shape)).items():
@@ -331,13 +329,20 @@ def resolve_config(
             layout_advice(config, "name them in exclude_modules"),
         )
     resolved = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
-    routed_experts.warn_of_all_linear(config, resolved, sorted(linear), keymap, shapes)
+    _warn_of_all_linear(config, resolved, sorted(linear), expert_parameters(keymap, shapes))
     selected = [
         match
         for match, _, modules in mapped.values()
         if any(matching.is_target(resolved, name) for name in modules.values())
     ]
     return with_layout(resolved, keymap, selected)
+
+
+def _warn_of_all_linear(config: Config, resolved: Config, linear: Collection[str], routed: Collection[str]) -> None:
+    """Warn that "all-linear" reaches no routed expert, unless the selection of the resolved names warns of it."""
+    if not routed_left_out(resolved, linear, routed):
+        for text in routed_left_out(config, linear, routed):
+            warn(text)
 
 
 def select_sites(
@@ -384,19 +389,19 @@ def _select_sites(
     mapped, unmapped = _inventory(keymap, shapes, unsure)
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
-    routed = routed_experts.list_parameters(keymap, shapes)
+    routed = expert_parameters(keymap, shapes)
     selected = matching.select_names(
         config,
         names,
         linear=_linear_modules(method, mapped),
         output=keymap.output,
-        advice="".join(routed_experts.left_out(config, (), routed)),
+        advice="".join(routed_left_out(config, (), routed)),
     )
     parameter_sites, unmatched = (
         _bind_parameters(config, method, keymap, shapes) if config.get("target_parameters") else ([], [])
     )
     chosen = (*selected, *adapted_modules(parameter_sites))
-    warnings = [*doubtful_selection(config, names, chosen), *routed_experts.left_out(config, chosen, routed)]
+    warnings = [*doubtful_selection(config, names, chosen), *routed_left_out(config, chosen, routed)]
     if unmatched and not parameter_sites and not selected:
         raise TargetError("\n".join(unmatched))
     warnings += unmatched
@@ -632,7 +637,9 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
     renamed: list[str] = []
     for site, match in matches:
         assert match is not None
-        sizes = _braced_sizes(site, match)
+        letters = zip(site.match.weight.left, match.weight.left, strict=True)  # the keymaps' letters for the same axes
+        stored = {new: site.axis_sizes.get(old, 0) for old, new in letters}
+        sizes = {axis: len(match.weight.index_names(axis) or ()) or stored[axis] for axis in match.braced}
         parameters, modules = parameter_names(match, sizes).values(), [*match.modules(sizes).values()]
         if site.method.copies:
             renamed += [name for name in site.modules if name not in parameters]
@@ -667,12 +674,3 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
     if all(matching.is_target(config, name) for name in new_names):
         return config
     return config.replace(target_modules=sorted(set(new_names)))  # full names: a suffix could match further modules
-
-
-def _braced_sizes(site: Site, match: Match) -> dict[str, int]:
-    """Return the sizes of the braced axes of another keymap's entry for the same leaf, axis by axis."""
-    sizes = {
-        new_axis: site.axis_sizes.get(old_axis, 0)
-        for old_axis, new_axis in zip(site.match.weight.left, match.weight.left, strict=True)
-    }
-    return {axis: len(match.weight.index_names(axis) or ()) or sizes[axis] for axis in match.braced}

@@ -314,8 +314,7 @@ def _check_token_indices(
             problems.append(f"{module}: modules_to_save already trains all its rows")
         problems += [
             f"{module}: token {i} is given twice" for i, count in sorted(Counter(indices).items()) if count > 1
-        ]
-        problems += [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
+        ] + [f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size]
     if isinstance(given, Mapping):
         problems += [
             f"{name}: no module has this name"
@@ -435,6 +434,25 @@ def parameter_names(match: Match, sizes: Mapping[str, int]) -> dict[Index, str]:
     return {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
 
 
+def expert_parameters(keymap: KeyMap, shapes: Mapping[str, Shape], kinds: Collection[str] = ("experts",)) -> list[str]:
+    """Return PyTorch's names of the parameters of all experts among a model's leaves.
+
+    Args:
+        kinds: the kinds of entries; "parameter" are routers.
+
+    >>> from jaxadapt.keymaps.families.moe import LLAMA4
+    >>> shapes = {"model.layers.3.feed_forward.experts.down_proj": (4, 6, 2), "model.norm.weight": (2,)}
+    >>> expert_parameters(LLAMA4, shapes)
+    ['model.layers.3.feed_forward.experts.down_proj']
+    """
+    if all(weight.kind not in kinds for weight in keymap.weights):
+        return []
+    matches = ((keymap.match(leaf), shape) for leaf, shape in shapes.items())
+    found = ((match, shape) for match, shape in matches if match is not None and match.weight.kind in kinds)
+    names = (parameter_names(match, axis_sizes(match, shape)).values() for match, shape in found)
+    return list(dict.fromkeys(name for own in names for name in own))
+
+
 def wrapper_depths(keymap: KeyMap, matches: Iterable[Match]) -> dict[str, int]:
     """Return `{leaf: number of PEFT's wrappers outside its own}` for the leaves that one adapter adapts by name."""
     order = {weight.leaf: i for i, weight in enumerate(keymap.weights)}
@@ -500,6 +518,16 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: tuple[tuple[str, Sha
     return Sites(sites, shared, method, keymap, untargeted)
 
 
+def _check_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> None:
+    """Raise `MismatchError` for each shared tensor that is missing, unknown or wrongly shaped."""
+    differences = paths.compare(
+        {each.tensor.name: paths.Spec(each.entry.shape) for each in shared},
+        {name: paths.Spec(shape) for name, shape in found.items()},
+        {each.tensor.name for each in shared if not each.tensor.trained},  # a tree of the trained parameters lacks them
+    )
+    raise_listed(MismatchError, "the adapter's shared tensors contradict its configuration:", map(str, differences))
+
+
 def _recover_adapted(
     config: Config, method: Method, keymap: KeyMap, matches: Iterable[Match], shapes: Mapping[str, Mapping[str, Shape]]
 ) -> list[Site]:
@@ -560,16 +588,6 @@ def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:
             "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
             f" variables:\n{bullets(missing)}"
         )
-
-
-def _check_shared(shared: Sequence[BoundTensor], found: Mapping[str, Shape]) -> None:
-    """Raise `MismatchError` for each shared tensor that is missing, unknown or wrongly shaped."""
-    differences = paths.compare(
-        {each.tensor.name: paths.Spec(each.entry.shape) for each in shared},
-        {name: paths.Spec(shape) for name, shape in found.items()},
-        {each.tensor.name for each in shared if not each.tensor.trained},  # a tree of the trained parameters lacks them
-    )
-    raise_listed(MismatchError, "the adapter's shared tensors contradict its configuration:", map(str, differences))
 
 
 def _stacked_sizes(config: Config, method: Method, match: Match, shapes: Mapping[str, Shape]) -> dict[str, int]:

@@ -223,6 +223,15 @@ def make_grid(measures: Sequence[_Cell], combine: Callable[[Sequence[_Cell]], _C
     return Grid(tuple(dict.fromkeys(row for row, _ in cells)), tuple(short[label] for label in labels), cells)
 
 
+def _shorten_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Return the shortest distinct ending of each label."""
+    counts = Counter(ending for label in labels for ending in matching.path_suffixes(label))
+    return {
+        label: next((e for e in matching.path_suffixes(label) if counts[e] == 1 and e.partition(".")[0] != "*"), label)
+        for label in labels
+    }
+
+
 def _split_module(module: str) -> tuple[str, int | None, str]:
     """Return the path of the layer stack of a module, its layer index, and its name in the layer."""
     parts = module.split(".")
@@ -231,15 +240,6 @@ def _split_module(module: str) -> tuple[str, int | None, str]:
         return "", None, module
     name = ".".join(parts[position + 1 :])
     return ".".join(parts[:position]), int(parts[position]), re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def _shorten_labels(labels: Sequence[str]) -> dict[str, str]:
-    """Return the shortest distinct ending of each label."""
-    counts = Counter(ending for label in labels for ending in matching.path_suffixes(label))
-    return {
-        label: next((e for e in matching.path_suffixes(label) if counts[e] == 1 and e.partition(".")[0] != "*"), label)
-        for label in labels
-    }
 
 
 def number_text(value: float | None, digits: int = 3) -> str:

@@ -106,8 +106,9 @@ def compare_logprobs(served: Mapping[str, Table], expected: Mapping[str, Table],
         f"expected the same names in both, with {base!r} for the tables without an adapter; only in one, or missing:",
         sorted({*served} ^ {*expected} | {base} - {*served}),
     )
-    tables = {("served", name): _rows(f"served {name}", table) for name, table in served.items()}
-    tables |= {("expected", name): _rows(f"expected {name}", expected[name]) for name in served}
+    tables = {("served", name): _rows(f"served {name}", table) for name, table in served.items()} | {
+        ("expected", name): _rows(f"expected {name}", expected[name]) for name in served
+    }
     lengths = {key: [len(row) for row in rows] for key, rows in tables.items()}
     first = lengths["served", base]
     raise_listed(
@@ -127,8 +128,7 @@ def _compare(name: str, served: Mapping[str, np.ndarray], expected: Mapping[str,
     change, wanted = served[name] - served[base], expected[name] - expected[base]
     # A server whose answers vary from call to call is nearer to the expected base than to its own.
     as_base = min(_mean(change), _mean(served[name] - expected[base]))
-    distances = {name: _mean(served[name] - expected[name]), base: as_base}
-    distances |= {
+    distances = {name: _mean(served[name] - expected[name]), base: as_base} | {
         other: _mean(served[name] - table)
         for other, table in expected.items()
         if other not in (name, base) and _mean(table - expected[name]) > _APART * noise

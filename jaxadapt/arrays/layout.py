@@ -16,15 +16,10 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxadapt.core.errors import MismatchError, repeated
-from jaxadapt.core.lazy import LazyModule
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = LazyModule("numpy")  # which strings and shapes do not need
+from jaxadapt.core.lazy import np
 
 # ---------------------------------------------------------------- pattern
 
@@ -74,8 +69,7 @@ def parse_pattern(text: str) -> Pattern:
     plain = frozenset(n for n in names if not n.startswith("{"))
     problems += [
         f"axis {n!r} is only on the left (put an axis that PyTorch lacks in braces)" for n in sorted(plain - set(flat))
-    ]
-    problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
+    ] + [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
     return Pattern(left, right, plain, frozenset(n.strip("{}") for n in names if n.startswith("{")), tuple(problems))
 
 

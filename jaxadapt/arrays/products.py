@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.core.errors import AttachError
@@ -384,12 +383,12 @@ def expand_over_weight(axes: Axes, vector: Array) -> Array:
     return expand_to_letters(vector, "".join(LETTERS[i] for i in axes.batch_axes + axes.out_axes), LETTERS[: axes.rank])
 
 
-def einsum(subscripts: str, *operands: Array, on: NamedSharding | None = None) -> Array:
+def einsum(subscripts: str, *operands: Array, on: jax.sharding.NamedSharding | None = None) -> Array:
     """Compute `jax.numpy.einsum`, with the result under the sharding `on` if there is one."""
     return jax.numpy.einsum(subscripts, *operands, out_sharding=on)
 
 
-def explicit_sharding(letters: str, *operands: tuple[Array, str]) -> NamedSharding | None:
+def explicit_sharding(letters: str, *operands: tuple[Array, str]) -> jax.sharding.NamedSharding | None:
     """Return the sharding of a product whose axes are `letters`, each sharded as in the first operand that has it.
 
     Meshes with explicit axes require it for a sum over axes that are sharded in both operands. On other meshes the
@@ -401,4 +400,4 @@ def explicit_sharding(letters: str, *operands: tuple[Array, str]) -> NamedShardi
     specs: dict[str, Any] = {}
     for array, axes in reversed(operands):
         specs |= dict(zip(axes, jax.typeof(array).sharding.spec, strict=True))
-    return NamedSharding(mesh, PartitionSpec(*(specs.get(letter) for letter in letters)))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(specs.get(letter) for letter in letters)))

@@ -12,16 +12,10 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, problems_text
-from jaxadapt.core.lazy import LazyModule
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-else:
-    np = LazyModule("numpy")
+from jaxadapt.core.lazy import np, npt
 
 # ---------------------------------------------------------------- dtypes
 
@@ -96,11 +90,6 @@ def float_dtype(dtype: Any, option: str = "dtype") -> np.dtype:
 def is_float(dtype: npt.DTypeLike) -> bool:
     """Return True for a dtype of floating-point numbers, also of the 8- and 16-bit ones that numpy lacks."""
     return np.dtype(dtype).kind == "f" or np.dtype(dtype).name.startswith(("bfloat", "float"))
-
-
-def can_hold(dtype: npt.DTypeLike) -> bool:
-    """Return True if safetensors files can hold this dtype."""
-    return np.dtype(dtype).name in NAMES
 
 
 ALIGNED = 64
@@ -327,8 +316,9 @@ class Derived(TensorSource):
 
 
 def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names: Mapping[str, str]) -> View:
-    origins = {key: (tensors, key) for key in tensors if key not in replaced}
-    origins |= {key: (tensors, name) for key, name in names.items()}
+    origins = {key: (tensors, key) for key in tensors if key not in replaced} | {
+        key: (tensors, name) for key, name in names.items()
+    }
     return View(tensors.source, origins | {key: (new, key) for key in new})
 
 

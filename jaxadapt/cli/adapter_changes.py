@@ -7,13 +7,21 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import jaxadapt
 from jaxadapt.cli import output, reports
+from jaxadapt.core.lazy import LazyModule, jax
 from jaxadapt.persistence import FILES, FOLDERS
+
+if TYPE_CHECKING:
+    from jaxadapt.export import adapter_files, conversion, merge_files
+else:
+    adapter_files, conversion, merge_files = (
+        LazyModule(f"jaxadapt.export.{name}") for name in ("adapter_files", "conversion", "merge_files")
+    )
 
 # ---------------------------------------------------------------- repair
 
@@ -80,8 +88,6 @@ def resize_command(adapter: str, rank: int, out: str, dtype: str | None, as_json
       jaxadapt resize out/ --rank 8 --out small/
       jaxadapt resize style.safetensors --rank 16 --out style-16.safetensors --dtype float16
     """
-    from jaxadapt.export import adapter_files
-
     error = adapter_files.resize_files(adapter, rank, out, dtype=dtype, progress=True)
     worst = max(error, key=lambda name: error[name])
     output.print_result(
@@ -113,8 +119,6 @@ def rename_command(adapter: str, out: str, old: str | None, new: str | None, bas
       jaxadapt rename out/ --out new/ --from language_model.model. --to model.language_model.
       jaxadapt rename out/ --out new/ --from "" --to model.
     """
-    from jaxadapt.export import conversion
-
     if (base is None) == (old is None and new is None):
         raise click.UsageError("give --base, or --from and --to")
     changed = conversion.rename_files(adapter, out, old=old or "", new=new or "", base=base, progress=True)
@@ -142,8 +146,6 @@ def undo_start_command(adapter: str, first: str, out: str, as_json: bool) -> Non
     Example:
       jaxadapt undo-start out/ --first before-training/ --out plain/
     """
-    from jaxadapt.export import adapter_files
-
     result = adapter_files.undo_start(adapter, first, out, progress=True)
     rank = result.config.get("r")
     output.print_result(
@@ -223,8 +225,6 @@ def convert_command(
       jaxadapt convert out/ lora.safetensors --to tunix:qwen3 --axis h=128
       jaxadapt convert out/ lora.safetensors --to gemma:gemma3 --like base.safetensors --on-shared concat
     """
-    from jaxadapt.export import conversion
-
     (source, *more) = sources
     if more:
         if any(value not in (None, {}) for value in tree.values()):
@@ -270,8 +270,6 @@ def extract_command(
       jaxadapt extract run/1000/ --config adapter_config.json --out out/
       jaxadapt extract qwix-run/1000/ --lora-alpha 16 --keymap tunix:qwen3 --out out/
     """
-    from jaxadapt.export import adapter_files
-
     result = adapter_files.extract_files(
         checkpoint, out, name=name, config=config, keymap=keymap, lora_alpha=lora_alpha, progress=True
     )
@@ -290,8 +288,6 @@ def _on_device(text: str | None) -> contextlib.AbstractContextManager[object]:
     """Return a context in which JAX computes on the device "gpu" or "gpu:1"."""
     if text is None:
         return contextlib.nullcontext()
-    import jax
-
     kind, _, number = text.partition(":")
     try:
         return jax.default_device(jax.devices(kind)[int(number or 0)])
@@ -333,8 +329,6 @@ def merge_command(
       jaxadapt merge SmolLM2-135M/ hf://org/name --out merged/ --dtype bfloat16 --device gpu:1
       jaxadapt merge SmolLM2-135M.gguf out/ --out merged.gguf --dtype q8_0
     """
-    from jaxadapt.export import merge_files
-
     is_gguf = base.endswith(".gguf")
     if dtype == "q8_0" and not is_gguf:
         raise click.BadParameter("q8_0 is a type of GGUF files: expected a BASE ending in .gguf", param_hint="--dtype")
@@ -391,10 +385,6 @@ def combine_command(
         numbers = []
     if not numbers or not all(map(math.isfinite, numbers)):
         raise click.BadParameter(f"expected numbers separated by commas, found {weights!r}", param_hint="--weights")
-    import jax
-
-    from jaxadapt.export import adapter_files
-
     is_svd, key = method.endswith("svd"), jax.random.key(seed) if method.startswith("dare") else None
     options = {"method": method, "density": density, "svd_rank": rank if is_svd else None, "key": key}
     combined = adapter_files.combine_folders(

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, Self, TypeVar, cast
 
 from jaxadapt.configs.frozen import FrozenDict, PatternIndex, Patterns, find_pattern_value, freeze, thaw
 from jaxadapt.configs.table import FACTS
@@ -34,10 +34,7 @@ from jaxadapt.configs.validation import (
     read_peft_type,
 )
 from jaxadapt.core.errors import ConfigError, raise_as, repeated
-
-if TYPE_CHECKING:
-    import numpy as np
-
+from jaxadapt.core.lazy import np
 
 # ---------------------------------------------------------------- change
 
@@ -66,16 +63,12 @@ def effective_rank(s: np.ndarray[Any, Any]) -> float:
     >>> effective_rank(np.array([2.0, 2.0, 0.0]))
     2.0
     """
-    import numpy as np
-
     p = s[s > 0] / max(s.sum(), np.finfo(s.dtype).tiny)
     return float(np.exp(-(p * np.log(p)).sum())) if p.size else 0.0
 
 
 def change_of_matrix(delta: np.ndarray[Any, Any], rank: int | None = None) -> Change:
     """Return the Frobenius norm and the effective rank of a change (out, in), in float64."""
-    import numpy as np
-
     if not np.isfinite(delta).all():  # a diverged run, on which decompositions fail
         return Change(math.nan, None, rank)
     s = np.linalg.svd(delta, compute_uv=False)

@@ -29,6 +29,7 @@ from jaxadapt.configs.validation import (
     flag_or_text,
     one_of,
 )
+from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, raise_listed
 
 # ---------------------------------------------------------------- lora variants
@@ -373,13 +374,12 @@ class LoraConfig(LoraFields, peft_type="LORA"):
             (r, *_), (alpha, *_) = ranks.values(), alphas.values()
             return self.replace(r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
         config = self.replace(rank_pattern=_patterns(ranks, self.r), alpha_pattern=_patterns(alphas, self.lora_alpha))
-        unmatched = [name for name in sorted(ranks) if config.rank_of(name) != ranks[name]]
-        unmatched += [name for name in sorted(ranks) if config.alpha_of(name) != alphas[name]]
         raise_listed(
             ConfigError,
             "rank_pattern and alpha_pattern cannot give these modules their own ranks: each name is also the end of"
             " another module's name:",
-            unmatched,
+            [name for name in sorted(ranks) if config.rank_of(name) != ranks[name]]
+            + [name for name in sorted(ranks) if config.alpha_of(name) != alphas[name]],
         )
         return config
 
@@ -404,12 +404,10 @@ class LoraConfig(LoraFields, peft_type="LORA"):
 
 def _patterns(values: Mapping[str, _V], default: _V) -> dict[str, _V]:
     """Return patterns for the names whose value is not the default."""
-    values_by_end: dict[str, set[_V]] = {}
-    for name, value in values.items():
-        values_by_end.setdefault(name.rpartition(".")[2], set()).add(value)
+    values_by_end = paths.group((name.rpartition(".")[2], value) for name, value in values.items())
     ends = {name: name.rpartition(".")[2] for name in sorted(values)}
     return {
-        end if len(values_by_end[end]) == 1 else name: values[name]
+        end if len(set(values_by_end[end])) == 1 else name: values[name]
         for name, end in ends.items()
         if values[name] != default
     }

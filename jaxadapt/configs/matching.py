@@ -260,8 +260,7 @@ def in_layers(config: Config, name: str) -> bool:
         hit = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     else:
         entries = (patterns,) if isinstance(patterns, str) else patterns
-        hits = (match("layers_pattern", entry, name) for entry in entries)
-        hit = next((hit for hit in hits if hit), None)
+        hit = next(filter(None, (match("layers_pattern", entry, name) for entry in entries)), None)
     # An alternation ("layers|h") can match without reaching the number; then the layer is unknown.
     number = None if hit is None else hit["idx"]
     # Python refuses to convert numbers of very many digits.
@@ -428,8 +427,7 @@ class MethodInfo:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         own = {name: value for name, value in vars(self).items() if name != "facts"}
-        facts = {name: getattr(self.facts, name) for name in _SHOWN}
-        return {**own, **facts, "demo": dict(self.facts.demo)}
+        return {**own, **{name: getattr(self.facts, name) for name in _SHOWN}, "demo": dict(self.facts.demo)}
 
 
 def describe_methods() -> tuple[MethodInfo, ...]:
@@ -453,15 +451,6 @@ def passing_types() -> dict[str, str]:
     """
     known = {info.peft_type for info in describe_methods()}
     return {name: PASSING.get(name, NOT_YET) for name in PEFT_TYPES if name not in known}
-
-
-def reason_not_applied(peft_type: str) -> str:
-    """Return why jaxadapt does not compute a type.
-
-    >>> reason_not_applied("MINE")
-    'it is no type of PEFT'
-    """
-    return passing_types().get(peft_type, "it is no type of PEFT")
 
 
 def _describe(peft_type: str, cls: type[Config]) -> MethodInfo:

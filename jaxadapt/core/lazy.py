@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # ---------------------------------------------------------------- lazy
 
@@ -32,8 +32,11 @@ def lazy_names(
     >>> public, load("LoraConfig").__name__
     (['LoraConfig'], 'LoraConfig')
     """
-    homes = {name: f"jaxadapt.{module}" for module, words in names.items() for name in words.split()}
-    homes |= {name: module for module, name in others} | dict.fromkeys(packages.split(), package)
+    homes = (
+        {name: f"jaxadapt.{module}" for module, words in names.items() for name in words.split()}
+        | {name: module for module, name in others}
+        | dict.fromkeys(packages.split(), package)
+    )
     public = sorted(homes)
 
     def load(name: str) -> Any:
@@ -65,6 +68,15 @@ class LazyModule(ModuleType):
         value = getattr(importlib.import_module(self.__name__), name)
         setattr(self, name, value)  # the next use does not call this function
         return value
+
+
+# Imported from here by modules whose first functions do without these libraries.
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+    import numpy.typing as npt
+else:
+    jax, np, npt = map(LazyModule, ("jax", "numpy", "numpy.typing"))
 
 
 def _explain(name: str, public: list[str], package: str) -> str:

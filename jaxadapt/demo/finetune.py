@@ -394,7 +394,9 @@ def run(
     expected, adapter_parameters = trained.logits(probe), trained.adapter_size()
     # Free the base: each process below loads its own.
     del trained
-    _return_memory()
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     file = out / "adapter_model.safetensors"
     base_parameters = model.parameters()
     console.print(_sizes(model, base_parameters, adapter_parameters, file))
@@ -440,13 +442,6 @@ def texts(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 def mean_loss(tuner: Trainer, held_out: np.ndarray) -> float:
     """Return the mean loss on the held-out chunks (24, 64)."""
     return float(np.mean([tuner.loss(rows) for rows in np.split(held_out, HELD_OUT // BATCH)]))
-
-
-def _return_memory() -> None:
-    """Return freed memory to the system: glibc keeps freed arrays of a few megabytes."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _check_arguments(steps: int, api: str, method: str) -> None:

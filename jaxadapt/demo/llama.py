@@ -214,8 +214,7 @@ def attend(
     v = value(x).reshape(heads)
     if cache is not None:
         cache, k, v = cache.append(k, v)
-    mixed = attention(q, k, v, mask=mask, is_causal=cache is None)
-    return output(mixed.reshape(*x.shape[:2], -1)), cache
+    return output(attention(q, k, v, mask=mask, is_causal=cache is None).reshape(*x.shape[:2], -1)), cache
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -35,7 +35,7 @@ from jaxadapt.core.errors import (
     reporter,
     warn,
 )
-from jaxadapt.export import conversion, expert_forms, expert_stacks, gguf_files
+from jaxadapt.export import conversion, expert_files, gguf_files
 from jaxadapt.initializers import kinds, start_adapter
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -269,8 +269,11 @@ def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) ->
         )
     left_out = reading.left_out_by_peft(names, config)
     tensors = rename(stored.tensors, {new: key for new, key in names.keys_of(name).items() if key not in left_out})
-    wrong = [found.found for found in tensor_checks.check_tensors(tensors.shapes, config) if found.code == "rank"]
-    raise_listed(MismatchError, f"{stored.source}: the configuration is not that of these tensors:", wrong)
+    raise_listed(
+        MismatchError,
+        f"{stored.source}: the configuration is not that of these tensors:",
+        [found.found for found in tensor_checks.check_tensors(tensors.shapes, config) if found.code == "rank"],
+    )
     if not _has_tensors(tensors, config):
         raise MismatchError(
             f"{stored.source}: expected tensors of {config.peft_type}, found none among {len(stored.specs)} tensors: a"
@@ -408,14 +411,14 @@ def export_adapter(
     facts = gguf_files.read_base(base) if chosen.style == "gguf" and base is not None else None
     tied = facts.tied if facts else _read_tied(base)
     with reporter(progress) as report, _open(source, report) as tensors:
-        tensors, stacks = expert_stacks.split(tensors, chosen.style, base)
+        tensors, stacks = expert_files.split(tensors, chosen.style, base)
         tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
-        tensors = expert_forms.to_form(tensors, chosen.name, base)
-        plain = expert_stacks.stack(_plain(tensors, chosen, base, first, dtype), stacks)
-        plain = expert_forms.name_shared(
+        tensors = expert_files.to_form(tensors, chosen.name, base)
+        plain = expert_files.stack(_plain(tensors, chosen, base, first, dtype), stacks)
+        plain = expert_files.name_shared(
             dataclasses.replace(plain, config=plain.config.replace(inference_mode=True)), chosen.name
         )
-        _check_reader(expert_forms.without_parameters(plain, chosen.name), chosen, tied)
+        _check_reader(expert_files.without_parameters(plain, chosen.name), chosen, tied)
         if facts is not None:
             count = gguf_files.write_adapter(plain, path, facts, dtype, report)
         else:
@@ -459,7 +462,7 @@ def _read_tied(base: Path | None) -> bool | None:
     """Return True if the base ties its head to the embedding; None without a configuration that states it."""
     if base is None or (place := location.to_location(base)).suffix == ".gguf":
         return None
-    return hf_model.read_tied(place if place.name == "config.json" else place / "config.json")
+    return hf_model.read_tied(place)
 
 
 def _plain(

@@ -210,6 +210,16 @@ def export_base(
     LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
 
 
+def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
+    """Raise `KeyMapError` for statistics of batch normalization that the export would omit."""
+    raise_listed(
+        KeyMapError,
+        "cannot export statistics of batch normalization: the keymap has no entry for them. For an NNX model, add"
+        " entries to the keymap. For Linen, pass variables['params'] and save the statistics separately:",
+        [path for path in carrier(params).statistics() if path not in leaves],
+    )
+
+
 Specs = dict[str, tuple[str, tuple[int, ...]]]
 """`{key: (dtype, shape)}`."""
 
@@ -268,16 +278,6 @@ def _split_experts(keymap: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple
             split[renamed.get(key, key)] = dtype, shape
             sources[renamed.get(key, key)] = key, ()
     return split, sources
-
-
-def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
-    """Raise `KeyMapError` for statistics of batch normalization that the export would omit."""
-    raise_listed(
-        KeyMapError,
-        "cannot export statistics of batch normalization: the keymap has no entry for them. For an NNX model, add"
-        " entries to the keymap. For Linen, pass variables['params'] and save the statistics separately:",
-        [path for path in carrier(params).statistics() if path not in leaves],
-    )
 
 
 def _encode(
@@ -465,18 +465,13 @@ def _find_sources(
     Raise `MismatchError` with all problems.
     """
     shapes = tensors.shapes
-    sources = {key: key for key in base_plan.shapes if key in shapes}
-    sources |= {
-        key: same for key, same in keymap.tied if key in base_plan.shapes and key not in shapes and same in shapes
+    ties = {key: same for key, same in keymap.tied if same in shapes}
+    sources = {key: key if key in shapes else ties[key] for key in base_plan.shapes if key in shapes or key in ties}
+    redundant = {
+        key
+        for key in shapes.keys() - base_plan.shapes.keys()
+        if check.is_buffer(keymap, key) or (key in ties and bitwise_same(tensors, key, ties[key]))
     }
-    ties = dict(keymap.tied)
-
-    def is_redundant(key: str) -> bool:
-        return check.is_buffer(keymap, key) or (
-            key in ties and ties[key] in shapes and bitwise_same(tensors, key, ties[key])
-        )
-
-    redundant = {key for key in shapes if key not in base_plan.shapes and is_redundant(key)}
     given = {key: shapes[name] for key, name in sources.items()}
     given |= {key: shape for key, shape in shapes.items() if key not in redundant and key not in given}
     _check_sources(tensors, keymap, base_plan, given, strict, leaves)
@@ -535,8 +530,7 @@ def _load_leaves(
     report: Report,
 ) -> dict[str, Any]:
     """Return new arrays with the target's dtypes and shardings; numpy arrays for the target's numpy arrays."""
-    shardings = {path: leaf.sharding for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
-    shardings |= {
+    shardings = {path: leaf.sharding for path, leaf in leaves.items() if isinstance(leaf, jax.Array)} | {
         p: regions.concrete_sharding(sharding) for p, sharding in base_shardings.items() if sharding is not None
     }
     file_dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}

@@ -314,6 +314,13 @@ def convert(
     return _convert_layout(source, target, options, from_tree, to_tree, format or "safetensors", progress)
 
 
+def _is_adapter_file(path: str | os.PathLike[str]) -> bool:
+    """Return True for one file with an adapter of a format, in place of a tree."""
+    place = location.to_location(path)
+    is_single = place.suffix == ".safetensors" and location.is_file(place)
+    return is_single and formats.find(formats.Place(path, place, None)) is not None
+
+
 def _convert_layout(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -339,13 +346,6 @@ def _convert_layout(
         tensors = dataclasses.replace(tensors, config=config)
         number = formats.writer(style).write(tensors, location.to_location(target), formats.Wanted(style), report)
     return Written(os.fspath(target), config.peft_type, number, None, config.r, config.lora_alpha)
-
-
-def _is_adapter_file(path: str | os.PathLike[str]) -> bool:
-    """Return True for one file with an adapter of a format, in place of a tree."""
-    place = location.to_location(path)
-    is_single = place.suffix == ".safetensors" and location.is_file(place)
-    return is_single and formats.find(formats.Place(path, place, None)) is not None
 
 
 def _under_other_names(tensors: PeftTensors, options: TreeOptions, from_tree: bool) -> PeftTensors:
@@ -421,7 +421,14 @@ def _under_new_names(
         changed: {module: another name}, also of modules with a copy of their parameters.
         beginning: the beginning of names to replace in the configuration, and its replacement.
     """
-    keys = _renamed_keys(tensors, changed)
+    prefixed = {PEFT_PREFIX + name: PEFT_PREFIX + to for name, to in changed.items()}
+    groups = paths.group((_rename(key, prefixed), key) for key in tensors.tensors)
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: several tensors would get one name; choose another beginning:",
+        [f"{' and '.join(own)} would be called {to}" for to, own in groups.items() if len(own) > 1],
+    )
+    keys = {to: own[0] for to, own in groups.items()}
     config = _renamed_config(tensors, changed, {name: changed.get(name, name) for name in modules}, beginning)
     return PeftTensors(config, rename(as_source(tensors.tensors), keys), tensors.source)
 
@@ -445,18 +452,6 @@ def _names_in_base(tensors: PeftTensors, modules: Iterable[str], copied: Iterabl
         if (names := verify_folder.names_in_base(each, shapes)) is not None:
             return names
     raise MismatchError(f"{tensors.source}: these modules have no counterpart in {base}:\n" + paths.bullets(in_files))
-
-
-def _renamed_keys(tensors: PeftTensors, changed: Mapping[str, str]) -> dict[str, str]:
-    """Return {new key: key}. Raises `MismatchError` if several tensors would get one key."""
-    prefixed = {PEFT_PREFIX + name: PEFT_PREFIX + to for name, to in changed.items()}
-    keys = paths.group((_rename(key, prefixed), key) for key in tensors.tensors)
-    raise_listed(
-        MismatchError,
-        f"{tensors.source}: several tensors would get one name; choose another beginning:",
-        [f"{' and '.join(own)} would be called {to}" for to, own in keys.items() if len(own) > 1],
-    )
-    return {to: own[0] for to, own in keys.items()}
 
 
 def _rename(name: str, changed: Mapping[str, str]) -> str:
@@ -583,9 +578,8 @@ def _read_tree(path: location.Location, options: TreeOptions, like: str | os.Pat
 
 
 def _noted_alpha(path: location.Location) -> float | None:
-    text = safetensors.read_header(path).metadata.get(NOTE, "{}")
     try:
-        alpha = json.loads(text).get("lora_alpha")
+        alpha = json.loads(safetensors.read_header(path).metadata.get(NOTE, "{}")).get("lora_alpha")
     except (ValueError, AttributeError):
         return None
     return alpha if isinstance(alpha, int | float) and not isinstance(alpha, bool) else None
@@ -675,12 +669,11 @@ def _lora_pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
     """Return `{module: (A, B)}`; raise `KeyMapError` for all other tensors."""
     pairs, arrays = lora_pairs(tensors.tensors), tensors.tensors
     known = {key for keys in pairs.values() for key in keys if key.endswith(".weight")}
-    problems = [key for key in arrays if key not in known]
-    problems += [f"{module}: A or B is missing" for module, keys in pairs.items() if "" in keys]
     raise_listed(
         KeyMapError,
         f"{tensors.source}: cannot convert these tensors; a tree holds only pairs of LoRA's A and B:",
-        problems,
+        [key for key in arrays if key not in known]
+        + [f"{module}: A or B is missing" for module, keys in pairs.items() if "" in keys],
     )
     return {module: (arrays[keys.a], arrays[keys.b]) for module, keys in pairs.items()}
 

@@ -427,8 +427,7 @@ def read_base(path: Any) -> Base:
     if config is None:
         raise FormatError(f"{place}: expected the config.json of the base model, or a .gguf file, found none")
     architecture = _find_architecture(config.get("model_type"), OF_ADAPTERS, place)
-    text: Any = config.get("text_config")
-    inner: Mapping[str, Any] = text if isinstance(text, Mapping) else config
+    inner = hf_model.text_fields(config)
 
     def number(*names: str, default: int | None = None) -> int:
         value: Any = next((inner[name] for name in names if inner.get(name) is not None), default)
@@ -531,12 +530,15 @@ class GgufTensors(TensorSource):
             if name in file.tensors and name not in self.names.values():
                 self.names[key], self._kinds[key] = name, kind
         rows = {key: (self.specs[key].shape[0], base.head_count(kind)) for key, kind in self._kinds.items()}
-        uneven = [
-            f"{self.names[key]}: {n} rows for {heads} heads"
-            for key, (n, heads) in rows.items()
-            if heads and n % (2 * heads)
-        ]
-        raise_listed(FormatError, f"{file.path}: the fields state other heads than the tensors have:", uneven)
+        raise_listed(
+            FormatError,
+            f"{file.path}: the fields state other heads than the tensors have:",
+            [
+                f"{self.names[key]}: {n} rows for {heads} heads"
+                for key, (n, heads) in rows.items()
+                if heads and n % (2 * heads)
+            ],
+        )
 
     @functools.cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -43,7 +43,7 @@ from jaxadapt.core.errors import (
 )
 from jaxadapt.export import base_files, conversion, gguf_files
 from jaxadapt.keymaps import families, pytorch
-from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging import base_merge
 from jaxadapt.persistence import fingerprint, folder, load_adapter, verify_folder
 from jaxadapt.storage import atomic, hf_model, location
@@ -484,7 +484,10 @@ def plan_merge(
     tensors = dataclasses.replace(tensors, config=resolve_untied_config(tensors.config, untied))
     specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in untied.tensors.specs.items()}
     keymap = load_adapter.base_keymap(tensors, untied.tensors.shapes, untied.tied)
-    params = paths.unflatten(specs | _repeated_weights(tensors, untied.tensors, keymap))
+    repeated = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in tensors.tensors}
+    # The weights that the adapter repeats are compared with the base's.
+    compared = [k for k in specs if (match := keymap.match(k)) and ".".join(match.parameter({})) in repeated]
+    params = paths.unflatten(specs | {key: untied.tensors[key] for key in compared})
     loaded = load_adapter.from_peft(tensors, params, keymap=keymap)
     return MergePlan(untied.tensors, base_merge.plan_changes(specs, loaded), len(loaded.sites), untied.is_untied)
 
@@ -551,8 +554,9 @@ def merge_gguf(
         plan = plan_merge(tensors, source, _read_adapter(adapter, exact, allow_nan, report), tensors.base.tied)
         added = {"output.weight": "lm_head.weight"} if plan.is_untied else {}
         keys = {name: key for key, name in tensors.names.items()} | added
-        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        shapes |= {name: plan.base_tensors.shapes[key] for name, key in added.items()}
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()} | {
+            name: plan.base_tensors.shapes[key] for name, key in added.items()
+        }
         fields = {name: field for name, field in file.fields.items() if name != "general.architecture"} | _FIELDS[kind]
 
         def get(name: str) -> np.ndarray:
@@ -613,9 +617,3 @@ def _read_adapter(
                 stored, {k: x for part in parts for k, x in (part or {}).items()}, tensors.source, strict=False
             )
     return tensors
-
-
-def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) -> dict[str, Any]:
-    """Return the base weights that the adapter's file also contains, such as its token embedding and head."""
-    names = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in tensors.tensors}
-    return {key: base[key] for key in base if (match := keymap.match(key)) and ".".join(match.parameter({})) in names}

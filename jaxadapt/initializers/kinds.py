@@ -316,8 +316,7 @@ def _lora_ga(x: ModuleValues) -> Factors:
             f" {GA_SCALES}, found {how.direction!r} and {how.scale!r}"
         )
     # PEFT takes the first axis of the stored weight, which is the input axis of a Conv1D.
-    width = x.w.shape[1 if x.fan_in_fan_out else 0]
-    return lora_ga(x.w, x.data, x.r, x.s, how, width, x.dtype, x.key)
+    return lora_ga(x.w, x.data, x.r, x.s, how, x.w.shape[1 if x.fan_in_fan_out else 0], x.dtype, x.key)
 
 
 KINDS: Mapping[str, InitKind] = {

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, Site, Sites
@@ -74,16 +73,17 @@ class Initialization:
     def __post_init__(self) -> None:
         if not self.kind.name:
             return
-        problems = [
-            f"{b.leaf}: it needs a linear layer whose weight is one leaf"
-            for b in self.sites
-            if (self.kind.only_matrices or b.match.weight.kind == "fused")
-            and b.effects.weight != "replaces"
-            and not self._has_matrices(b)
-        ]
-        problems += [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)]
         raise_listed(
-            ConfigError, f"{lora.init_field(self.recipe.config)} is not supported for these weights:", problems
+            ConfigError,
+            f"{lora.init_field(self.recipe.config)} is not supported for these weights:",
+            [
+                f"{b.leaf}: it needs a linear layer whose weight is one leaf"
+                for b in self.sites
+                if (self.kind.only_matrices or b.match.weight.kind == "fused")
+                and b.effects.weight != "replaces"
+                and not self._has_matrices(b)
+            ]
+            + [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)],
         )
 
     def _obstacles(self, b: Site) -> list[str]:
@@ -94,7 +94,9 @@ class Initialization:
         out_size, in_size = factors.matrix_sizes(b)
         max_rank = r if self.kind.limit is None else self.kind.limit(min(out_size, in_size))
         obstacles = {
-            "its values are needed, but only its shape is given": isinstance(leaf, jax.ShapeDtypeStruct | Tracer),
+            "its values are needed, but only its shape is given": isinstance(
+                leaf, jax.ShapeDtypeStruct | jax.core.Tracer
+            ),
             f"expected a floating dtype, found {leaf.dtype}": not jnp.issubdtype(leaf.dtype, jnp.floating),
             f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more": (
                 leaf.dtype.itemsize == 1 and not self.kind.in_8_bits

@@ -317,6 +317,17 @@ def find_components(
     return _with_ranks(config, chosen, settings), chosen
 
 
+def _state_rows(group_sites: Sequence[Site], most: Mapping[str, int]) -> dict[str, int]:
+    """Return {leaf: rows of its state, for k components}; raise `ConfigError` for layers with fewer inputs than k."""
+    k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
+    raise_listed(
+        ConfigError,
+        "r * rho exceeds the inputs of these layers; lower r or rho:",
+        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
+    )
+    return {leaf: count + 4 for leaf, count in k.items()}
+
+
 def _iterate(
     observe: Observer,
     batches: Sequence[Any],
@@ -355,17 +366,6 @@ def _iterate(
     raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
 
 
-def _state_rows(group_sites: Sequence[Site], most: Mapping[str, int]) -> dict[str, int]:
-    """Return {leaf: rows of its state, for k components}; raise `ConfigError` for layers with fewer inputs than k."""
-    k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
-    raise_listed(
-        ConfigError,
-        "r * rho exceeds the inputs of these layers; lower r or rho:",
-        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
-    )
-    return {leaf: count + 4 for leaf, count in k.items()}
-
-
 def _group_equal_inputs(adapter_sites: Sequence[Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return {module: the modules with the same inputs, itself first}."""
     groups: dict[str, list[str]] = {}
@@ -387,8 +387,7 @@ def _equal_inputs(one: np.ndarray, other: np.ndarray) -> bool:
 
 def _cosines(before: np.ndarray, after: np.ndarray, k: int) -> np.ndarray:
     a, b = before[:k], after[:k]
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(1) / np.maximum(lengths, 1e-8)
+    return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-8)
 
 
 def _distribute_ranks(

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxadapt.arrays.layout import Axes, axis_parts
+from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, bullets, raise_listed, repeated, warn
 from jaxadapt.keymaps.weight import EXPERTS, Kind, Weight
 
@@ -434,16 +435,14 @@ def sort_modules(keymap: KeyMap, modules: Iterable[str]) -> tuple[str, ...]:
     """
     modules = tuple(dict.fromkeys(modules))
     places = {name: place for place, name in enumerate(keymap.order)}
-    inside: dict[str, set[str]] = {}
-    for module in modules:
-        parts = module.split(".")
-        for i, part in enumerate(parts):
-            inside.setdefault(".".join(parts[:i]), set()).add(part)
+    inside = paths.group(
+        (".".join(parts[:i]), part) for parts in (m.split(".") for m in modules) for i, part in enumerate(parts)
+    )
     unknown = {
         re.sub(r"(?<![^.])\d+(?![^.])", "#", f"{parent}.{name}".strip("."))
         for parent, names in inside.items()
         for name in names
-        if len(names) > 1 and not name.isdigit() and name not in places
+        if len(set(names)) > 1 and not name.isdigit() and name not in places
     }
     raise_listed(
         KeyMapError,

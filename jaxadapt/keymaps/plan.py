@@ -120,8 +120,9 @@ def cut_parts(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Ar
     for name in tensors:
         value = tensors[name]
         names = groups.get(name, ())
-        parts = {key: value for key in names if parse_part_key(key).axis is None}
-        parts |= {key: value[index] for key, (_, index) in locate_parts({name: value.shape}, names).items()}
+        parts = {key: value for key in names if parse_part_key(key).axis is None} | {
+            key: value[index] for key, (_, index) in locate_parts({name: value.shape}, names).items()
+        }
         out |= parts if names and parts.keys() >= set(names) else {**parts, name: value}
     return out
 

@@ -19,12 +19,11 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
+from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.matching import is_parameter, tensor_names
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError, raise_listed
-from jaxadapt.core.name_groups import group_names
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight, name_regex
 
@@ -59,7 +58,7 @@ def adapted_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     >>> adapted_keys(["base_model.model.q.lora_A.weight"])
     {'q': {'lora_A': 'base_model.model.q.lora_A.weight'}}
     """
-    names = tensor_names(tuple(FACTS))
+    names = matching.tensor_names(tuple(FACTS))
     tensor = _tensor_pattern(names.with_parts, names.prefixes)
     matches = [(key, tensor.fullmatch(key.removeprefix(PEFT_PREFIX))) for key in keys]
     return paths.nest(
@@ -83,7 +82,7 @@ def named_parameter(config: Config, module: str) -> str:
     depth = len(module.split(".base_layer")) - 1
     owner = module.removesuffix(".base_layer" * depth)
     ends = dict.fromkeys(entry.rpartition(".")[2] for entry in config.get("target_parameters") or ())
-    adapted = sorted((end for end in ends if is_parameter(config, f"{owner}.{end}")), key=flow_position)
+    adapted = sorted((end for end in ends if matching.is_parameter(config, f"{owner}.{end}")), key=flow_position)
     position = len(adapted) - 1 - depth
     return f"{owner}.{adapted[position]}" if 0 <= position < len(adapted) else module
 
@@ -94,6 +93,22 @@ _FLOW = (
     "value", "to_v", "v", "o_proj", "out_proj", "to_out", "o", "dense", "gate_proj", "up_proj", "gate_up_proj", "c_fc",
     "fc1", "wi_0", "wi_1", "wi", "down_proj", "fc2", "wo",
 )  # fmt: skip
+
+
+def no_place_for(source: str, config: Config, keys: Iterable[str]) -> str:
+    """Return the line that tells which modules of a file a model has no place for; "" if there are none.
+
+    Args:
+        source: the file.
+        config: the configuration, which names the parameters that the keys stand for.
+        keys: the keys of the tensors without a place.
+
+    >>> from jaxadapt.configs.lora import LoraConfig
+    >>> no_place_for("out/", LoraConfig(), [f"base_model.model.h.{l}.q.lora_A.weight" for l in range(3)])
+    'out/: the model has no place for h.0-2.q (3)\\n'
+    """
+    modules = dict.fromkeys(named_parameter(config, module) for module in adapted_keys(keys))
+    return f"{source}: the model has no place for {paths.group_names(modules)}\n" if modules else ""
 
 
 def flow_position(label: str) -> int:
@@ -154,7 +169,7 @@ def state_dict_keymap(
     heads = {head for head, _ in tied}
     keys = match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
     if missing := [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}]:
-        raise MismatchError(f"{source}: the model has no place for {group_names(missing)}")
+        raise MismatchError(f"{source}: the model has no place for {paths.group_names(missing)}")
     row_modules = token_row_modules(tensors)
     lookups = {module for module, own in adapted.items() if any("_embedding_" in name for name in own)}
     linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}
@@ -331,6 +346,69 @@ def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple
     }
     moved = {name: modules[0].format(**texts) for name, modules, texts in found if name not in split}
     return split, {name: key if key.endswith(_TENSOR_ENDS) else key + _WEIGHT for name, key in moved.items()}
+
+
+# ---------------------------------------------------------------- routed experts that targets leave out
+
+
+_MATRICES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
+"""The last parts of the names of an expert's matrices, in transformers 4 and 5."""
+_IN_FILES = re.compile(r"(.+\.experts)(?:\.\d+)?\.((?:gate_up|gate|up|down)_proj|w[123])(?:\.weight)?")
+
+
+def routed_experts(keys: Iterable[str]) -> list[str]:
+    """Return the parameters of all routed experts among a base's tensors in files, which may hold each by itself.
+
+    >>> routed_experts(["model.layers.0.mlp.experts.3.up_proj.weight", "model.layers.1.mlp.experts.down_proj"])
+    ['model.layers.0.mlp.experts.gate_up_proj', 'model.layers.1.mlp.experts.down_proj']
+    """
+    found = filter(None, map(_IN_FILES.fullmatch, keys))
+    joint = {"down_proj": "down_proj", "w2": "down_proj"}
+    return list(dict.fromkeys(f"{each[1]}.{joint.get(each[2], 'gate_up_proj')}" for each in found))
+
+
+def routed_left_out(config: Config, chosen: Collection[str], parameters: Collection[str]) -> list[str]:
+    """Return a warning if the targets name a routed expert's matrices, or all layers, and reach no routed expert.
+
+    transformers 5 holds all experts of a layer in parameters, (experts, out, in), which no module's name selects:
+    `target_modules=["up_proj"]` reaches the shared experts and the dense layers of such a model, or nothing. PEFT says
+    nothing of it. Only `target_parameters` reaches them.
+
+    Targets name them if they would select them as modules: `"up_proj"` does, `"shared_experts.up_proj"` does not.
+
+    Args:
+        config: the configuration.
+        chosen: the modules and parameters that are adapted.
+        parameters: the parameters of all experts.
+
+    >>> from jaxadapt.configs.lora import LoraConfig
+    >>> config = LoraConfig(target_modules=["q_proj", "up_proj"])
+    >>> text = routed_left_out(config, ["0.q_proj", "0.shared_experts.up_proj"], ["0.experts.down_proj"])[0]
+    >>> text.partition(": ")[0], text.rpartition(". ")[2]
+    ('target_modules adapts no routed expert', "Name them too: target_parameters=['experts.down_proj']")
+    """
+    targets: str | Collection[str] | None = config.get("target_modules")
+    if not parameters or targets is None or any(".experts." in f"{name}." for name in chosen):
+        return []
+    if not matching.is_all_linear(config) and not _names_matrices(config, parameters):
+        return []
+    others = [name for name in chosen if name.rpartition(".")[2] in _MATRICES]
+    ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))
+    reached = f"; its targets reach only {paths.group_names(others)}" if others else ""
+    way = (
+        f"Name them too: target_parameters={ends}"
+        if config.peft_type == "LORA"
+        else f"{config.peft_type} adapts modules only; LoRA reaches them by target_parameters={ends}"
+    )
+    text = "target_modules adapts no routed expert: parameters of all experts of a layer hold them"
+    return [f"{text}, {paths.group_names(parameters)}, which no module's name selects{reached}. {way}"]
+
+
+def _names_matrices(config: Config, parameters: Iterable[str]) -> bool:
+    """Return True if the targets would select matrices of routed experts as modules."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    modules = (f"{owner}{end}" for owner in owners for end in ("", *(f".0.{each}" for each in _MATRICES)))
+    return any(matching.is_target(config, name) for name in modules)
 
 
 # ---------------------------------------------------------------- diffusion names

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Site, Sites, map_layers, not_an_adapter
 from jaxadapt.adapters.sites import require_complete, sites_of
@@ -84,7 +83,11 @@ class ChangedLeaf:
     @property
     def spec(self) -> jax.ShapeDtypeStruct:
         """The leaf's shape and dtype."""
-        return self.base.spec if isinstance(self.base, ChangedLeaf) else spec_of(self.base)
+        return (
+            self.base.spec
+            if isinstance(self.base, ChangedLeaf)
+            else jax.ShapeDtypeStruct(self.base.shape, self.base.dtype)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -113,12 +116,13 @@ class ChangedLeaf:
         w = base.value(at, donate, unrounded) if isinstance(base, ChangedLeaf) else _slice(base, range(base.ndim), at)
         w = w.astype("float32") if unrounded and w.dtype.itemsize < 4 else w
         slices = {site.match.weight.left[axis]: position for axis, position in at.items()}
-        params = {
-            tensor.name: _slice(self.params[tensor.name], entry.form.left, slices) for tensor, entry in site.bound
-        } | {name: _slice(x, site.match.stack, at) for name, x in site.data.items()}
-        params |= {name: x for name, x in self.params.items() if name not in site.shapes}
+        params = (
+            {tensor.name: _slice(self.params[tensor.name], entry.form.left, slices) for tensor, entry in site.bound}
+            | {name: _slice(x, site.match.stack, at) for name, x in site.data.items()}
+            | {name: x for name, x in self.params.items() if name not in site.shapes}
+        )
         single = all(isinstance(at.get(axis), int) for axis in site.match.stack)
-        change = self.leaf_change(None if isinstance(w, Tracer) else regions.sharding_of(w), single)
+        change = self.leaf_change(None if isinstance(w, jax.core.Tracer) else regions.sharding_of(w), single)
         host = isinstance(w, np.ndarray)
         changed = (_compute_in_place if donate and not host else _compute)(change, w, params)
         return np.array(changed) if host else changed  # a copy, since numpy arrays are writable
@@ -156,11 +160,6 @@ def refuse_dependent(adapters: Mapping[str, Adapter]) -> None:
         " Activate one of them, and merge it:",
         dependent,
     )
-
-
-def spec_of(x: Any) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of an array."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _slice(x: Any, axes: Sequence[Any], at: Mapping[Any, int | slice]) -> Any:
@@ -402,8 +401,7 @@ def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]
     """Raise `MismatchError` if an adapter, or a base weight that it changes, holds a NaN or an infinity."""
     arrays = {
         f"adapter: {paths.join(leaf, name)}": x for leaf, site in adapter.sites.items() for name, x in site.items()
-    }
-    arrays |= {f"base: {leaf}": base[leaf] for leaf in changed}
+    } | {f"base: {leaf}": base[leaf] for leaf in changed}
     regions.require_finite(arrays, "allow_nan=True merges them nevertheless")
 
 
@@ -456,7 +454,9 @@ def plan_changes(
     for change, leaf in {leaf.leaf_change(): leaf for leaf in changes.values()}.items():
         try:  # a method's errors are raised before any change
             arrays = {**leaf.params, **leaf.site.data}
-            jax.eval_shape(change, leaf.spec, {name: spec_of(x) for name, x in arrays.items()})
+            jax.eval_shape(
+                change, leaf.spec, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+            )
         except AttachError as error:
             raise AttachError(f"{leaf.site.leaf}: {error}") from error
     return changes

@@ -123,8 +123,7 @@ def pair_keys(tensors: PeftTensors, keep: Collection[str] = ()) -> dict[str, Pai
     config, pairs = tensors.config, lora_pairs(tensors.tensors)
     assert isinstance(config, LoraConfig)
     known = set[str]().union(*pairs.values())
-    problems = [f"{module}: expected A and B, found only {k.a or k.b}" for module, k in pairs.items() if "" in k]
-    problems += [
+    problems = [f"{module}: expected A and B, found only {k.a or k.b}" for module, k in pairs.items() if "" in k] + [
         f"{key}: not a tensor of a plain LoRA"
         for key in tensors.tensors
         if key not in known

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays import quantized
 from jaxadapt.configs.base import Config
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, TargetError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -95,9 +96,7 @@ class AdaptionPrompt(PromptMethod, peft_type="ADAPTION_PROMPT"):
     ) -> dict[str, Array]:
         weights = _projections(keymap, base)
         modules = {name.rpartition(".")[0] for name, _ in weights if self.reads(config, name)}
-        by_layer: dict[int, dict[str, Array]] = {}
-        for name, x in params.items():
-            by_layer.setdefault(layer_number(name), {})[name.rpartition(":")[2]] = x
+        by_layer = paths.nest((layer_number(name), name.rpartition(":")[2], x) for name, x in params.items())
         problems = [
             f"layer {i}: the base has no {config.target_modules} with {KEYS}" for i in by_layer if i >= len(modules)
         ]

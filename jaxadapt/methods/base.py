@@ -632,10 +632,11 @@ def get_method(config: Config) -> Method:
         )
     method = METHODS.get(config.peft_type)
     if method is None:
-        from jaxadapt.configs.matching import reason_not_applied  # only this error uses it
+        from jaxadapt.configs.matching import passing_types  # only this error uses it
 
+        reason = passing_types().get(config.peft_type, "it is no type of PEFT")
         raise ConfigError(
-            f"cannot apply peft_type {config.peft_type!r}: {reason_not_applied(config.peft_type)}. Its files can be"
+            f"cannot apply peft_type {config.peft_type!r}: {reason}. Its files can be"
             f" read and written unchanged. Implemented methods: {', '.join(sorted(METHODS))}"
         )
     method.check(config)

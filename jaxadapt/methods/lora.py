@@ -479,8 +479,10 @@ class Lora(Method, peft_type="LORA"):
 
     def row_params(self, hparams: LoraHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
         scale, used = (products.entry_values(1.0 if x is None else x, entries) for x in (hparams.scale, hparams.used))
-        tensors = {name: x for name, x in params.items() if name != DIAGONAL}
-        tensors |= {"lora_A": scale_a(params, params["lora_A"]), SCALE: scale}
+        tensors = {name: x for name, x in params.items() if name != DIAGONAL} | {
+            "lora_A": scale_a(params, params["lora_A"]),
+            SCALE: scale,
+        }
         if hparams.bias:
             bias = params["lora_B_bias"]
             tensors["lora_B_bias"] = bias * used.reshape(entries + (1,) * (bias.ndim - used.ndim)).astype(bias.dtype)

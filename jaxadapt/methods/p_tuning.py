@@ -41,8 +41,10 @@ class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
         shapes: dict[str, tuple[int, ...]] = {"embedding": (rows, d)}
         for layer, direction in itertools.product(range(config.encoder_num_layers if is_lstm else 0), _DIRECTIONS):
             prefix = f"lstm_{layer}_{direction}"
-            shapes |= {f"{prefix}_input": (2 * h if layer else d, 4 * h), f"{prefix}_hidden": (h, 4 * h)}
-            shapes |= {f"{prefix}_input_bias": (4 * h,), f"{prefix}_hidden_bias": (4 * h,)}
+            shapes |= {f"{prefix}_input": (2 * h if layer else d, 4 * h), f"{prefix}_hidden": (h, 4 * h)} | {
+                f"{prefix}_input_bias": (4 * h,),
+                f"{prefix}_hidden_bias": (4 * h,),
+            }
         for i, (before, after) in enumerate(itertools.pairwise([2 * h, 2 * h, d] if is_lstm else [d, h, h, d])):
             shapes |= {f"kernel_{i}": (before, after), f"bias_{i}": (after,)}
         return shapes
@@ -68,8 +70,7 @@ class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
 def _lstm(shared: Params, prefix: str, xs: Array, direction: str) -> Array:
     """Return the hidden states (n, h) of one direction of an LSTM layer over xs (n, d); gates in torch's order."""
     kernel = shared[f"{prefix}_hidden"]
-    bias = shared[f"{prefix}_input_bias"] + shared[f"{prefix}_hidden_bias"]
-    inputs = xs @ shared[f"{prefix}_input"] + bias[None]
+    inputs = xs @ shared[f"{prefix}_input"] + (shared[f"{prefix}_input_bias"] + shared[f"{prefix}_hidden_bias"])[None]
 
     def step(state: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], Array]:
         hidden, cell = state

@@ -66,8 +66,7 @@ class RelativeBias:
 
     def extended(self, n: int) -> RelativeBias:
         """Return the bias for n more keys before the others."""
-        first = jnp.arange(-n, 0, dtype=self.keys.dtype)
-        return dataclasses.replace(self, keys=jnp.concatenate([first, self.keys]))
+        return dataclasses.replace(self, keys=jnp.concatenate([jnp.arange(-n, 0, dtype=self.keys.dtype), self.keys]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import errors, nnx
-from flax.nnx import graphlib
-from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.arrays import quantized, regions
@@ -225,17 +223,17 @@ class _Visitor:
 
     def _classify(self, cls: type, value: Any) -> int:
         """Return the kind of a value, and keep it for its type."""
-        implementation: Any = graphlib.get_node_impl(value)
+        implementation: Any = nnx.graphlib.get_node_impl(value)
         if isinstance(value, nnx.Variable):
             kind = _VARIABLE
         elif implementation is not None:
-            kind = _NODE if isinstance(implementation, graphlib.GraphNodeImpl) else _CONTAINER
+            kind = _NODE if isinstance(implementation, nnx.graphlib.GraphNodeImpl) else _CONTAINER
             self.list_children[cls] = _children_function(cls, implementation)
-        elif graphlib.is_graph_node(value):  # a mutable array, which may be shared as a variable may
+        elif nnx.graphlib.is_graph_node(value):  # a mutable array, which may be shared as a variable may
             kind = _VARIABLE
         else:
             kind = _ARRAY if isinstance(value, jax.Array | np.ndarray) else _OTHER
-        if not issubclass(cls, Tracer):  # a traced variable has the type of a traced array
+        if not issubclass(cls, jax.core.Tracer):  # a traced variable has the type of a traced array
             self.kinds[cls] = kind
         return kind
 
@@ -269,9 +267,11 @@ def _list_flattened(children: Iterable[tuple[Any, Any]]) -> _Children:
     """List what a class's own flatten function returns; of unmarked values, those that Flax does not take as static."""
     values: dict[Any, Any] = {}
     for key, value in children:
-        if isinstance(value, graphlib.DataElem):
+        if isinstance(value, nnx.graphlib.DataElem):
             values[key] = value.value
-        elif not isinstance(value, graphlib.StaticElem) and (graphlib.is_node(value) or graphlib.is_node_leaf(value)):
+        elif not isinstance(value, nnx.graphlib.StaticElem) and (
+            nnx.graphlib.is_node(value) or nnx.graphlib.is_node_leaf(value)
+        ):
             values[key] = value
     return values, values, True
 
@@ -289,7 +289,9 @@ def instance_test(cls: Any, but: Any = ()) -> Callable[[Any], bool]:
             return answers[kind]
         answer = isinstance(value, cls) and not isinstance(value, but)
         # The type of a traced or a hijax value does not show the kind of variable that it is.
-        if not issubclass(kind, Tracer) and (issubclass(kind, nnx.Variable) or not isinstance(value, nnx.Variable)):
+        if not issubclass(kind, jax.core.Tracer) and (
+            issubclass(kind, nnx.Variable) or not isinstance(value, nnx.Variable)
+        ):
             answers[kind] = answer
         return answer
 
@@ -325,7 +327,7 @@ def _is_plain(own: type, content: type, new: type = np.ndarray) -> bool:
         nnx.Variable.set_value,
     )
     are_arrays = issubclass(content, jax.Array) and issubclass(new, jax.Array | np.ndarray)
-    return unchanged and are_arrays and not issubclass(content, Tracer)
+    return unchanged and are_arrays and not issubclass(content, jax.core.Tracer)
 
 
 # ---------------------------------------------------------------- one model

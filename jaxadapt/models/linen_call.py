@@ -46,7 +46,6 @@ from jaxadapt.methods.applied import (
 from jaxadapt.methods.base import Drop, Method, get_method
 from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.models import attention_calls, call, prompts, trees
-from jaxadapt.models.trees import Keys
 
 SEP = "~"  # marks the names of leaves that are added to `params` for one call and never stored
 DROPOUT = "dropout"  # the random stream that `flax.linen.Dropout` uses
@@ -182,18 +181,18 @@ class Overlay:
     active: Mapping[str, Adapter] = dataclasses.field(default_factory=dict[str, Adapter])
     dropout: bool = False
     prompt: prompts.Prompt | None = None
-    quantized_scopes: frozenset[Keys] = frozenset()
-    leaves: dict[Keys, Any] = dataclasses.field(default_factory=dict[Keys, Any])
-    sites: dict[Keys, dict[str, list[LeafAdapter]]] = dataclasses.field(
-        default_factory=dict[Keys, dict[str, list[LeafAdapter]]]
+    quantized_scopes: frozenset[trees.Keys] = frozenset()
+    leaves: dict[trees.Keys, Any] = dataclasses.field(default_factory=dict[trees.Keys, Any])
+    sites: dict[trees.Keys, dict[str, list[LeafAdapter]]] = dataclasses.field(
+        default_factory=dict[trees.Keys, dict[str, list[LeafAdapter]]]
     )
     with_dropout: dict[str, None] = dataclasses.field(default_factory=dict[str, None])
-    running: list[Keys] = dataclasses.field(default_factory=list[Keys])
+    running: list[trees.Keys] = dataclasses.field(default_factory=list[trees.Keys])
     notes: dict[str, str] | None = None
 
     def add(
         self,
-        keys: Keys,
+        keys: trees.Keys,
         site: Applicable,
         stack: Sequence[int],
         number: Any,
@@ -223,7 +222,7 @@ class Overlay:
             return dict(self.base)
         return {**self.base, "params": trees.overlay(self.base["params"], self.leaves)}
 
-    def restore(self, changed: Mapping[str, Any], mutable: Any, path: Keys = ()) -> Any:
+    def restore(self, changed: Mapping[str, Any], mutable: Any, path: trees.Keys = ()) -> Any:
         """Return the collections that a call returned, without the added leaves and with the adapters' collections.
 
         Args:
@@ -322,7 +321,7 @@ def build_overlay(
         for name, adapter in read.items()
         if get_method(adapter.config).scope == "model"
     }
-    stored = _quantized_modules(params, keys_by_leaf.values())
+    stored = frozenset(k[:-1] for k in keys_by_leaf.values() if quantized.is_quantized(trees.lookup(params, k)))
     overlay = Overlay(base, adapters, read, has_stream, prompts.only_one(virtual), stored)
     replacing: dict[str, dict[str, Method]] = {}
     for order, (name, adapter) in enumerate(read.items()):
@@ -352,7 +351,9 @@ def _as_dicts(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: _as_dicts(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
 
 
-def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, Keys]) -> Adapter:
+def _read_adapter(
+    adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, trees.Keys]
+) -> Adapter:
     """Return an active adapter; raise `AttachError` unless it has the wrapper's configuration and fits the base."""
     collection = collection_name(config)
     tree = trees.find_adapters(adapters).get((collection, name))
@@ -409,7 +410,7 @@ def repeat_on_stack(x: Any, stack: Sequence[int], shape: Sequence[int]) -> Any:
     return x
 
 
-def _without(tree: Mapping[str, Any], added: Collection[Keys], path: Keys = ()) -> dict[str, Any]:
+def _without(tree: Mapping[str, Any], added: Collection[trees.Keys], path: trees.Keys = ()) -> dict[str, Any]:
     """Return a parameter tree without the leaves that a call added; `path` leads to the tree."""
     kept = {k: v for k, v in tree.items() if (*path, k) not in added}
     return {k: _without(v, added, (*path, k)) if isinstance(v, Mapping) else v for k, v in kept.items()}
@@ -417,24 +418,20 @@ def _without(tree: Mapping[str, Any], added: Collection[Keys], path: Keys = ()) 
 
 def _adapter_collections(variables: Mapping[str, Any], configs: Mapping[str, Config]) -> dict[str, Any]:
     """Return the collections of the wrapper's adapters, and of all others that have a configuration."""
-    names = {collection_name(config) for config in configs.values()}
-    names |= {k[0] for k, inner in trees.find_adapters(variables).items() if k[1:] and CONFIG_NODE in inner}
+    names = {collection_name(config) for config in configs.values()} | {
+        k[0] for k, inner in trees.find_adapters(variables).items() if k[1:] and CONFIG_NODE in inner
+    }
     names |= set(map(integers_name, names))
     return {c: variables[c] for c in variables if c in names}
 
 
-def key_paths(tree: Any, prefix: Keys = ()) -> dict[str, Keys]:
+def key_paths(tree: Any, prefix: trees.Keys = ()) -> dict[str, trees.Keys]:
     """Return `{dotted path: keys}` for the leaves of nested mappings, whose keys may contain dots."""
-    out: dict[str, Keys] = {}
+    out: dict[str, trees.Keys] = {}
     for key, value in tree.items():
         keys = (*prefix, key)
         out |= key_paths(value, keys) if isinstance(value, Mapping) else {".".join(keys): keys}
     return out
-
-
-def _quantized_modules(params: Any, leaves: Iterable[Keys]) -> frozenset[Keys]:
-    """Return the paths of the modules that hold quantized weights."""
-    return frozenset(keys[:-1] for keys in leaves if quantized.is_quantized(trees.lookup(params, keys)))
 
 
 # ---------------------------------------------------------------- rows

@@ -29,9 +29,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.nnx import graphlib
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, Site, collection_name, shared_tensors
@@ -50,9 +47,9 @@ from jaxadapt.models import attention_calls, call, graph, planning, prompts
 def _sharding_metadata(site: Site, entry: plan.PlanEntry, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata from which `nnx.get_partition_spec` derives the sharding of an adapter parameter."""
     spec = base.get("out_sharding")
-    if isinstance(spec, NamedSharding):
+    if isinstance(spec, jax.sharding.NamedSharding):
         spec = spec.spec
-    if not spec or not isinstance(spec, tuple | PartitionSpec):
+    if not spec or not isinstance(spec, tuple | jax.sharding.PartitionSpec):
         return {}
     return {
         **{key: base[key] for key in ("sharding_rules", "mesh", nnx.PARTITION_NAME) if key in base},
@@ -83,7 +80,9 @@ def draw_params_key(rngs: nnx.Rngs) -> Any:
         return stream()
     key: Any = stream.key.get_value()
     count: Any = stream.count.get_value()
-    concrete = isinstance(count, jax.Array) and not isinstance(key, Tracer) and not isinstance(count, Tracer)
+    concrete = (
+        isinstance(count, jax.Array) and not isinstance(key, jax.core.Tracer) and not isinstance(count, jax.core.Tracer)
+    )
     if not concrete or key.shape or count.committed:  # also several keys, or a count committed to a device
         return stream()
     n = int(count)
@@ -102,7 +101,7 @@ def require_current_trace(modules: Iterable[Any]) -> None:
         " or create the model inside, nnx.jit(lambda: jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1)))();"
         " or return an adapted copy, jaxadapt.adapt(nnx.clone(model), …)"
     )
-    stacks = graphlib.GRAPH_CONTEXT.update_context_stacks.values()
+    stacks = nnx.graphlib.GRAPH_CONTEXT.update_context_stacks.values()
     arguments = [context.inner_ref_outer_index for stack in stacks for context in stack]
     for module in modules:
         if any(nodes is not None and module in nodes for nodes in arguments):
@@ -194,7 +193,11 @@ def _site_variables(recipe: Recipe, site: Site, values: Mapping[str, Any], base:
         return tensors
     # The layer numbers are replicated over the devices of the base weight.
     sharding = regions.sharding_of(base.get_value())
-    shardings = {} if sharding is None else dict.fromkeys(site.data, NamedSharding(sharding.mesh, PartitionSpec()))
+    shardings = (
+        {}
+        if sharding is None
+        else dict.fromkeys(site.data, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
+    )
     return tensors | {name: graph.LayerNumber(x) for name, x in regions.put_on_devices(site.data, shardings).items()}
 
 
@@ -449,8 +452,11 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
 
         return method
 
-    body: dict[str, Any] = {name: wrap(f) for name, f in graph.entry_points(base).items()}
-    body |= {"base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+    body: dict[str, Any] = {name: wrap(f) for name, f in graph.entry_points(base).items()} | {
+        "base": base,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
     subclass: Any = graph.AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
     return subclass
 

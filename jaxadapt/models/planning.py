@@ -489,8 +489,9 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        contradictions = list_contradictions(sites, base.walked.leaves)
-        raise_listed(AttachError, "these layers cannot carry the adapter:", contradictions)
+        raise_listed(
+            AttachError, "these layers cannot carry the adapter:", list_contradictions(sites, base.walked.leaves)
+        )
     if not base.assumes_flax:
         return
     attached = base.keymap
@@ -547,7 +548,16 @@ def _plan_on_model(
     unsure = frozenset(custom_leaves(owners, shapes)) if keymap == GENERIC else selection.NONE
 
     def check(config: Config, _: KeyMap) -> None:
-        _check_traceable(walked, dataclasses.replace(config, target_modules=".*") if all_linear else config)
+        config = dataclasses.replace(config, target_modules=".*") if all_linear else config
+        matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
+        if untraceable := [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]:
+            raise_listed(
+                AttachError,
+                "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example inside a"
+                " dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules, or"
+                " pass exclude_modules:",
+                untraceable,
+            )
 
     try:
         recipe, sites = selection.make_recipe(
@@ -573,18 +583,6 @@ def _plan_on_model(
     return recipe, sites
 
 
-def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
-    matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
-    if untraceable := [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]:
-        raise_listed(
-            AttachError,
-            "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
-            " inside a dict), so their use cannot be traced. Store each in a module, or leave it out of target_modules,"
-            " or pass exclude_modules:",
-            untraceable,
-        )
-
-
 def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:
     """Raise `AttachError` if `error` comes from a model whose weights Qwix holds."""
     if any(quantized.is_qwix_parameter(x) for _, node in walked.modules for x in vars(node).values()):
@@ -592,9 +590,3 @@ def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:
             f"{error}\nQwix intercepts the calls of this model, and would also quantize the adapter's inputs."
             " Convert the model with jaxadapt.models.from_qwix(model), which keeps the quantized weights"
         ) from error
-
-
-def target_keymap(base: BaseParams, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
-    """Return the keymap of a target, in the spelling of a file's `keys` (without PEFT's prefix)."""
-    keymap = base.keymap if keymap is None else keymap
-    return base.resolve_keymap(keymap).spelling_for(keys, base.shapes)

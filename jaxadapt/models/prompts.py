@@ -260,8 +260,7 @@ class Prompt:
 
     def keys_and_values(self) -> Array:
         """Return the keys and values of every attention layer, (layers, 2, n, heads · size)."""
-        layers = self.recipe.config.get("num_layers")
-        return keys_and_values(self.tokens(), layers, 2 if self.encoder_decoder else 1)
+        return keys_and_values(self.tokens(), self.recipe.config.get("num_layers"), 2 if self.encoder_decoder else 1)
 
     def tokens(self) -> Array:
         """Return the virtual tokens, (n, width) or (batch, n, width)."""

@@ -297,8 +297,7 @@ def _changed_biases(hooks: Mapping[str, Hook | Stacked], weights: Mapping[str, A
     fixed: dict[str, Any] = {}
     for module, values in modules.items():
         own = {name: hooks[path] for name in values if (path := paths.join(module, name)) in hooks}
-        changed = call.changed_bias(module, own, values)
-        fixed |= {paths.join(module, name): x for name, x in changed.items()}
+        fixed |= {paths.join(module, name): x for name, x in call.changed_bias(module, own, values).items()}
         followed = {name: hook for name, hook in own.items() if not hook.by_weight}
         others = {name: x for name, x in values.items() if name not in followed and name != "bias"}
         with raise_as(AttachError, module, AttachError):
@@ -328,8 +327,9 @@ def adapter_filter(model: Any) -> Any:
     adapters: dict[str, Adapter] = {}
     for name, adapter in model.adapters.items():
         sites = sites_of(adapter)
-        frozen = {paths.join(site.leaf, tensor.name) for site in sites for tensor in site.tensors if not tensor.trained}
-        frozen |= {each.entry.path for each in sites.shared if not each.tensor.trained}
+        frozen = {
+            paths.join(site.leaf, tensor.name) for site in sites for tensor in site.tensors if not tensor.trained
+        } | {each.entry.path for each in sites.shared if not each.tensor.trained}
         marks = {path: name in model.active and path not in frozen for path in adapter.flat()}
         adapters[name] = dataclasses.replace(adapter, params=paths.unflatten(marks))
     return model.clone(base=False, adapters=adapters, dropout_key=None if model.dropout_key is None else False)

@@ -195,8 +195,8 @@ class Summary:
                 first.adapter + ("" if first.adapter in self.active else " (inactive)"),
                 pattern,
                 str(sum(len(row.modules) or 1 for row in rows)),
-                _times(first.shape),
-                ", ".join(f"{name} {_times(shape)}" for name, shape in first.tensors.items()),
+                "×".join(map(str, first.shape)),
+                ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in first.tensors.items()),
                 first.dtype,
                 ", ".join(filter(None, (_describe_hparams(first.hparams), first.entries))),
                 first.how,
@@ -234,17 +234,24 @@ class Summary:
 
     def _group_rows(self) -> list[tuple[str, list[Row]]]:
         """Return `(leaf, or its pattern, rows)` of the rows that differ only in the numbers of their layers."""
-        groups: dict[tuple[Any, ...], list[Row]] = {}
-        for row in self.rows:
-            stem = ".".join("*" if p.isdecimal() else p for p in row.leaf.split("."))
-            tensors = tuple(row.tensors.items())
-            same = stem, row.adapter, row.shape, tensors, row.dtype, row.hparams, row.how, row.entries
-            groups.setdefault(same, []).append(row)
+        stems = (".".join("*" if p.isdecimal() else p for p in row.leaf.split(".")) for row in self.rows)
+        groups = paths.group(
+            (
+                (
+                    stem,
+                    row.adapter,
+                    row.shape,
+                    tuple(row.tensors.items()),
+                    row.dtype,
+                    row.hparams,
+                    row.how,
+                    row.entries,
+                ),
+                row,
+            )
+            for stem, row in zip(stems, self.rows, strict=True)
+        )
         return [(stem if len(rows) > 1 else rows[0].leaf, rows) for (stem, *_), rows in groups.items()]
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape))
 
 
 def _describe_hparams(hparams: Any) -> str:

@@ -369,8 +369,7 @@ def side_of(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> int | N
 def _describe_contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> Axes:
     summed, shared = (d[side] for d in eqn.params["dimension_numbers"])
     inputs, batch = sorted(layout.weight_axes(summed)), sorted(layout.weight_axes(shared))
-    out = [a for a in range(len(layout.sizes)) if a not in inputs + batch]
-    return Axes(tuple(inputs), tuple(out), tuple(batch))
+    return Axes(tuple(inputs), tuple([a for a in range(len(layout.sizes)) if a not in inputs + batch]), tuple(batch))
 
 
 # ---------------------------------------------------------------- evaluating

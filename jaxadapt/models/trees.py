@@ -18,8 +18,6 @@ import flax.linen as nn
 import jax
 from flax import nnx, serialization
 from flax.core import meta
-from flax.linen import spmd
-from jax.tree_util import FlattenedIndexKey, keystr
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import (
@@ -69,7 +67,7 @@ def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
         if regions.is_unplaced(value) and isinstance(leaf, meta.Partitioned):
             spec: Any = leaf.get_partition_spec()
             if isinstance(leaf, nn.LogicallyPartitioned):
-                spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
+                spec = nn.spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
             shardings[path] = regions.sharding_from_spec(tuple(spec), leaf.mesh)
     return shardings
 
@@ -222,8 +220,7 @@ def map_adapters(tree: Any, f: Callable[[str, Adapter], Mapping[str, Any]], name
         if keys and CONFIG_NODE in inner and (names is None or keys[-1] in names):
             values = f(keys[-1], read_adapter(inner, keys[-1]))
             for at in places(tree, keys):
-                new = replace_values(lookup(tree, at), values, boxes=False)
-                tree = with_value(tree, new, *at)
+                tree = with_value(tree, replace_values(lookup(tree, at), values, boxes=False), *at)
     return tree
 
 
@@ -242,11 +239,6 @@ def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None
             " them, for example with adapter.named('other')"
         )
     return next(iter(found.values()), None)
-
-
-def is_moment(path: str) -> bool:
-    """Return True if a leaf is part of an optimizer state, whose moments have the same names as the parameters."""
-    return "opt_state" in path.split(".")
 
 
 def read_adapter(tree: Mapping[str, Any], name: str) -> Adapter:
@@ -332,7 +324,7 @@ def _named_arrays(tree: Mapping[str, Any], collection: str, name: str) -> dict[s
     values: dict[str, Any] = {}
     for path, leaf in paths.flatten(tree).items():
         parts = [p for p in path.split(".") if p != CONFIG_NODE]
-        if not is_array(unbox_tree(leaf)) or is_moment(path):
+        if not is_array(unbox_tree(leaf)) or "opt_state" in path.split("."):
             continue
         if parts[-1] == "value":  # Orbax restores an nnx.Variable without a target as {"value": array}
             parts.pop()
@@ -441,8 +433,8 @@ def is_box(node: Any) -> bool:
 
 def _node_path(keys: Sequence[Any]) -> str:
     """Return a dotted path without an unnamed last segment, as haliax' NamedArray has."""
-    named = keys[:-1] if keys and isinstance(keys[-1], FlattenedIndexKey) else keys
-    return keystr(tuple(named), simple=True, separator=".")
+    named = keys[:-1] if keys and isinstance(keys[-1], jax.tree_util.FlattenedIndexKey) else keys
+    return jax.tree_util.keystr(tuple(named), simple=True, separator=".")
 
 
 def _names(given: Collection[str]) -> list[str]:
@@ -478,7 +470,9 @@ def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
     names = _names([_node_path(keys) for keys, _ in flat])
     for number, (keys, _) in enumerate(flat if lorax else ()):
         if _node_path(keys[:-1]) in lorax:
-            names[number] = ".".join([_node_path(keys[:-1]), "LoraWeight", keystr(keys[-1:], simple=True)])
+            names[number] = ".".join(
+                [_node_path(keys[:-1]), "LoraWeight", jax.tree_util.keystr(keys[-1:], simple=True)]
+            )
     named = list(zip(names, (node for _, node in flat), strict=True))
     leaves = {name: x for name, node in named if _is_leaf(name, x := unbox(node))}
     leaves |= {f"{path}.LoraWeight.alpha": float(node.alpha) for path, node in lorax.items()}  # static, so no leaf

@@ -281,10 +281,8 @@ def grouped(readers: Iterable[Reader]) -> list[tuple[str, str, tuple[str, ...], 
     The worst come first.
     """
     groups: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
-    for verdict in WORDS:
-        for reader in readers:
-            if reader.verdict == verdict:
-                groups.setdefault((verdict, reader.reasons, reader.remedy), []).append(reader.name)
+    for reader in (reader for verdict in WORDS for reader in readers if reader.verdict == verdict):
+        groups.setdefault((reader.verdict, reader.reasons, reader.remedy), []).append(reader.name)
     return [(verdict, ", ".join(names), reasons, remedy) for (verdict, reasons, remedy), names in groups.items()]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
+from jaxadapt.core import paths
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
 SINGLE = re.compile(r"(?P<expert>.+\.experts\.\d+\.)(?P<name>\w+)")
@@ -86,9 +87,7 @@ def missing_projections(modules: Iterable[str]) -> dict[str, list[str]]:
     >>> missing_projections(["0.mlp.experts.3.up_proj", "0.mlp.experts.3.down_proj", "0.mixer.experts.3.up_proj"])
     {'0.mlp.experts.3.up_proj': ['0.mlp.experts.3.gate_proj']}
     """
-    present: dict[str, list[str]] = {}
-    for match in filter(None, map(SINGLE.fullmatch, modules)):
-        present.setdefault(match["expert"], []).append(match["name"])
+    present = paths.group((match["expert"], match["name"]) for match in filter(None, map(SINGLE.fullmatch, modules)))
     return {
         f"{expert}{names[0]}": [f"{expert}{name}" for name in own if name not in names]
         for expert, names in present.items()

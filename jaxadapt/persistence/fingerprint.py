@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.core.errors import MismatchError, warn
+from jaxadapt.core.lazy import jax, np
 
 if TYPE_CHECKING:
     from jaxadapt.adapters.adapter import Site
@@ -222,11 +223,7 @@ def parse(value: Any) -> Fingerprint | None:
 
 def _has_values(array: Any) -> bool:
     """Return True for arrays of floating-point numbers that can be read here."""
-    import jax
-    import numpy as np
-    from jax.core import Tracer
-
-    if isinstance(array, jax.Array) and (isinstance(array, Tracer) or array.is_deleted()):
+    if isinstance(array, jax.Array) and (isinstance(array, jax.core.Tracer) or array.is_deleted()):
         return False
     return isinstance(array, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
@@ -237,8 +234,6 @@ _Request = tuple[Any, list[tuple[int, ...]], Any]
 
 def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
     """Return the digits of the values at some indices of each array, in the file's scale."""
-    import jax
-
     from jaxadapt.arrays.layout import to_file_scale
 
     gather = jax.jit(lambda array, where: array[where])
@@ -257,9 +252,6 @@ def _read_parts(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> list
     Arrays in the host's memory are read in place. The others are read on their devices, each shard on its own: on a
     device `VALUES` values, the last ones repeated. A value that only other processes hold is in no part.
     """
-    import jax
-    import numpy as np
-
     left, parts = dict(enumerate(indices)), list[tuple[list[int], Any]]()
     if not isinstance(array, jax.Array):
         return [(list(left), array[tuple(zip(*indices, strict=True))])]
@@ -283,7 +275,6 @@ def _read_parts(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> list
 def _hex(values: Any) -> str:
     """Return values as bfloat16, in hexadecimal digits."""
     import ml_dtypes
-    import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
         bits = np.asarray(values).astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)

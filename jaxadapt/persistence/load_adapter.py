@@ -402,7 +402,8 @@ def bind(
     """
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
-        keymap = planning.target_keymap(base, options.keymap, keys)
+        given = base.keymap if options.keymap is None else options.keymap
+        keymap = base.resolve_keymap(given).spelling_for(keys, base.shapes)
         if has_values and peft_tensors.may_have_experts(keys):
             fused = experts.fuse_experts(tensors, keymap, options.given.on_shared)
             tensors = dataclasses.replace(tensors, config=fused.config, tensors=fused.tensors)
@@ -458,8 +459,7 @@ def _bind_to_attached(
     if not is_alike:
         return None
     _warn_of_newer_peft(tensors, adapter_sites)
-    recipe = Recipe(config, present.keymap, len(adapter_sites))
-    return rules.Expected(tensors, recipe, adapter_sites, base, options)
+    return rules.Expected(tensors, Recipe(config, present.keymap, len(adapter_sites)), adapter_sites, base, options)
 
 
 def _warn_of_newer_peft(tensors: PeftTensors, adapter_sites: Sites) -> None:
@@ -519,16 +519,12 @@ def adapter_placement(shardings: Any, base: planning.BaseParams, adapter_sites: 
 # ---------------------------------------------------------------- models in files
 
 
-def _module_sizes(config: Config, *given: Any) -> tuple[int | None, int | None]:
-    return file_sizes(get_method(config), config, *given)
-
-
 def with_pytorch_names(tensors: PeftTensors) -> Adapter:
     """Return the adapter for a model whose parameters have PyTorch's names and layouts."""
     shapes = as_source(tensors.tensors).shapes
     weights = pytorch.weight_shapes(shapes)
     base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
-    sizes = functools.partial(_module_sizes, tensors.config)
+    sizes = functools.partial(file_sizes, get_method(tensors.config), tensors.config)
     return from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
 
 
@@ -536,6 +532,9 @@ def base_keymap(
     tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
 ) -> KeyMap:
     """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
-    shapes, sizes = as_source(tensors.tensors).shapes, functools.partial(_module_sizes, tensors.config)
+    shapes, sizes = (
+        as_source(tensors.tensors).shapes,
+        functools.partial(file_sizes, get_method(tensors.config), tensors.config),
+    )
     turned = bool(tensors.config.get("fan_in_fan_out"))
     return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)

@@ -39,7 +39,12 @@ def open_stored(
     if place.names is None and at.suffix == ".json":
         return peft_folder.StoredAdapter(source, lambda: formats.read_text(at))
     if place.names is None and run_folder.NAME.fullmatch(at.name):
-        return peft_folder.StoredAdapter(source, findings=(formats.training_step(at.parent, at.name),))
+        step = at.name.removeprefix("step-").partition(".")[0].lstrip("0") or "0"
+        finding = error(
+            "training-run", (at.name,), f"{at.name} is a training checkpoint of jaxadapt, in the model's own layout",
+            formats.EXPECTED, f"run: jaxadapt checkpoints {at.parent} --step {step} --export OUT",
+        )  # fmt: skip
+        return peft_folder.StoredAdapter(source, findings=(finding,))
     # A file with PEFT's name is PEFT's, whatever its keys are.
     file_format = None if place.names is None and at.name in location.WEIGHTS else formats.find(place)
     if file_format is None or file_format is peft_folder.FORMAT:

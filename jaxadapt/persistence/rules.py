@@ -25,8 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.sharding import Sharding
 
 from jaxadapt.adapters import initial_values, peft_tensors
 from jaxadapt.adapters.adapter import Recipe, Sites, file_entries, repeats_heads, tensor_entries
@@ -44,12 +42,11 @@ from jaxadapt.arrays.regions import (
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_block, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AdapterError, MismatchError, Report, bullets, byte_counter, no_report, warn
-from jaxadapt.keymaps import check
+from jaxadapt.keymaps import check, pytorch
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, entry_for_copy, is_guess
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.planning import BaseParams
-from jaxadapt.persistence import no_place
 from jaxadapt.storage import local_files
 
 # ---------------------------------------------------------------- expected
@@ -262,7 +259,7 @@ def _judge_base_weight(
     turns = not embeds and len(form.file_shape) == 2 and is_guess(keymap, path, expected.base.shapes[path])
     if shape != form.file_shape and not (turns and shape[::-1] == form.file_shape):
         return kind, f"{key}: expected {list(form.file_shape)} as in the base, found {list(shape)}"
-    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
+    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, jax.core.Tracer):
         return kind, None
     own, value = np.asarray(form.encode(np.asarray(leaf), number)), np.asarray(source[key])
     exact = embeds or form.is_exact  # an embedding may have been trained a little
@@ -347,7 +344,7 @@ def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
         plan.check({key: plan.shapes[key] for key in may_lack} | given.shapes, expected.file.source, unusable, keymap)
     except MismatchError as error:
         others = given.keys() - plan.keys.keys()
-        line = no_place.first_line(expected.file.source, [key for key in given if key in others], expected.file.config)
+        line = pytorch.no_place_for(expected.file.source, expected.file.config, (key for key in given if key in others))
         expected.refusals.append(f"{line}{error}{attention_hint(others)}")
     return source
 
@@ -461,7 +458,7 @@ def load_arrays(
     tensors: Mapping[str, Any],
     dtypes: Mapping[str, Any],
     dtype: Any = None,
-    shardings: Mapping[str, Sharding] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     report: Report = no_report,
     stage: str = "load",
     name: str = "the file",
@@ -515,7 +512,7 @@ def load_arrays(
 
 
 def _decode_in_memory(
-    plan: plans.Plan, tensors: Mapping[str, Any], dtype: Any, shardings: Mapping[str, Sharding], name: str
+    plan: plans.Plan, tensors: Mapping[str, Any], dtype: Any, shardings: Mapping[str, jax.sharding.Sharding], name: str
 ) -> dict[str, Any]:
     """Return `{path: array}` of JAX arrays, which may be traced."""
     leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
@@ -538,7 +535,7 @@ class _Leaf:
 
     entry: plans.PlanEntry
     dtype: np.dtype[Any]
-    sharding: Sharding | None
+    sharding: jax.sharding.Sharding | None
     nbytes: int
     is_checked: bool
     is_copy: bool

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from jax.experimental import multihost_utils
 
 from jaxadapt.adapters import experts, selection, sites
@@ -27,7 +26,6 @@ from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
-from jaxadapt.arrays.regions import Region, cast_tree
 from jaxadapt.arrays.tensor_source import cast, float_dtype
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
@@ -126,16 +124,16 @@ def combine_values(task: str, value: Any, combine: Callable[[list[Any]], Any], t
 def is_local(leaf: Any) -> bool:
     """Return True if this process has all of an array; other processes then have their own array, or none."""
     # A traced array has no devices yet, so JAX does not know if it is addressable.
-    return not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.is_fully_addressable
+    return not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or leaf.is_fully_addressable
 
 
-def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Region, np.ndarray]]:
+def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[array_regions.Region, np.ndarray]]:
     """Return {path: {box: values}} of the regions that this process writes, copied off the device.
 
     On the CPU they are views, which keep their arrays alive: see `step_files.copy_to_host`.
     """
     with name_donated_arrays(leaves):
-        owned: dict[str, dict[Region, Any]] = {}
+        owned: dict[str, dict[array_regions.Region, Any]] = {}
         for path, owners in array_regions.assign_owners(leaves).items():
             leaf = leaves[path]
             if is_local(leaf):
@@ -153,7 +151,7 @@ def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Reg
 
 
 @functools.lru_cache(maxsize=1024)
-def addressable_indices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Region, int]:
+def addressable_indices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[array_regions.Region, int]:
     """Return {box: index for `jax.Array.addressable_data`} of the regions that this process has, each once.
 
     Computed once for each sharding and shape: `addressable_shards` of thousands of arrays would delay training.
@@ -164,8 +162,8 @@ def addressable_indices(sharding: jax.sharding.Sharding, shape: tuple[int, ...])
 
 
 def join_regions(
-    regions: Mapping[Region, np.ndarray], layout: FileLayout | array_regions.Shape
-) -> Iterator[tuple[Region, np.ndarray]]:
+    regions: Mapping[array_regions.Region, np.ndarray], layout: FileLayout | array_regions.Shape
+) -> Iterator[tuple[array_regions.Region, np.ndarray]]:
     """Join regions into fewer and larger ones by `cover_regions`, without a copy where one region suffices."""
     for outer, members in cover_regions(tuple(regions), layout, next((x.itemsize for x in regions.values()), 1)):
         if len(members) == 1:
@@ -183,8 +181,8 @@ _LARGE = 16 << 10
 
 @functools.lru_cache(maxsize=1024)
 def cover_regions(
-    parts: tuple[Region, ...], layout: FileLayout | array_regions.Shape, itemsize: int
-) -> list[tuple[Region, list[tuple[Region, tuple[slice, ...]]]]]:
+    parts: tuple[array_regions.Region, ...], layout: FileLayout | array_regions.Shape, itemsize: int
+) -> list[tuple[array_regions.Region, list[tuple[array_regions.Region, tuple[slice, ...]]]]]:
     """Merge neighboring array_regions; return [(merged box, [(box, its slices in the merged box)])].
 
     Large array_regions that are contiguous in the file stay separate.
@@ -200,7 +198,7 @@ def cover_regions(
     ]
 
 
-def _is_one_run(box: Region, layout: FileLayout | array_regions.Shape) -> bool:
+def _is_one_run(box: array_regions.Region, layout: FileLayout | array_regions.Shape) -> bool:
     """Return True if a region of an array is one run of bytes in the file."""
     if not isinstance(layout, FileLayout):
         return array_regions.is_contiguous(layout, box)
@@ -215,7 +213,7 @@ def gather_array(leaf: Any) -> np.ndarray:
 
 
 def _owned_parts(
-    encoded: plans.Encoded, owned: dict[str, dict[Region, np.ndarray]], dtype: Any = None
+    encoded: plans.Encoded, owned: dict[str, dict[array_regions.Region, np.ndarray]], dtype: Any = None
 ) -> Iterator[sharded_write.TensorPart]:
     """Yield this process's parts of a shared file, in file order; remove them from `owned` to free memory."""
     left = collections.Counter(e.path for e in encoded.plan.entries)  # a tied leaf has several entries
@@ -235,7 +233,9 @@ def _gathered_parts(encoded: plans.Encoded, process: int, dtype: Any = None) -> 
             yield from _parts(entry, array_regions.full_region(entry.shape), value, dtype)
 
 
-def _parts(entry: plans.PlanEntry, box: Region, values: np.ndarray, dtype: Any) -> Iterator[sharded_write.TensorPart]:
+def _parts(
+    entry: plans.PlanEntry, box: array_regions.Region, values: np.ndarray, dtype: Any
+) -> Iterator[sharded_write.TensorPart]:
     """Yield the file parts of one region of a leaf."""
     for piece in array_regions.file_regions(entry.form, box):
         tile = piece.encode(values[array_regions.relative_slices(piece.region, box)])
@@ -337,7 +337,7 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
     def obstacle(leaf: Any) -> str | None:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return "abstract: a shape only"
-        if isinstance(leaf, Tracer):
+        if isinstance(leaf, jax.core.Tracer):
             return None if traced else "traced: inside jit, grad or vmap"
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
             return "deleted: it was donated to a jitted function"
@@ -357,7 +357,7 @@ def _encode(leaves: Mapping[str, Any], adapter_sites: sites.Sites, keymap: KeyMa
             "these modules or parameters have tensors, but target_modules (or target_parameters) of the configuration"
             " does not name them, so a reader would drop them:\n" + bullets(adapter_sites.untargeted)
         )
-    host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+    host = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
     if host:
         _require_zeros(adapter_sites, leaves)
     return make_file_plan(adapter_sites).encode(leaves, host)
@@ -553,7 +553,7 @@ def save(
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(inference_mode=True, **named))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
-                adapter = cast_tree(adapter, dtype, "this adapter")
+                adapter = array_regions.cast_tree(adapter, dtype, "this adapter")
         write = formats.writer("orbax").write_adapter
         assert write is not None
         with reporter(progress) as report:

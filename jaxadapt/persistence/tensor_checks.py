@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from jaxadapt.adapters import peft_tensors
 from jaxadapt.configs import matching
@@ -18,14 +18,12 @@ from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.table import FACTS
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError
+from jaxadapt.core.lazy import np
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.pytorch import named_parameter
 from jaxadapt.persistence.formats import Finding, count, error, first, such_as, warning, with_subjects
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    _Gram = tuple[np.ndarray, int]
+_Gram: TypeAlias = "tuple[np.ndarray, int]"
 
 Shapes = Mapping[str, tuple[int, ...]]
 Modules = Mapping[str, Shapes]
@@ -211,7 +209,9 @@ def _check_targets(modules: Modules, config: Config, family: str) -> list[Findin
             f"{_ALL_SELECTED}: PEFT ignores the other tensors",
             "correct target_modules, or take adapter_config.json from where the adapter was trained",
         )]  # fmt: skip
-    unused = [] if isinstance(targets, str) or by_parameters else _unused(targets, adapted, config)
+    ends = [f".{name}" for name in adapted]
+    alone = [] if isinstance(targets, str) or by_parameters else targets
+    unused = [t for t in alone if not any(e.endswith(f".{t}") for e in ends) and not _may_be_excluded(config, t)]
     return with_subjects(warning(
         "target-without-tensors", unused, f"no tensor belongs to these target_modules: {', '.join(unused)}",
         "tensors for each target that the model has",
@@ -249,12 +249,6 @@ def _ignored(adapted: Iterable[str], modules: Modules, config: Config) -> list[s
         if not _is_targeted(config, name)
         and not (config.get("ensure_weight_tying") and _is_head(modules[name], modules))
     ]
-
-
-def _unused(targets: Iterable[str], adapted: Sequence[str], config: Config) -> list[str]:
-    """Return the targets without a module; without those that the configuration may exclude."""
-    ends = [f".{name}" for name in adapted]
-    return [t for t in targets if not any(end.endswith(f".{t}") for end in ends) and not _may_be_excluded(config, t)]
 
 
 def _is_targeted(config: Config, module: str) -> bool:
@@ -315,17 +309,19 @@ def _is_expected(key: str, module: str, config: Config) -> bool:
 
 def _check_layers(modules: Iterable[str], config: Config) -> list[Finding]:
     """Find layers that lack a module which nearly all other layers have."""
-    layers: dict[tuple[str, str], set[int]] = {}
-    for module in modules:
-        # The number of a layer is a segment of the name ("text_encoder_2.layers.0.q"), or ends one ("layers_0.q").
-        match = re.fullmatch(r"((?:.*?\.)??)(\d+)\.(.+)", module) or re.fullmatch(r"(\D*?)(\d+)\.(.+)", module)
-        if match is not None and len(match[2]) < _MAX_DIGITS:
-            layers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    # The number of a layer is a segment of the name ("text_encoder_2.layers.0.q"), or ends one ("layers_0.q").
+    matches = (
+        re.fullmatch(r"((?:.*?\.)??)(\d+)\.(.+)", module) or re.fullmatch(r"(\D*?)(\d+)\.(.+)", module)
+        for module in modules
+    )
+    layers = paths.group(
+        ((match[1], match[3]), int(match[2])) for match in matches if match and len(match[2]) < _MAX_DIGITS
+    )
     gaps: list[str] = []
     is_chosen = config.get("layers_to_transform") is not None or isinstance(config.get("target_modules"), str)
     for (stack, name), numbers in layers.items():
         every = set().union(*(found for (other, _), found in layers.items() if other == stack))
-        absent = sorted({*every, *range(min(every), max(every) + 1)} - numbers)
+        absent = sorted({*every, *range(min(every), max(every) + 1)}.difference(numbers))
         if len(absent) * 5 <= len(numbers) + len(absent):
             gaps += [f"{stack}{number}.{name}" for number in absent]
     return with_subjects(warning(
@@ -391,8 +387,6 @@ def check_values(
 
 def _floats(tensor: Any) -> np.ndarray | None:
     """Return a tensor in float32 or float64, and no elements of one that has no fractions; None for NaN or infinity."""
-    import numpy as np
-
     values = np.asarray(tensor)
     if values.dtype.kind not in "fV" and not values.dtype.name.startswith(("bfloat", "float")):
         return np.empty(0)

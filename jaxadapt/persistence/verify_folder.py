@@ -27,7 +27,8 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import errors, paths
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.persistence import fingerprint, folder, no_place, tensor_checks
+from jaxadapt.persistence import fingerprint, folder, tensor_checks
+from jaxadapt.persistence.expert_keys import SINGLE
 from jaxadapt.persistence.formats import SEVERITIES, Finding, count, error, first, note, warning, with_subjects
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
@@ -147,7 +148,11 @@ def check_base(
         yield _explain_missing(modules, missing, names, base, source)
     yield from _check_shapes(shapes, config, base, names)
     if not missing:
-        yield from no_place.find_left_out(config, modules, base)
+        yield from (
+            warning("experts", (), text, "an adapter of the routed experts",
+                    "train it again if they were meant; else nothing")
+            for text in pytorch.routed_left_out(config, modules, pytorch.routed_experts(base))
+        )  # fmt: skip
         yield from _check_completeness(modules, config, base, source)
 
 
@@ -178,9 +183,13 @@ def _explain_missing(
             " jaxadapt.models.LoraTree(model, on_shared='concat')",
         )  # fmt: skip
     close = errors.close_matches(missing[:3], [key.removesuffix(".weight") for key in base if key.endswith(".weight")])
-    text = no_place.in_base(source, missing, count(modules, "module"))
+    text = _no_place(source, missing, modules)
     text += f"; it has {', '.join(close[:4])}" if close else ""
     return error("base", missing, text, "modules of this base", _IS_THE_BASE)
+
+
+def _no_place(source: str, missing: Sequence[str], modules: Collection[str]) -> str:
+    return f"{source} has no place for {len(missing)} of {count(modules, 'module')}: {paths.group_names(missing)}"
 
 
 def _explain_prefix(first: str, names: Mapping[str, str], missing: Sequence[str], source: str) -> Finding:
@@ -217,7 +226,10 @@ def names_in_base(modules: Sequence[str], base: tensor_checks.Shapes | KeyMap) -
         return {m: m for m in modules} if all(_is_known(base, m) for m in modules) else None
     if all(_has_module(base, m) for m in modules):
         return {m: m for m in modules}
-    return _renamed_modules(modules, base) or _prefixed_modules(modules, base)
+    keys = pytorch.match_model_keys(base, modules)  # with one beginning added to or removed from all
+    by_name = {key.removesuffix(".weight"): leaf.removesuffix(".weight") for leaf, key in keys.items()}
+    prefixed = {m: by_name[m] for m in modules} if all(m in by_name for m in modules) else None
+    return _renamed_modules(modules, base) or prefixed
 
 
 def _renamed_modules(modules: Sequence[str], base: tensor_checks.Shapes) -> dict[str, str] | None:
@@ -235,13 +247,6 @@ def _renamed_modules(modules: Sequence[str], base: tensor_checks.Shapes) -> dict
             return None
         names[module] = found[0]
     return names
-
-
-def _prefixed_modules(modules: Sequence[str], base: tensor_checks.Shapes) -> dict[str, str] | None:
-    """Return {module: its name in the base}, with one beginning added to or removed from all; None if none fits."""
-    keys = pytorch.match_model_keys(base, modules)
-    by_name = {key.removesuffix(".weight"): leaf.removesuffix(".weight") for leaf, key in keys.items()}
-    return {m: by_name[m] for m in modules} if all(m in by_name for m in modules) else None
 
 
 def _check_shapes(
@@ -285,9 +290,9 @@ def _check_completeness(
     if config.get("target_modules") is None or matching.is_all_linear(config) or config.peft_type != "LORA":
         return []
     candidates = [key.removesuffix(".weight") for key, s in base.items() if key.endswith(".weight") and len(s) > 1]
-    absent = [
-        m for m in no_place.without_single(candidates, modules) if m not in modules and matching.is_target(config, m)
-    ]
+    absent = [m for m in candidates if m not in modules and matching.is_target(config, m)]
+    if not any(map(SINGLE.fullmatch, modules)):  # transformers 5 joins single experts, and target_modules selects none
+        absent = [m for m in absent if not SINGLE.fullmatch(m)]
     return with_subjects(error(
         "missing", absent, f"the file lacks {count(absent, 'module')} of {source} that target_modules selects",
         "tensors for every target",
@@ -304,7 +309,7 @@ def _check_family(modules: Sequence[str], keymap: KeyMap) -> Iterator[Finding]:
         yield error(
             "base",
             missing,
-            no_place.in_base(keymap.name, missing, count(modules, "module")),
+            _no_place(keymap.name, missing, modules),
             "PyTorch's module names of the family",
             f"check the family and the prefix of the keys; `jaxadapt families {keymap.name}` lists the names",
         )

@@ -12,14 +12,12 @@ import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, numpy_dtype
 from jaxadapt.core.errors import FileError, FormatError, bullets, problems_text, raise_as
+from jaxadapt.core.lazy import np
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -209,7 +207,8 @@ TIE_DEFAULTS: Mapping[str, bool] = {
 
 
 def read_model_config(path: location.Location) -> dict[str, Any] | None:
-    """Read the fields of a config.json; return None if the file does not exist."""
+    """Read the fields of a config.json, or of the one in a folder; return None if the file does not exist."""
+    path = path if path.name == CONFIG else path / CONFIG
     try:
         document = location.read_json(path)
     except FileError as error:
@@ -240,6 +239,12 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
 def _tie_field(config: Mapping[str, Any]) -> bool | None:
     value = config.get(TIE_FIELD)
     return value if isinstance(value, bool) else None
+
+
+def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields of the text model, which a model with images has in `text_config`."""
+    text: Any = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
 
 
 def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, tqdm
 
-from jaxadapt.core.errors import LOGGER, FileError, Progress, Report, is_watched, no_report, reporter
+from jaxadapt.core.errors import LOGGER, FileError, Progress, Report, is_watched, met, no_report, reporter
 from jaxadapt.storage.local_files import MAX_TEXT, file_error
 from jaxadapt.storage.location import (
     CARD,
@@ -103,12 +103,14 @@ def fetch_commit(place: HubAddress, name: str, token: Any, max_bytes: int | None
 
 
 def _header_problems(commit: str | None, etag: str | None) -> list[str]:
-    problems: list[str] = []
-    if commit is not None and not _COMMIT.fullmatch(commit):
-        problems.append(f"a commit (40 hexadecimal digits) as X-Repo-Commit, found {_abbreviate(commit)}")
-    if etag is not None and not _ETAG.fullmatch(etag):
-        problems.append(f"a hash as ETag, found {_abbreviate(etag)}")
-    return problems
+    wrong_commit = commit is not None and not _COMMIT.fullmatch(commit)
+    wrong_etag = etag is not None and not _ETAG.fullmatch(etag)
+    return met(
+        {
+            f"a commit (40 hexadecimal digits) as X-Repo-Commit, found {_abbreviate(commit or '')}": wrong_commit,
+            f"a hash as ETag, found {_abbreviate(etag or '')}": wrong_etag,
+        }
+    )
 
 
 def _abbreviate(text: str) -> str:
@@ -253,8 +255,7 @@ def _login_hint(token: Token) -> str:
 def _list_revisions(place: HubAddress, token: Token) -> str:
     with contextlib.suppress(Exception):  # it only helps the message
         refs = hub_api(token).list_repo_refs(place.repo)
-        names = [ref.name for ref in [*refs.branches, *refs.tags]]
-        return f"; found {', '.join(names[:8])}"
+        return f"; found {', '.join([ref.name for ref in [*refs.branches, *refs.tags]][:8])}"
     return ""
 
 
@@ -515,15 +516,13 @@ def upload(
         addition = CommitOperationAdd if report is no_report else counted_operation(report, total)
         operations: list[Any] = [
             addition(place.file(n), f if isinstance(f, bytes) else str(f)) for n, f in files.items()
-        ]
-        operations += [CommitOperationDelete(place.file(name)) for name in deleted]
+        ] + [CommitOperationDelete(place.file(name)) for name in deleted]
         commit = api.create_commit(place.repo, operations, commit_message=message, revision=branch, create_pr=create_pr)
         if tag is not None:
             api.create_tag(place.repo, tag=tag, revision=commit.oid)
     report("upload", total, total)
     LOGGER.info("%s: %d files, %d bytes, commit %s", place, len(files), total, commit.oid)
-    address = place._replace(revision=commit.pr_revision or commit.oid)
-    return Pushed(str(address), commit.pr_url or commit.commit_url)
+    return Pushed(str(place._replace(revision=commit.pr_revision or commit.oid)), commit.pr_url or commit.commit_url)
 
 
 def _prepare_repository(api: Any, place: HubAddress, private: bool | None, create_pr: bool, tag: str | None) -> None:

@@ -29,11 +29,10 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from jaxadapt.arrays.tensor_source import aligned_empty
 from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt.core.lazy import np
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-
-    import numpy as np
 
 
 # ---------------------------------------------------------------- local files
@@ -347,8 +346,6 @@ def write_region(
 
 def flat_bytes(array: np.ndarray) -> memoryview:
     """Return the bytes of an array in C order: in place if it is contiguous, else of a copy."""
-    import numpy as np
-
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
@@ -407,8 +404,6 @@ def _count(nbytes: int) -> int:
 
 def _parities(data: memoryview, lead: int = 0) -> bytes:
     """Return the parities of bytes after `lead` zeros."""
-    import numpy as np
-
     data = memoryview(bytes(lead) + data) if lead else data
     whole = len(data) // _ROW * _ROW
     rows = np.frombuffer(data[:whole], "u8").reshape(-1, _ROW // 8)

@@ -30,17 +30,15 @@ from typing import TYPE_CHECKING, Any
 
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, raise_listed
-from jaxadapt.core.lazy import LazyModule
+from jaxadapt.core.lazy import LazyModule, jax, np
 from jaxadapt.storage import atomic, location
 from jaxadapt.storage.local_files import file_error, file_errors, read_errors
 from jaxadapt.storage.safetensors import MAX_HEADER
 
 if TYPE_CHECKING:
-    import jax
-    import numpy as np
     import orbax.checkpoint as ocp
 else:
-    jax, np, ocp = map(LazyModule, ("jax", "numpy", "orbax.checkpoint"))
+    ocp = LazyModule("orbax.checkpoint")
 
 _ROOT_ITEM = ""  # the item of a v0 checkpoint that stores its tree directly in the folder
 _JSON = "data.json"
@@ -258,10 +256,14 @@ def load(
     out: dict[tuple[str, ...], Any] = {
         key: functools.reduce(lambda node, part: node[part], key, loaded) for key in wanted
     }
-    problems = [
-        f"{'/'.join(key)}: expected an array, found {type(leaf).__name__}"
-        for key, leaf in out.items()
-        if not isinstance(leaf, jax.Array | np.ndarray)
-    ]
-    raise_listed(FormatError, f"{place}: Orbax could not load these leaves:", problems, limit=16)
+    raise_listed(
+        FormatError,
+        f"{place}: Orbax could not load these leaves:",
+        [
+            f"{'/'.join(key)}: expected an array, found {type(leaf).__name__}"
+            for key, leaf in out.items()
+            if not isinstance(leaf, jax.Array | np.ndarray)
+        ],
+        limit=16,
+    )
     return out

@@ -18,16 +18,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from jaxadapt.arrays.tensor_source import NAMES, TensorSource, TensorSpec, aligned_empty, dtype_name, numpy_dtype
 from jaxadapt.core.errors import FileError, FormatError, MismatchError, problems_text, repeated
+from jaxadapt.core.lazy import np, npt
 from jaxadapt.storage import atomic, local_files, location
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
 
 # ---------------------------------------------------------------- safetensors header
 
@@ -545,8 +541,6 @@ def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dic
 
 def checked_bits(path: str, key: str, value: np.ndarray, dtype: str, shape: Sequence[int]) -> np.ndarray:
     """Check an array against its spec and return its bits as integers, which numpy copies fastest."""
-    import numpy as np
-
     array = np.asarray(value)
     name = NAMES.get(array.dtype.name, array.dtype.name)
     if name != dtype or array.shape != tuple(shape):
@@ -558,8 +552,6 @@ def checked_bits(path: str, key: str, value: np.ndarray, dtype: str, shape: Sequ
 
 def little_bits(array: np.ndarray) -> np.ndarray:
     """Return an array's bits in the file's byte order, as unsigned integers."""
-    import numpy as np
-
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))

@@ -20,14 +20,11 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxadapt.core.errors import FileError, MismatchError, Report, byte_counter, raise_listed
+from jaxadapt.core.lazy import np
 from jaxadapt.storage import atomic, local_files, safetensors
-
-if TYPE_CHECKING:
-    import numpy as np
-
 
 # ---------------------------------------------------------------- coordination
 

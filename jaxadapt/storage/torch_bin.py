@@ -26,18 +26,14 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, TypeVar, cast
+from typing import IO, TypeVar, cast
 
 from jaxadapt.arrays.tensor_source import NAMES, Whole, aligned_empty, numpy_dtype
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FormatError, problems_text
+from jaxadapt.core.lazy import np, npt
 from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.local_files import LocalFile, file_error, flat_bytes
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
 
 # ---------------------------------------------------------------- pickle ops
 
@@ -517,8 +513,6 @@ def _to_arrays(reader: _Zip | _Legacy, tensors: Mapping[str, _Tensor], path: str
 
 
 def _to_array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
-    import numpy as np
-
     dtype = np.dtype("complex128") if tensor.dtype == "C128" else numpy_dtype(tensor.dtype)
     out = aligned_empty(tensor.nbytes).view(dtype).reshape(tensor.shape)
     if not out.size:

@@ -235,15 +235,6 @@ class Restored:
     metrics: dict[str, float]
 
 
-def _select_model(step: step_files.StoredStep) -> step_files.StoredStep:
-    """Return the step without the parts beside the model."""
-    arrays, values = (
-        {name: value for name, value in named.items() if name.partition("/")[0] not in step_files.PARTS}
-        for named in (step.arrays, step.values)
-    )
-    return dataclasses.replace(step, arrays=arrays, values=values, plain={})
-
-
 def _read_below(step: step_files.StoredStep, prefix: str) -> dict[str, Any]:
     """Read the arrays whose names begin with a prefix; return them by the rest of their names."""
     found = step_files.read_step_arrays(step, {name: None for name in step.arrays if name.startswith(prefix)})
@@ -512,7 +503,11 @@ class CheckpointManager(run_folder.RunFolder):
         number = self._run_on_leader("restore", functools.partial(self.find_step, step, "cannot restore: "))
         stored = step_files.read_stored_step(self._path(number))
         if model_only:
-            stored = _select_model(stored)
+            arrays, values = (
+                {name: value for name, value in named.items() if name.partition("/")[0] not in step_files.PARTS}
+                for named in (stored.arrays, stored.values)
+            )
+            stored = dataclasses.replace(stored, arrays=arrays, values=values, plain={})
         with reporter(self.progress) as report:
             filled = step_files.fill_parts(like, parts, stored, report)
         LOGGER.info("%s: step %d restored, %d arrays", stored.path, number, len(stored.arrays))
@@ -576,8 +571,7 @@ class CheckpointManager(run_folder.RunFolder):
 
     def _rollback(self, step: int) -> None:
         self._path(run_folder.step_number(step))
-        steps = run_folder.list_steps(self.folder)
-        remove_steps(path for later, path in reversed(steps.items()) if later > step)
+        remove_steps(path for later, path in reversed(run_folder.list_steps(self.folder).items()) if later > step)
 
     def _run_on_leader(self, name: str, work: Callable[[], Any]) -> Any:
         """Run `work` on process 0 and return its result in all processes.

@@ -260,18 +260,21 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         for key, tensors in _tensors_by_site(flat).items()
         if {flat[i].role for i in tensors.values()} & {"A", "B", "embedding"}
     }
-    problems = [
-        f"{name}: {leaf}" + (f" {sorted(tensors)}" if tensors.keys() != {"lora_A", "lora_B"} else "")
-        for (name, leaf), tensors in sites.items()
-        if tensors.keys() != {"lora_A", "lora_B"} or not factors.has_one_pair(flat[tensors["lora_A"]].site)
-    ]
-    problems += [
-        f"{leaf.adapter}: "
-        + (f"{leaf.tensor} is frozen" if leaf.site is None else f"{leaf.site.leaf}: its B is frozen")
-        for leaf in flat
-        if leaf.role == "frozen"
-    ]
-    raise_listed(ConfigError, "LoRA-FA supports only plain pairs of matrices, not:", problems)
+    raise_listed(
+        ConfigError,
+        "LoRA-FA supports only plain pairs of matrices, not:",
+        [
+            f"{name}: {leaf}" + (f" {sorted(tensors)}" if tensors.keys() != {"lora_A", "lora_B"} else "")
+            for (name, leaf), tensors in sites.items()
+            if tensors.keys() != {"lora_A", "lora_B"} or not factors.has_one_pair(flat[tensors["lora_A"]].site)
+        ]
+        + [
+            f"{leaf.adapter}: "
+            + (f"{leaf.tensor} is frozen" if leaf.site is None else f"{leaf.site.leaf}: its B is frozen")
+            for leaf in flat
+            if leaf.role == "frozen"
+        ],
+    )
 
     labels = structure.unflatten(["A" if leaf.role == "A" else "rest" for leaf in flat])
     split = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, labels)

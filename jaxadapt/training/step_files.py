@@ -24,11 +24,10 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays import regions
-from jaxadapt.arrays.tensor_source import can_hold, numpy_dtype
+from jaxadapt.arrays.tensor_source import NAMES, numpy_dtype
 from jaxadapt.core import paths
 from jaxadapt.core.errors import (
     AttachError,
@@ -203,7 +202,7 @@ _CODECS: Mapping[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 def _add_leaf(snapshot: Snapshot, name: str, leaf: Any, problems: list[str]) -> None:
-    if isinstance(leaf, Tracer):
+    if isinstance(leaf, jax.core.Tracer):
         problems.append(f"{name}: traced; save outside jit, grad and vmap")
     elif isinstance(leaf, jax.Array) and leaf.is_deleted():
         problems.append(f"{name}: deleted, because it was donated to a jitted function")
@@ -326,7 +325,7 @@ def _describe_file(taken: Snapshot, record: run_folder.StepRecord) -> tuple[_Spe
     byte_dtypes: dict[str, str] = {}
     for name, leaf in taken.arrays.items():
         dtype, shape = np.dtype(leaf.dtype), tuple(leaf.shape)
-        if not can_hold(dtype):
+        if dtype.name not in NAMES:
             byte_dtypes[name] = dtype.name
             dtype, shape = np.dtype("uint8"), (*shape, dtype.itemsize)
         specs[name] = (dtype, shape)
@@ -552,8 +551,7 @@ def fill_parts(model: Any, parts: Mapping[str, Any], stored: StoredStep, report:
     examples = _name_leaves(guests, adapters, {"model": others, **given})
     rebuilt = [part for part in PARTS if part in stored.plain.keys() - given.keys()]
     examples |= {name: None for name in [*stored.arrays, *stored.values] if name.partition("/")[0] in rebuilt}
-    problems += [f"{part}: none was saved" for part in given if part not in stored.plain]
-    problems += [
+    problems += [f"{part}: none was saved" for part in given if part not in stored.plain] + [
         f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or restore only"
         " the model with model_only=True"
         for part in rebuilt

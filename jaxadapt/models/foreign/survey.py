@@ -20,6 +20,7 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.lora import LoraConfig, fields_set
+from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, bullets, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, with_layout
@@ -342,15 +343,14 @@ def find_adapted_leaves(
     # The parts of a fused leaf have one size, so an entry that fuses q, k and v is wrong if their shapes differ.
     sizes = {leaf: {(modules[m][0][1], modules[m][1][0]) for m in texts} for leaf, texts in found.items()}
     found = {leaf: texts for leaf, texts in found.items() if len(sizes[leaf]) == 1}
-    problems = [
-        f"{module}: matches {', '.join(hits)}" if hits else f"{module}: no entry matches"
-        for module in modules
-        if len(hits := [leaf for leaf, texts in found.items() if module in texts]) != 1
-    ]
     raise_listed(
         KeyMapError,
         f"the keymap {keymap.name!r} does not map each of these modules to one base leaf:",
-        problems,
+        [
+            f"{module}: matches {', '.join(hits)}" if hits else f"{module}: no entry matches"
+            for module in modules
+            if len(hits := [leaf for leaf, texts in found.items() if module in texts]) != 1
+        ],
         "\nIf several leaves match, or if PyTorch's names do not tell a leaf's whole path (Keras numbers the blocks of"
         " experts), pass a file of the target's shapes (--like)",
     )
@@ -442,17 +442,18 @@ def _possible_layouts(dialect: Dialect, pair: Pair, weight: Weight) -> list[tupl
 def respell_modules(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> dict[str, str]:
     """Return `{module: its name in another spelling of the same keymap}`."""
     entries = [pair for pair in zip(source.weights, target.weights, strict=False) if pair[0].leaf == pair[1].leaf]
-    names: dict[str, str] = {}
-    for module, (old, new) in itertools.product(modules, entries):
-        if (texts := old.match_key(f"{module}.weight")) is not None:
-            names.setdefault(module, new.fill_key(texts).removesuffix(".weight"))
+    names = paths.group(
+        (module, new.fill_key(texts).removesuffix(".weight"))
+        for module, (old, new) in itertools.product(modules, entries)
+        if (texts := old.match_key(f"{module}.weight")) is not None
+    )
     raise_listed(
         KeyMapError,
         f"cannot rename these modules: no entry of {source.name!r} matches them, or {target.name!r} is another family:",
         [module for module in modules if module not in names],
         "\n`jaxadapt rename` renames them by the beginning of their names, or as in a base",
     )
-    return names
+    return {module: first for module, (first, *_) in names.items()}
 
 
 # ---------------------------------------------------------------- config
@@ -529,6 +530,16 @@ def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: 
     return config
 
 
+def _named_in_vain(sites: ForeignSites, config: LoraConfig) -> list[str]:
+    """Return the modules whose alpha the library defines and the configuration's patterns contradict.
+
+    (Its `lora_alpha` is for the others.)
+    """
+    defined = {m: site.alpha for site in sites.sites if site.alpha is not None for m in site.a.modules}
+    named = _contradictions("lora_alpha", defined, lambda m: find_pattern_value(config.alpha_pattern, m, defined[m]))
+    return [f"{each} ({sites.dialect.name} defines it; leave it out of alpha_pattern)" for each in named]
+
+
 def _why_known(dialect: Dialect) -> str:
     """Return why the alpha of a tree is known, for messages."""
     return "does not scale, so that lora_alpha equals the rank" if dialect.unscaled else "stores its alpha"
@@ -562,16 +573,6 @@ def _contradictions(field: str, values: Mapping[str, float], wanted: Callable[[s
         for module, found in values.items()
         if wanted(module) != found
     ]
-
-
-def _named_in_vain(sites: ForeignSites, config: LoraConfig) -> list[str]:
-    """Return the modules whose alpha the library defines and the configuration's patterns contradict.
-
-    (Its `lora_alpha` is for the others.)
-    """
-    defined = {m: site.alpha for site in sites.sites if site.alpha is not None for m in site.a.modules}
-    named = _contradictions("lora_alpha", defined, lambda m: find_pattern_value(config.alpha_pattern, m, defined[m]))
-    return [f"{each} ({sites.dialect.name} defines it; leave it out of alpha_pattern)" for each in named]
 
 
 def _complete_targets(sites: ForeignSites, config: LoraConfig) -> tuple[LoraConfig, list[str]]:

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.adapters.sites import sites_of
+from jaxadapt.adapters.sites import expert_parameters, sites_of
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.layout import Array, with_rank
 from jaxadapt.arrays.tensor_source import as_source
@@ -36,8 +35,7 @@ from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.models import graph, planning
 from jaxadapt.models.foreign import DIALECTS, Claim, Dialect, forms, like_pattern, recognize_dialect, survey
-from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
-from jaxadapt.models.trees import Leaves, Put, is_moment, may_have_path, open_tree
+from jaxadapt.models.trees import Leaves, Put, may_have_path, open_tree
 
 # ---------------------------------------------------------------- fill
 
@@ -54,7 +52,7 @@ class Placement(NamedTuple):
         differ: the arrays whose tensors differ, so that they are concatenated along the rank's axis.
     """
 
-    placed: dict[str, tuple[FactorArray, Placed]]
+    placed: dict[str, tuple[survey.FactorArray, Placed]]
     differ: list[str]
 
     @property
@@ -67,7 +65,7 @@ class Placement(NamedTuple):
 
 
 def place_tensors(
-    sites: ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any
+    sites: survey.ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any
 ) -> Placement:
     """Place a file's tensors in the arrays of a tree; equal tensors that share an array get the same rows.
 
@@ -114,7 +112,7 @@ def _group_equal(tensors: Sequence[Array], same: Any) -> list[int]:
 
 
 def check_tensors(
-    sites: ForeignSites, modules: Collection[str], shapes: Mapping[str, Sequence[int]], source: str
+    sites: survey.ForeignSites, modules: Collection[str], shapes: Mapping[str, Sequence[int]], source: str
 ) -> None:
     """Raise one `MismatchError` unless a file has the tensors of `modules`, with the expected shapes but for the rank.
 
@@ -154,7 +152,7 @@ def bitwise_same(a: Any, b: Any) -> bool:
 
 
 def choose_dtypes(
-    leaves: Mapping[str, Any], placed: Mapping[str, tuple[FactorArray, Placed]], dtype: Any, source: str
+    leaves: Mapping[str, Any], placed: Mapping[str, tuple[survey.FactorArray, Placed]], dtype: Any, source: str
 ) -> dict[str, Any]:
     """Return each array's dtype: `dtype`, or the tree's own, which must represent the file's numbers exactly."""
     dtypes = {path: np.dtype(leaves[path].dtype if dtype is None else dtype) for path in placed}
@@ -177,7 +175,7 @@ def _is_exact(stored: np.dtype, own: np.dtype) -> bool:
     return own == stored or (own.itemsize > 1 and (stored.itemsize == 1 or jnp.promote_types(stored, own) == own))
 
 
-def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, dtype: Any, traced: bool) -> Any:
+def build_array(half: survey.FactorArray, contents: Placed, current: Any, keep: bool, dtype: Any, traced: bool) -> Any:
     """Build the new array in the tree's shape; rows without a tensor are zero, or unchanged if `keep`."""
     xp: Any = jnp if traced else np
     keep = keep and is_array(current) and not isinstance(current, jax.ShapeDtypeStruct)
@@ -203,9 +201,9 @@ def build_array(half: FactorArray, contents: Placed, current: Any, keep: bool, d
 
 def place_like(leaf: Any, value: Any) -> Any:
     """Place the value on the leaf's devices, if it has any."""
-    if isinstance(value, Tracer):
+    if isinstance(value, jax.core.Tracer):
         return value
-    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, Tracer)
+    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, jax.core.Tracer)
     return jax.device_put(value, leaf.sharding if placed else None)
 
 
@@ -309,7 +307,7 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
     if not may_have_path(tree, like_pattern().search):
         return None
     leaves, put = open_tree(tree)
-    leaves = {path: leaf for path, leaf in leaves.items() if not is_moment(path)}
+    leaves = {path: leaf for path, leaf in leaves.items() if "opt_state" not in path.split(".")}
     dialect = recognize_dialect(leaves)
     if dialect is None:
         return None
@@ -347,7 +345,9 @@ def describe_unknown(tree: Any) -> str:
     return f"\nThese leaves look like LoRA leaves, but match no known dialect ({', '.join(DIALECTS)}):\n{bullets(like)}"
 
 
-def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> ForeignSites:
+def survey_tree(
+    foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Collection[str] = ()
+) -> survey.ForeignSites:
     """Bind the tree's LoRA leaves to a keymap (default: the recognized family), in the spelling of a file's `keys`."""
     leaves = foreign_tree.claimed
     bound_keymap = real = _resolve_keymap(foreign_tree, keymap).spelling_for(
@@ -401,7 +401,7 @@ def _with_leaves(foreign_tree: ForeignTree, new: Leaves) -> ForeignTree:
 
 def read_tree(
     foreign_tree: ForeignTree, keymap: KeyMap | str | None, parts: bool = False
-) -> tuple[PeftTensors, ForeignSites]:
+) -> tuple[PeftTensors, survey.ForeignSites]:
     """Convert the tree's LoRA to PEFT's tensors and configuration; return them and its sites.
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
@@ -415,14 +415,14 @@ def read_tree(
     sites = survey_tree(foreign_tree, keymap)
     config = survey.infer_config(sites, given.config, given.lora_alpha)
     warn_unproved(sites.keymap)
-    host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
+    host = not any(isinstance(leaf, jax.core.Tracer) for leaf in foreign_tree.leaves.values())
     peft = PeftTensors(config, sites.plan.encode(foreign_tree.leaves, host), f"this {foreign_tree.dialect.name} tree")
     if sites.real is None:
         return peft, sites
     parts = parts or sites.real.per_expert
     adapted = {site.match.leaf for site in sites.sites}
     unadapted = {leaf: shape for leaf, shape in sites.base.items() if leaf not in adapted}
-    others = experts.expert_parameters(sites.real, unadapted) if sites.base else None
+    others = expert_parameters(sites.real, unadapted, ("experts", "parameter")) if sites.base else None
     peft = experts.fuse_experts(peft, sites.keymap, on_shared, sites.real, others, parts)
     if sites.real.per_expert:
         peft = PeftTensors(*experts.split_experts(peft.config, peft.tensors, sites.real), peft.source)
@@ -489,15 +489,15 @@ def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
     """Write an `Adapter` into the LoRA leaves of a tree, by the adapter's keymap if it has entries for all of them."""
     leaves = adapter.flat()
     tensors = make_file_plan(sites_of(adapter)).encode(
-        leaves, host=not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+        leaves, host=not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
     )
     keymap = adapter.keymap if all(map(adapter.keymap.match, foreign_tree.claimed)) else None
     return fill_tree(foreign_tree, PeftTensors(adapter.config, tensors, "this adapter"), keymap)
 
 
-def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
+def _is_traced(sites: survey.ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
     """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
-    traced = any(isinstance(x, Tracer) for x in arrays)
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
     if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
         raise MismatchError(
             'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
@@ -508,12 +508,12 @@ def _is_traced(sites: ForeignSites, arrays: Sequence[Array], on_shared: str | No
 
 def _build_arrays(
     room: ForeignTree,
-    sites: ForeignSites,
+    sites: survey.ForeignSites,
     values: Mapping[str, Array],
     ratios: Mapping[str, float],
     dtype: Any,
     source: str,
-) -> tuple[dict[str, tuple[FactorArray, Placed]], dict[str, Array]]:
+) -> tuple[dict[str, tuple[survey.FactorArray, Placed]], dict[str, Array]]:
     """Return the content of each array, and the arrays, `{path: array}`; warn of rounding and of NaN and infinity.
 
     `values` are the file's tensors by key, and `ratios` the factors of each module's B.
@@ -572,7 +572,7 @@ def needed_rank(
     return max(needed.values())
 
 
-def _with_scales(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> ForeignSites:
+def _with_scales(tree: ForeignTree, sites: survey.ForeignSites, config: LoraConfig) -> survey.ForeignSites:
     """Return the sites with the scales that a slot takes: the file's, rounded to the dtype of the tree's, or 0."""
     out: list[survey.ForeignSite] = []
     for site in sites.sites:

@@ -20,6 +20,7 @@ from jaxadapt.adapters import peft_tensors
 from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.validation import mlx_keys
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, Report, no_report
 from jaxadapt.persistence import FORMATS, run_folder
 from jaxadapt.storage import hf_model, location
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 OPAQUE = "LYCORIS"
 """The type of tensors that PEFT has no method for: they pass through under the names of their own program."""
+ModuleKeys = dict[str, dict[str, str]]
 _FOLDER = f"a folder that contains {location.CONFIG} and {location.WEIGHTS[0]}"
 
 
@@ -142,6 +144,13 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(at), error) from error
+
+
+def module_keys(file: Iterable[str], pattern: re.Pattern[str], expected: str) -> tuple[ModuleKeys, list[str]]:
+    """Return `{module: {tensor: key}}` of the keys that a pattern of both matches, and a problem for each other key."""
+    matches = {key: pattern.fullmatch(key) for key in file}
+    problems = [f"{key}: expected {expected}" for key, match in matches.items() if match is None]
+    return paths.nest((match[1], match[2], key) for key, match in matches.items() if match is not None), problems
 
 
 def read_text(path: location.Location) -> str:
@@ -380,15 +389,6 @@ def missing_config(weights: location.Location, tensors: Kinds) -> Finding:
         "configuration-missing", (location.CONFIG,), found,
         f"{location.CONFIG}: the tensors do not contain the scale or the method's settings", remedy,
         problem=FileError(f"{weights.parent}: {found}; {remedy}"),
-    )  # fmt: skip
-
-
-def training_step(folder: object, name: str) -> Finding:
-    """Return the finding for a checkpoint of a run."""
-    step = name.removeprefix("step-").partition(".")[0].lstrip("0") or "0"
-    return error(
-        "training-run", (name,), f"{name} is a training checkpoint of jaxadapt, in the model's own layout", EXPECTED,
-        f"run: jaxadapt checkpoints {folder} --step {step} --export OUT",
     )  # fmt: skip
 
 

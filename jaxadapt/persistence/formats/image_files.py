@@ -537,6 +537,19 @@ def _file_keys(
     return names, alphas, {}
 
 
+def _require_pipeline(tensors: PeftTensors, style: str, modules: Mapping[str, str]) -> None:
+    """Raise `MismatchError` if readers would not recognize a file, from {the file's key: module}."""
+    if find_layout(modules) is None:
+        raise_listed(
+            MismatchError,
+            f"{tensors.source}: cannot write one file of {style}: these modules are in no model of a pipeline (unet,"
+            " text_encoder, transformer …):",
+            list(dict.fromkeys(m for name, m in modules.items() if find_layout([name]) is None)),
+            "\nName a PEFT folder as its model, and convert the folder above it. The flattened names of an unknown"
+            " model have only kohya-ss' form",
+        )
+
+
 def _new_keys(
     modules: Mapping[str, tuple[str, str]], method: str, style: str, kohya: Mapping[str, str]
 ) -> dict[str, str]:
@@ -561,23 +574,13 @@ def _file_settings(tensors: PeftTensors, modules: Mapping[str, tuple[str, str]])
     """
     specs, pairs = as_source(tensors.tensors).specs, {m: find_settings(tensors.config, m) for m, _ in modules.values()}
     found = {module: list(specs[key].shape) for key, (module, name) in modules.items() if name == "lora_A.weight"}
-    wrong = [f"{m}: {pairs[m][0]}, the tensor is {shape}" for m, shape in found.items() if shape[:1] != [pairs[m][0]]]
-    raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the tensors:", wrong)
+    raise_listed(
+        MismatchError,
+        f"{tensors.source}: the configuration has other ranks than the tensors:",
+        [f"{m}: {pairs[m][0]}, the tensor is {shape}" for m, shape in found.items() if shape[:1] != [pairs[m][0]]],
+    )
     rooted = bool(tensors.config.get("use_rslora"))  # PEFT's scale is then alpha / √rank
     return {module: (rank, alpha * math.sqrt(rank) if rooted else alpha) for module, (rank, alpha) in pairs.items()}
-
-
-def _require_pipeline(tensors: PeftTensors, style: str, modules: Mapping[str, str]) -> None:
-    """Raise `MismatchError` if readers would not recognize a file, from {the file's key: module}."""
-    if find_layout(modules) is None:
-        raise_listed(
-            MismatchError,
-            f"{tensors.source}: cannot write one file of {style}: these modules are in no model of a pipeline (unet,"
-            " text_encoder, transformer …):",
-            list(dict.fromkeys(m for name, m in modules.items() if find_layout([name]) is None)),
-            "\nName a PEFT folder as its model, and convert the folder above it. The flattened names of an unknown"
-            " model have only kohya-ss' form",
-        )
 
 
 # ---------------------------------------------------------------- one folder for each model

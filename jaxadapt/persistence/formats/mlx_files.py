@@ -33,7 +33,7 @@ from jaxadapt.core.errors import (
 )
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import MAGNITUDE, PairKeys, lora_pairs
-from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, read_text
+from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, module_keys, read_text
 from jaxadapt.storage import atomic, location, safetensors
 
 FUSE = "fuse the adapter into its base with mlx_lm.fuse"
@@ -194,14 +194,7 @@ def open_files(place: Place) -> Generator[Opened]:
 
 def read_tensors(file: TensorSource, settings: lora.LoraConfig, source: str) -> PeftTensors:
     """Return the content of an open file as PEFT's; see `open_files`."""
-    modules: dict[str, dict[str, str]] = {}
-    problems: list[str] = []
-    for key in file:
-        match = _KEY.fullmatch(key)
-        if match is None:
-            problems.append(f"{key}: expected lora_a, lora_b or m of a module")
-        else:
-            modules.setdefault(match[1], {})[match[2]] = key
+    modules, problems = module_keys(file, _KEY, "lora_a, lora_b or m of a module")
     names = {module: translate_name(module, "torch") for module in modules}
     untied = any(name.rpartition(".")[2] in _HEADS for name in names.values())
     for module, keys in modules.items():

@@ -45,7 +45,6 @@ from jaxadapt.core.errors import (
 )
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import consumers, fingerprint, formats
-from jaxadapt.persistence.fingerprint import Fingerprint
 from jaxadapt.persistence.formats import Finding, Format, Opened, Place, Wanted, error, read_text, warning
 from jaxadapt.storage import atomic, location, safetensors, torch_bin
 
@@ -220,7 +219,7 @@ class StoredAdapter:
         return {} if self.tensors is None else self.tensors.kinds
 
     @property
-    def fingerprint(self) -> Fingerprint | None:
+    def fingerprint(self) -> fingerprint.Fingerprint | None:
         """The fingerprint of the base in the header; None without one, or for a damaged one."""
         try:
             document = {} if self.header is None else json.loads(self.header.metadata.get(META, "{}"))
@@ -413,8 +412,11 @@ def _file_kinds(tensors: peft_tensors.PeftTensors, folder: location.Location) ->
     if not isinstance(arrays, TensorSource):
         from jaxadapt.adapters.adapter import is_array
 
-        others = [f"{k}: {type(v).__name__}" for k, v in arrays.items() if not is_array(v)]
-        raise_listed(MismatchError, "cannot write these tensors: expected arrays, found:", others)
+        raise_listed(
+            MismatchError,
+            "cannot write these tensors: expected arrays, found:",
+            [f"{k}: {type(v).__name__}" for k, v in arrays.items() if not is_array(v)],
+        )
     source = as_source(arrays)
     if not source:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")

@@ -36,10 +36,11 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import Derived, TensorSource, TensorSpec, combine, is_float, rename
 from jaxadapt.configs.base import Config, unique_keys
 from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, Report, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.pytorch import flow_position
-from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, read_text
+from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, module_keys, read_text
 from jaxadapt.storage import location, safetensors
 
 MERGE = "merge it into its base with Tinker's own cookbook"
@@ -249,7 +250,7 @@ def _group_keys(
 
     Raises `MismatchError` listing tensors without a form in PEFT.
     """
-    modules, problems = _modules(file)
+    modules, problems = module_keys(file, _KEY, f"{PEFT_PREFIX}<module>.lora_A.weight or lora_B.weight")
     family = _family(modules, settings.base_model_name_or_path or "")
     alone: dict[str, dict[str, str]] = {}
     joints: dict[str, _Joint] = {}
@@ -284,19 +285,6 @@ def _family(modules: Iterable[str], base: str) -> str | None:
         if any(map(module.fullmatch, attention)) if attention else name.search(base):
             return family
     return "" if attention or base else None
-
-
-def _modules(file: TensorSource) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Return {module: {"A": its key, "B": its key}}, and a sentence for each other key."""
-    modules: dict[str, dict[str, str]] = {}
-    problems: list[str] = []
-    for key in file:
-        match = _KEY.fullmatch(key)
-        if match is None:
-            problems.append(f"{key}: expected {PEFT_PREFIX}<module>.lora_A.weight or lora_B.weight")
-        else:
-            modules.setdefault(match[1], {})[match[2]] = key
-    return modules, problems
 
 
 def _part_of(module: str, family: str) -> tuple[str, int]:
@@ -384,13 +372,11 @@ def _targets(modules: Sequence[str], parameters: Sequence[str]) -> list[str]:
     >>> _targets(["model.layers.0.mlp.q"], ["model.layers.1.mlp.experts.up_proj"])
     ['model.layers.0.mlp.q']
     """
-    layers: dict[str, set[str]] = {}
-    for name in modules:
-        if match := _LAYER.fullmatch(name):
-            layers.setdefault(name.rpartition(".")[2], set()).add(match[1])
+    layers = paths.group((name.rpartition(".")[2], match[1]) for name in modules if (match := _LAYER.fullmatch(name)))
     everywhere = {match[1] for name in (*modules, *parameters) if (match := _LAYER.fullmatch(name))}
-    short = {end for end, found in layers.items() if found == everywhere}
-    short |= {name.rpartition(".")[2] for name in modules if ".experts." in name}
+    short = {end for end, found in layers.items() if set(found) == everywhere} | {
+        name.rpartition(".")[2] for name in modules if ".experts." in name
+    }
     return sorted({end if (end := name.rpartition(".")[2]) in short else name for name in modules})
 
 
@@ -402,10 +388,7 @@ def _target_parameters(parameters: Sequence[str]) -> list[str]:
     >>> _target_parameters(["model.layers.0.mlp.experts.up_proj", "model.layers.1.mlp.experts.down_proj"])
     ['model.layers.0.mlp.experts.up_proj', 'model.layers.1.mlp.experts.down_proj']
     """
-    layers: dict[str, set[str]] = {}
-    for name in parameters:
-        owner, _, end = name.rpartition(".")
-        layers.setdefault(owner, set()).add(end)
+    layers = paths.group(name.rpartition(".")[::2] for name in parameters)
     if len(set(map(frozenset, layers.values()))) > 1:
         return list(parameters)
     return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))
