@@ -1,7 +1,8 @@
 """The programs of examples/, each started as its docstring says, and their files in other programs.
 
 Elsewhere: `equinox_lora.py` in tests/models/test_pytree_libraries.py, `tunix_checkpoints.py` in
-tests/training/test_checkpoint_tunix.py.
+tests/training/test_checkpoint_tunix.py, `gemma_vllm.py` in tests/models/foreign/test_gemma_program.py (on
+Python 3.13), and, with `maxtext_sft.py`, in tests/full/test_examples_full.py.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     """Run one program in this process as its command does; return its names."""
     monkeypatch.setattr(sys, "argv", [name, str(folder)])
     return runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+def test_the_list_has_every_program():
+    listed = set(re.findall(r"\]\((\S+)\)", (FOLDER / "README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in FOLDER.iterdir() if path.is_file()} - {"README.md"}
 
 
 def write_base(model: Any, folder: Path) -> None:
