@@ -155,6 +155,8 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
             "init": _ON_ORIGINAL, "lora_bias": (UNKNOWN, "not run"),
             **dict.fromkeys(("kasa", "copies", "heads", "norm copies", "tokens", "bias"), _IGNORED),
             "variant": (UNKNOWN, "not run"), "parameters": (UNKNOWN, "not run"), "other tensors": _IGNORED,
+            "experts": (REFUSED, "stops at all experts in one parameter"),
+            "router": (REFUSED, "has no LoRA for routers"),
         },
     ),
     "TGI and LoRAX": (

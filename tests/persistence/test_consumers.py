@@ -255,6 +255,17 @@ def test_parameters_that_are_no_experts_are_right_in_programs_that_read_keys():
     assert "--for vllm --base BASE" in router.remedy
 
 
+def test_sglang_stops_at_fused_experts_and_routers():
+    """Its own code of 0.5.23 raises an error for each (tests/full/programs/run_sglang_experts.py)."""
+    fields = {"target_modules": ["o_proj"], "target_parameters": ["experts.down_proj", "gate.weight"]}
+    found = judged("SGLang", ["mlp.experts", "self_attn.o_proj"], **fields)
+    assert found.verdict == REFUSED
+    assert "target_parameters: stops at all experts in one parameter" in found.reasons
+    assert "target_parameters: has no LoRA for routers" in judged("SGLang", ["mlp.gate"], **fields).reasons
+    single = [f"mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")]
+    assert judged("SGLang", single, target_modules=["gate_proj", "up_proj", "down_proj"]).verdict == RIGHT
+
+
 def test_rslora_of_single_experts_in_peft():
     """tests/reference/test_per_expert.py measures it."""
     modules = [f"mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")]
