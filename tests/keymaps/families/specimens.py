@@ -43,6 +43,7 @@ class Specimen:
         rivals: the tables an error has to name, where names do not tell.
         unmapped: `(leaf, (key, key))` of leaves without an entry: rows of the first tensor, to which the library adds
             the second one; `(leaf, (key,))` of a number that is a tensor of one entry in PyTorch.
+        double: True if PyTorch's logits are computed in float64, because those in float32 are rounded by about 1e-4.
         inputs: which of `INPUTS` the model takes; a "/" and what follows it belong to no name of PyTorch.
     """
 
@@ -59,6 +60,7 @@ class Specimen:
     inputs: tuple[str, ...] = ("input_ids",)
     parameters: tuple[str, ...] = ()
     unmapped: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    double: bool = False
 
     @property
     def keymap(self) -> str | None:
@@ -306,12 +308,11 @@ def _maxtext_families() -> tuple[Specimen, ...]:
             global_head_dim=8, decoder_block="gemma4_small",
         )
     )  # fmt: skip
-    made.append(
-        _maxtext_of(
-            "qwen3_next", "Qwen3NextForCausalLM", {**_QWEN3_NEXT, "num_hidden_layers": 4}, targets=_HYBRID,
-            parameters=(*_EXPERTS, "mlp.gate.weight"), rivals=("maxtext:qwen3_next", "maxtext:qwen3_5"),
-        )
+    next4 = _maxtext_of(
+        "qwen3_next", "Qwen3NextForCausalLM", {**_QWEN3_NEXT, "num_hidden_layers": 4}, targets=_HYBRID,
+        parameters=(*_EXPERTS, "mlp.gate.weight"), rivals=("maxtext:qwen3_next", "maxtext:qwen3_5"),
     )  # fmt: skip
+    made.append(dataclasses.replace(next4, double=True))
     for scan in (None, 1):
         blocks = scan is not None
         two_blocks = {"num_hidden_layers": 8 if blocks else 4}

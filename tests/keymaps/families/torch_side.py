@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,8 +45,6 @@ def state(specimen: Specimen) -> dict[str, np.ndarray]:
 @functools.cache
 def adapted(name: str) -> Any:
     """A PEFT model on a copy of the base; in the file its tensors have the values their names say."""
-    import copy
-
     specimen = BY_NAME[name]
     fan = {"fan_in_fan_out": True} if specimen.torch.startswith("GPT2") else {}
     model = get_peft_model(copy.deepcopy(base(name)), LoraConfig(**specimen.lora, **fan)).eval()
@@ -59,7 +58,8 @@ def adapted(name: str) -> Any:
 
 @functools.cache
 def logits(name: str, adapter: bool) -> np.ndarray:
-    return outputs(adapted(name) if adapter else base(name), BY_NAME[name].inputs)
+    model = adapted(name) if adapter else base(name)
+    return outputs(copy.deepcopy(model).double() if BY_NAME[name].double else model, BY_NAME[name].inputs)
 
 
 def outputs(model: Any, inputs: Iterable[str]) -> np.ndarray:
