@@ -147,7 +147,13 @@ def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Pl
 
 
 def module_keys(file: Iterable[str], pattern: re.Pattern[str], expected: str) -> tuple[ModuleKeys, list[str]]:
-    """Return `{module: {tensor: key}}` of the keys that a pattern of both matches, and a problem for each other key."""
+    """Return `{module: {tensor: key}}` of keys, and a problem for each key that the pattern does not match.
+
+    Args:
+        file: the keys.
+        pattern: its two groups are the module and the tensor.
+        expected: the words for such a key.
+    """
     matches = {key: pattern.fullmatch(key) for key in file}
     problems = [f"{key}: expected {expected}" for key, match in matches.items() if match is None]
     return paths.nest((match[1], match[2], key) for key, match in matches.items() if match is not None), problems
