@@ -72,9 +72,9 @@ class LazyModule(ModuleType):
 
 # Imported from here by modules whose first functions do without these libraries.
 if TYPE_CHECKING:
-    import jax
-    import numpy as np
-    import numpy.typing as npt
+    import jax  # pyright: ignore[reportUnusedImport]
+    import numpy as np  # pyright: ignore[reportUnusedImport]
+    import numpy.typing as npt  # pyright: ignore[reportUnusedImport]
 else:
     jax, np, npt = map(LazyModule, ("jax", "numpy", "numpy.typing"))
 

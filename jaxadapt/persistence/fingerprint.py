@@ -223,7 +223,7 @@ def parse(value: Any) -> Fingerprint | None:
 
 def _has_values(array: Any) -> bool:
     """Return True for arrays of floating-point numbers that can be read here."""
-    if isinstance(array, jax.Array) and (isinstance(array, jax.core.Tracer) or array.is_deleted()):
+    if isinstance(array, jax.Array) and (isinstance(array, jax.core.Tracer) or array.is_deleted()):  # pyright: ignore[reportAttributeAccessIssue]
         return False
     return isinstance(array, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
 
