@@ -215,7 +215,7 @@ def parse(path: str, raw: bytes, size: int) -> Header:
 _SIZE = "[1-9][0-9]{0,17}"  # fewer than 63 bits
 _TENSOR = re.compile(
     rf'"([^"\\\x00-\x1f]*)":{{"dtype":"({"|".join(BITS)})","shape":\[((?:{_SIZE}(?:,{_SIZE}){{0,7}})?)\],'
-    rf'"data_offsets":\[(0|{_SIZE}),({_SIZE})\]}}(?:,|}} *\Z)'
+    rf'"data_offsets":\[(0|{_SIZE}),({_SIZE})\]}}(?:,(?=")|}} *\Z)'
 )
 
 
