@@ -183,7 +183,8 @@ class Adapter:
 
         Integer tensors, such as SHiRA's indices, have a collection of their own, `{"shira_integers": {name: ...}}`.
         """
-        collection, leaves = collection_name(self.config), paths.flatten(self.params)
+        collection = collection_name(self.config)
+        leaves = paths.flatten(self.params)
         integers = {path: x for path, x in leaves.items() if np.issubdtype(_unbox(x).dtype, np.integer)}
         if not integers:
             return {collection: {name: {**self.params, CONFIG_NODE: self.recipe}}}
@@ -504,7 +505,8 @@ def bind_site(
         sizes = sizes | plan.axis_sizes_from_tensors(
             match, method_tensors(config, method, Target(match, modules, {}, existing)), shapes
         )
-    target, own = Target(match, modules, sizes, existing, has_bias), METHODS[config.peft_type].key_prefix
+    target = Target(match, modules, sizes, existing, has_bias)
+    own = METHODS[config.peft_type].key_prefix
     prefix = keymap.prefix if own == PEFT_PREFIX else own
     tensors = method_tensors(config, method, target)
     entries = tuple(plan.plan_entry(keymap, match, tensor, sizes, prefix) for tensor in tensors)

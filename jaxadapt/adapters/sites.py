@@ -492,7 +492,8 @@ def sites_of(adapter: Adapter) -> Sites:
 @functools.lru_cache(maxsize=64)  # every save of a run needs the same sites, and every call outside jit
 def _recover_sites(config: Config, keymap: KeyMap, tensors: tuple[tuple[str, Shape], ...]) -> Sites:
     """Return the sites of an adapter's leaves, from `(path, shape)` pairs: adapted ones first, then copies."""
-    method, leaves = get_method(config), by_leaf(dict(tensors))
+    method = get_method(config)
+    leaves = by_leaf(dict(tensors))
     found_shared = leaves.pop(SHARED_NODE, {})
     matches = {leaf: match for leaf in leaves if (match := keymap.match(leaf)) is not None}
     copied = [match for leaf, match in matches.items() if not TENSORS.isdisjoint(leaves[leaf])]

@@ -65,7 +65,8 @@ def collect_base_leaves(
     parameter is included if the keymap has an entry for it (for example the bias of MaxText's routers).
     """
     held = carrier(params)
-    leaves, walk = held.leaves(), held.walk()
+    leaves = held.leaves()
+    walk = held.walk()
     raise_listed(
         AttachError,
         "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a dict)."
@@ -304,7 +305,8 @@ def _merge_tensor(
     """
     form, index = entry.form, entry.form.index(number)
     # Without this, the sum would be rounded to the leaf's dtype first.
-    unrounded, stack = dtype is not None and dtype != leaf_dtype, changed.site.match.stack
+    unrounded = dtype is not None and dtype != leaf_dtype
+    stack = changed.site.match.stack
     layer = {axis: index[axis] for axis in stack} if set(stack) <= set(form.split) else {}
     inner_index = tuple(i for axis, i in enumerate(index) if axis not in layer)
     out = np.empty(form.file_shape, dtype or leaf_dtype)

@@ -548,7 +548,8 @@ def merge_gguf(
         },
     )
     file = gguf_files.File(source)
-    tensors, kind = gguf_files.GgufTensors(file, gguf_files.gguf_base(file)), _matrix_kind(file, dtype)
+    tensors = gguf_files.GgufTensors(file, gguf_files.gguf_base(file))
+    kind = _matrix_kind(file, dtype)
     with reporter(progress) as report:
         exact = tensors if {tensor.kind for tensor in file.tensors.values()} <= _FLOATS else None
         plan = plan_merge(tensors, source, _read_adapter(adapter, exact, allow_nan, report), tensors.base.tied)

@@ -107,7 +107,8 @@ def index_entries(
     """
     combinations: list[tuple[tuple[int, ...], dict[str, str]]] = [((), {})]
     for axis in braced:
-        names, indices = weight.index_names(axis), (only or {}).get(axis, range(sizes[axis]))
+        names = weight.index_names(axis)
+        indices = (only or {}).get(axis, range(sizes[axis]))
         combinations = [
             ((*index, i), weight.add_number(text, axis, i) if names is None else {**text, axis.strip("{}"): names[i]})
             for index, text in combinations

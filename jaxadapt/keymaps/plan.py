@@ -489,7 +489,8 @@ def _file_layout(
     keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]
 ) -> tuple[FileLayout, list[dict[str, str]]]:
     """Return the layout of a tensor, and the texts for the holes of the key of each of its file tensors."""
-    cache, cache_key = match.weight.layout_cache, (tensor, match.parts, *sizes.items())
+    cache = match.weight.layout_cache
+    cache_key = (tensor, match.parts, *sizes.items())
     if cache_key not in cache:
         left, right = tensor_layout(match, tensor)
         only = {match.roles["fused"][0]: match.parts} if match.parts is not None else {}

@@ -277,7 +277,8 @@ def plain_lora(tensors: PeftTensors, first: PeftTensors | None = None, *, keep: 
     _refuse_fields(config, tensors.source, first is not None, keep)
     if any(config.get(name) for name in _VARIANTS):
         return plain_lora(convert_variant(tensors), None if first is None else convert_variant(first), keep=keep)
-    arrays, pairs = as_source(tensors.tensors), pair_keys(tensors, keep)
+    arrays = as_source(tensors.tensors)
+    pairs = pair_keys(tensors, keep)
     start = None if first is None else _check_first(tensors, first, arrays)
     ranks = _padded_ranks(config, pairs, arrays, tensors.source, first is not None)
     r = (1 if first is None else 2) * max(ranks.values(), default=config.r)

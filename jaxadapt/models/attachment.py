@@ -427,7 +427,8 @@ def invoke(
     ...     (net(ids) != before).any(-1).tolist()
     [[False, True, True, True]]
     """
-    given, held = _given_data(tokens, task_ids, prefilled, noise), carrier(model)
+    given = _given_data(tokens, task_ids, prefilled, noise)
+    held = carrier(model)
     if isinstance(held, Wrapper):
         data = _call_data({name: config for name, config in model.adapters if name in model.active}, given)
         yield dataclasses.replace(model, data=data)

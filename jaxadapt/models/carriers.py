@@ -535,7 +535,8 @@ class Variables(Params):
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
     ) -> Any:
-        changed, values = Variables(self.replace(new) if new else self.tree), adapter.flat()
+        changed = Variables(self.replace(new) if new else self.tree)
+        values = adapter.flat()
         if (
             present is not None
             and present.config == adapter.config

@@ -313,7 +313,10 @@ def set_values(variables: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     for path, value in values.items():
         var = variables[path]
         is_plain = _is_plain(type(var), type(var.get_raw_value()), type(value))
-        (var.set_raw_value if is_plain and not var.has_metadata("on_set_value") else var.set_value)(value)
+        if is_plain and not var.has_metadata("on_set_value"):
+            var.set_raw_value(value)
+        else:
+            var.set_value(value)
 
 
 @functools.cache
@@ -427,7 +430,8 @@ def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, 
         if is_adapter(var) and var.has_metadata("adapter"):
             if site != keys[:-1]:  # the tensors of one leaf follow each other
                 site = keys[:-1]
-                by_path, prefix = adapters.setdefault(str(site[-2]), {}), dotted((*site[:-3], site[-1]))
+                by_path = adapters.setdefault(str(site[-2]), {})
+                prefix = dotted((*site[:-3], site[-1]))
             by_path[f"{SHARED_NODE if is_shared(var) else prefix}.{keys[-1]}"] = var
     return adapters
 

@@ -145,7 +145,8 @@ class Survey:
 
         The model's transforms stack the markers like the leaves.
         """
-        y, module = next_fun(*args, **kwargs), context.module
+        y = next_fun(*args, **kwargs)
+        module = context.module
         if self.tracing or not is_own_method(context):
             return y
         layer = bind_layer(module, context.method_name, next_fun)

@@ -282,7 +282,8 @@ def delete(model: graph.Model, *names: str) -> None:
 
 def attach_rows(model: nnx.Module, layout: call.RowLayout) -> None:
     """Let the layers of these sites expect a route; raise `AttachError` for layers that cannot."""
-    walk, leaves = graph.walk_model(model), [site.leaf for site in layout.sites]
+    walk = graph.walk_model(model)
+    leaves = [site.leaf for site in layout.sites]
     require_current_trace(module for module, _ in walk.leaves.values())
     raise_listed(
         AttachError,

@@ -213,7 +213,8 @@ def class_entries(
     """Return keymap entries for the leaves that a keymap does not cover, from their layer's class."""
     entries: list[Weight] = []
     for leaf, (module, attr) in owners.items():
-        shape, match = shapes[leaf], None if attr == "bias" else keymap.match(leaf)
+        shape = shapes[leaf]
+        match = None if attr == "bias" else keymap.match(leaf)
         if attr == "bias" or (match is not None and len(match.weight.left) == len(shape)):
             continue
         try:

@@ -204,7 +204,8 @@ class Summary:
             # As Text, because a name may contain "[b]", which is markup.
             table.add_row(*(Text(escape_text(cell)) for cell in cells))
         total = self.base_parameters + self.trainable
-        share, text = 100 * self.trainable / total if total else 0.0, io.StringIO()
+        share = 100 * self.trainable / total if total else 0.0
+        text = io.StringIO()
         Console(file=text, width=160, force_terminal=False, force_jupyter=False).print(table)
         lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
         unproved = ", which is not tested against the real models"

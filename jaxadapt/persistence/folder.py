@@ -291,7 +291,8 @@ def push(
 
         jaxadapt.push(model, "org/name", base_model="org/base", card=jaxadapt.Card(metrics={"loss": 3.2})).url
     """
-    place, page = location.parse_hub_address(repo), card or consumers.Card()
+    place = location.parse_hub_address(repo)
+    page = card or consumers.Card()
     commit = {"message": commit_message, "private": private, "create_pr": create_pr, "tag": tag, "token": token}
     if isinstance(source, str | os.PathLike):
         if saving or name != "default":

@@ -445,7 +445,8 @@ def _bind_to_attached(
         return None  # the file replaces an adapter whose tensors contradict its configuration
     # A leaf of another layer may be a target, too: the model may have got layers since.
     adapted = {site.leaf for site in adapter_sites}
-    others, kinds = base.shapes.keys() - adapted, set(map(_leaf_kind, adapted))
+    others = base.shapes.keys() - adapted
+    kinds = set(map(_leaf_kind, adapted))
     is_alike = (
         all(
             site.weight_shape == (shape := base.shapes.get(site.leaf, ()))
@@ -485,7 +486,8 @@ def _warn_of_newer_peft(tensors: PeftTensors, adapter_sites: Sites) -> None:
 
 def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites) -> dict[str, Any]:
     """Return the dtypes in memory by key, from a file's: copies keep theirs, and integers have the method's."""
-    new, copied = {dtype: memory_dtype(dtype, requested) for dtype in set(own.values())}, adapter_sites.copied_keys
+    new = {dtype: memory_dtype(dtype, requested) for dtype in set(own.values())}
+    copied = adapter_sites.copied_keys
     return {key: dtype if key in copied else new[dtype] for key, dtype in own.items()} | adapter_sites.integers
 
 
@@ -500,9 +502,11 @@ def requested_dtype(dtype: Any) -> Any:
 
 def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
     """Return the dtype in memory of a tensor stored as `stored`: float32 for 8-bit floats, which have no arithmetic."""
-    if is_float(stored) and requested not in (None, AUTOCAST):
+    if not is_float(stored):
+        return np.dtype(stored)
+    if requested not in (None, AUTOCAST):
         return np.dtype(requested)
-    smallest = 0 if not is_float(stored) else 4 if requested == AUTOCAST else 2  # bytes
+    smallest = 4 if requested == AUTOCAST else 2  # bytes
     return np.dtype("float32" if np.dtype(stored).itemsize < smallest else stored)
 
 
@@ -532,9 +536,7 @@ def base_keymap(
     tensors: PeftTensors, base: Mapping[str, tuple[int, ...]], tied: tuple[tuple[str, str], ...] = ()
 ) -> KeyMap:
     """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
-    shapes, sizes = (
-        as_source(tensors.tensors).shapes,
-        functools.partial(file_sizes, get_method(tensors.config), tensors.config),
-    )
+    shapes = as_source(tensors.tensors).shapes
+    sizes = functools.partial(file_sizes, get_method(tensors.config), tensors.config)
     turned = bool(tensors.config.get("fan_in_fan_out"))
     return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)

@@ -199,7 +199,8 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
     PEFT writes the token embedding and the head to the file of an adapter on them. With strict=False, other weights
     that differ stay, and count as unexpected.
     """
-    keymap, surplus = expected.recipe.keymap, [key for key in source if key not in expected.plan.keys]
+    keymap = expected.recipe.keymap
+    surplus = [key for key in source if key not in expected.plan.keys]
     if not surplus:
         return source
     known, ties = _base_tensors(expected), dict(keymap.tied)
@@ -332,7 +333,8 @@ def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
     With strict=False only the last two, unless no tensor fits.
     """
     plan, given = expected.plan, _fitting(source, expected)
-    integers, is_kind = expected.sites.integers, functools.cache(jnp.issubdtype)
+    integers = expected.sites.integers
+    is_kind = functools.cache(jnp.issubdtype)
     unusable = [
         f"{key}: {spec.dtype.name}, expected {'integers' if key in integers else 'floats'}"
         for key, spec in given.specs.items()
@@ -371,11 +373,13 @@ def attention_hint(keys: Iterable[str]) -> str:
     """Return a hint for keymaps without entries for an `nn.MultiheadAttention`, which only PEFT's keys name so."""
     split = (key.removeprefix(PEFT_PREFIX).partition(".base_layer.out_proj.lora_") for key in keys)
     modules = sorted({module for module, separator, _ in split if separator})
-    text = (
+    if not modules:
+        return ""
+    return (
         "\nEach of these is an nn.MultiheadAttention in PyTorch, which stores queries, keys and values in one tensor."
         " Pass a KeyMap with entries for them, made by Weight.attention(path in JAX, name in PyTorch):\n"
+        + bullets(modules)
     )
-    return f"{text}{bullets(modules)}" if modules else ""
 
 
 # ---------------------------------------------------------------- tensors that a file lacks
@@ -437,7 +441,8 @@ def _new_tensors(absent: set[str], source: TensorSource, expected: Expected) -> 
         raise type(error)(f"{expected.file.source}: cannot initialize the missing tensors: {error}") from error
     new = incomplete.file_plan.encode(leaves, host=not expected.on_device)
     dtypes = {spec.dtype for spec in source.specs.values()}
-    copied, own = incomplete.copied_keys, dtypes.pop() if len(dtypes) == 1 else None
+    copied = incomplete.copied_keys
+    own = dtypes.pop() if len(dtypes) == 1 else None
 
     def value(key: str) -> Any:
         keeps = own is None or key in copied or new.specs[key].dtype.kind in "iu"
@@ -488,7 +493,8 @@ def load_arrays(
 
     def leaf_of(entry: plans.PlanEntry) -> _Leaf:
         wanted = dtype[entry.path] if isinstance(dtype, Mapping) else dtype
-        new, place = entry.dtype(dtypes) if wanted is None else np.dtype(wanted), shardings.get(entry.path)
+        new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
+        place = shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
         is_cast = {source.specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
         is_copy = place is None and not is_cast and entry.form.is_identity

@@ -69,7 +69,8 @@ def write_shared(
         FileError: in all processes, if one of them failed, died, or did not call. The old adapter then remains.
     """
     encoded: plans.Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
-    group, stored = sharded_write.Group(target, timeout), encoded if dtype is None else cast(encoded, dtype)
+    group = sharded_write.Group(target, timeout)
+    stored = encoded if dtype is None else cast(encoded, dtype)
     tensors = dataclasses.replace(tensors, tensors=stored)
 
     def size(values: Iterable[Any]) -> int:

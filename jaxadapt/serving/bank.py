@@ -419,12 +419,8 @@ def write(
         for name, array in arrays.items():
             target = place.shardings.get(name)
             # On a mesh with Explicit axes, the update must have the sharding of the array.
-            value = jax.lax.dynamic_update_slice_in_dim(
-                array,
-                jax.device_put(jnp.expand_dims(new[name].astype(array.dtype), place.layers), target),
-                slot,
-                place.layers,
-            )
+            update = jax.device_put(jnp.expand_dims(new[name].astype(array.dtype), place.layers), target)
+            value = jax.lax.dynamic_update_slice_in_dim(array, update, slot, place.layers)
             changed[name] = value if target is None else jax.lax.with_sharding_constraint(value, target)
         written.append(changed)
     return tuple(written)

@@ -175,7 +175,8 @@ def remove_leftovers(directory: str | os.PathLike[str], names: str, *, folders: 
         names: a regular expression that the targets' names match.
         folders: also remove leftover folders of `atomic.staging_folder`.
     """
-    pattern, removed = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.(?:tmp|old)", re.DOTALL), False
+    pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.(?:tmp|old)", re.DOTALL)
+    removed = False
     with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the path
         for stale in Path(directory).iterdir():
             if not pattern.fullmatch(stale.name):

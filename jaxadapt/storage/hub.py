@@ -132,7 +132,8 @@ def cached_commit(path: str | os.PathLike[str], file: str) -> str:
 
 def check_in_cache(path: str, place: HubAddress, cache_dir: str | os.PathLike[str] | None) -> Path:
     """Return the path of a cached file. Raises `FileError` if it is outside the cache, for example through a link."""
-    file, cache = Path(path), Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
+    file = Path(path)
+    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser()
     repository = cache / f"models--{place.repo.replace('/', '--')}"  # may be a link that a user set up
     target = file.resolve()
     if not any(target.is_relative_to(folder.resolve()) for folder in (cache, repository)):

@@ -335,7 +335,8 @@ def write_region(
     axis = max(0, len(shape) - 1)  # the indices of `axis` form one run; the later axes are complete
     while axis > 0 and tuple(region[axis]) == (0, shape[axis]):
         axis -= 1
-    start, data = sum(low * stride for (low, _), stride in zip(region, strides, strict=True)), flat_bytes(array)
+    start = sum(low * stride for (low, _), stride in zip(region, strides, strict=True))
+    data = flat_bytes(array)
     run = len(data) // math.prod(array.shape[:axis])
     for number, index in enumerate(itertools.product(*map(range, array.shape[:axis]))):
         write_at(

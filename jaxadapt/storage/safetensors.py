@@ -290,9 +290,9 @@ def _check_layout(tensors: Mapping[str, TensorInfo], data_start: int, size: int)
             problems.append(f"tensor {_show(key)} {kind} {_describe(last)}: expected start {position}, found {start}")
         position, last = stop, key
     if position != size - data_start:
-        before, end = _describe(last), data_start + position
+        end = data_start + position
         short = "; it is truncated: fetch or save it again" if end > size else ""
-        problems.append(f"expected the file to end with {before} at {end} bytes, found {size} bytes{short}")
+        problems.append(f"expected the file to end with {_describe(last)} at {end} bytes, found {size} bytes{short}")
     if problems:
         raise ValueError(problems_text(problems))
 
@@ -340,7 +340,8 @@ def encode(
     tensors: dict[str, TensorInfo] = {}
     sorted_metadata = dict(sorted(metadata.items()))
     # Format the text directly: an object a tensor for `json` would cost more than all the rest.
-    entries, position = [f'"__metadata__":{_json(sorted_metadata)}'] if metadata else [], 0
+    entries = [f'"__metadata__":{_json(sorted_metadata)}'] if metadata else []
+    position = 0
     for key in sorted(specs, key=lambda key: (-_RANK[specs[key][0]], key)):
         dtype, shape = specs[key][0], tuple(specs[key][1])
         stop = position + sizes[key]

@@ -443,7 +443,8 @@ def _nbytes(storage: _Storage) -> int:
 
 def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str, _Tensor]], T]) -> T:
     """Open a file of either format and call `use` with its reader and tensors."""
-    name, place = os.fspath(path), location.to_location(path)
+    name = os.fspath(path)
+    place = location.to_location(path)
     opened = location.fetch_object(place) if isinstance(place, location.Address) else LocalFile(name)
     with contextlib.closing(opened) as source:
         first = source.read_exactly("file", min(source.size, 16), 0)
@@ -611,7 +612,8 @@ def _pickle(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     """Return the pickle, in protocol 2, of a dict of tensors whose storages are records."""
     parts = [b"\x80\x02}("]
     for number, (key, (dtype, shape)) in enumerate(specs.items()):
-        count, strides = math.prod(shape), [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        count = math.prod(shape)
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         typed = dtype in _STORAGE_OF
         size = count if typed else count * SIZES[dtype]
         kind = f"torch.{_STORAGE_OF[dtype]}" if typed else UNTYPED

@@ -546,7 +546,8 @@ def fill_parts(model: Any, parts: Mapping[str, Any], stored: StoredStep, report:
             configuration; the message lists all problems.
     """
     held = lora_carrier(model)
-    others, given = held.rest(), {part: example for part in PARTS if (example := parts.get(part)) is not None}
+    others = held.rest()
+    given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
     guests, adapters, problems = _find_targets(held, stored)
     examples = _name_leaves(guests, adapters, {"model": others, **given})
     rebuilt = [part for part in PARTS if part in stored.plain.keys() - given.keys()]

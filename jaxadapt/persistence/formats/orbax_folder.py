@@ -101,7 +101,8 @@ def find_adapter(path: Path, like: Adapter | None = None, name: str = "default")
 
     Raises `FileError` if `like` is needed and not given, `MismatchError` naming leaves that are missing.
     """
-    recipe, items = read_recipe(path), orbax.leaf_specs(path)
+    recipe = read_recipe(path)
+    items = orbax.leaf_specs(path)
     if recipe is not None:
         keys = {".".join(key): key for key in items.get(_ADAPTER, {})}
         flat = {dotted: jax.ShapeDtypeStruct(*items[_ADAPTER][key]) for dotted, key in keys.items()}
