@@ -63,7 +63,7 @@ def _keymap(name: str, *layers: tuple[Weight, ...]) -> KeyMap:
         ),
         complete=True,
         needs=tuple(w.leaf for w in layers[0] if w.leaf.endswith(("in_proj_qkvz.kernel", "routed_experts.wi_0"))),
-        proved=name == "qwen3_next",
+        proved="qwen3_next" in name,
         expert_modules=EACH_QWEN3,
     )
 

@@ -385,8 +385,9 @@ def _maxtext_more(specimen: Specimen) -> dict[str, Any]:
         }  # (one is none)
     if model == "qwen3_next":
         found |= {"norm_topk_prob": True, "use_qk_norm": False, "inhomogeneous_layer_cycle_interval": 4}
-        found |= {"gdn_conv_kernel_dim": 4, "gdn_key_head_dim": 4, "gdn_value_head_dim": 6, "gdn_num_key_heads": 2}
-        found |= {"gdn_num_value_heads": 4, "gdn_chunk_size": 64, "partial_rotary_factor": 0.25}
+        found |= {"gdn_conv_kernel_dim": 4, "gdn_value_head_dim": 6, "gdn_num_key_heads": 2, "gdn_num_value_heads": 4}
+        found |= {"gdn_key_head_dim": specimen.config["linear_key_head_dim"], "gdn_chunk_size": 64}
+        found["partial_rotary_factor"] = 0.25
     if model == "llama4":
         found |= {"nope_layer_interval": 4, "temperature_tuning": True, "chunk_attn_window_size": 4}
         found |= {"inhomogeneous_layer_cycle_interval": 1 if o["scan"] is None else 4, "rope_type": "llama3.1"}

@@ -308,11 +308,15 @@ def _maxtext_families() -> tuple[Specimen, ...]:
             global_head_dim=8, decoder_block="gemma4_small",
         )
     )  # fmt: skip
-    next4 = _maxtext_of(
-        "qwen3_next", "Qwen3NextForCausalLM", {**_QWEN3_NEXT, "num_hidden_layers": 4}, targets=_HYBRID,
-        parameters=(*_EXPERTS, "mlp.gate.weight"), rivals=("maxtext:qwen3_next", "maxtext:qwen3_5"),
-    )  # fmt: skip
-    made.append(dataclasses.replace(next4, double=True))
+    for scan, sizes, rivals in (
+        (None, {"num_hidden_layers": 4}, ("maxtext:qwen3_next", "maxtext:qwen3_5")),
+        (1, {"num_hidden_layers": 8, "linear_key_head_dim": 8}, ()),  # (keys of 4 numbers round more)
+    ):
+        next_ = _maxtext_of(
+            "qwen3_next", "Qwen3NextForCausalLM", {**_QWEN3_NEXT, **sizes}, scan, _HYBRID,
+            (*_EXPERTS, "mlp.gate.weight"), blocks=scan is not None, rivals=rivals,
+        )  # fmt: skip
+        made.append(dataclasses.replace(next_, double=True))
     for scan in (None, 1):
         blocks = scan is not None
         two_blocks = {"num_hidden_layers": 8 if blocks else 4}
