@@ -178,7 +178,6 @@ class Weight:
     def _problems(self) -> list[str]:
         _, _, plain, braced, pattern_problems = parse_pattern(self.pattern)
         holes, key_holes, axis = set(_HOLE.findall(self.leaf)), _HOLE.findall(self.key), self._bracket.get("axis")
-        is_axis = not axis or bool(self.part_axis)
         return [
             *pattern_problems,
             *([] if self.kind in get_args(Kind) else [f"expected a kind of {get_args(Kind)}, found {self.kind!r}"]),
@@ -189,7 +188,7 @@ class Weight:
             ),
             *(
                 []
-                if is_axis
+                if not axis or self.part_axis
                 else [f"{self.key!r} is a part of the axis {axis!r}, which is not a PyTorch axis of the pattern"]
             ),
             *(f"{{{n}}} is both a hole of the leaf and an axis" for n in sorted(holes & braced)),
@@ -235,9 +234,19 @@ class Weight:
     def _problems_of_blocks(self) -> list[str]:
         together = any({"{l}", "{place}"} <= {*names} for names in (self.left, _NAME_HOLE.findall(self.leaf)))
         return [
-            "l and place must both be holes of the leaf, or both be braced axes, and only l a hole of the key"
-            for name in self.layer_names[1:]
-            if not together or f"{{{name}}}" in self.key
+            *(
+                "l and place must both be holes of the leaf, or both be braced axes, and only l a hole of the key"
+                for name in self.layer_names[1:]
+                if not together or f"{{{name}}}" in self.key
+            ),
+            *(
+                []
+                if len(self.layers) == 2 and 1 <= self.places <= self.layers[0]
+                else [
+                    f"layers={self.layers + self.scan} must be (step, first) with a step of at least 1"
+                    + f", and place={self.places} must be at least 1 and at most step" * len(self.layer_names[1:])
+                ]
+            ),
         ]
 
     @functools.cached_property
@@ -253,7 +262,7 @@ class Weight:
     @functools.cached_property
     def regex(self) -> re.Pattern[str]:
         """The regular expression that a leaf of this entry matches in full; repeated holes must have the same text."""
-        return template_regex(self.leaf, {})
+        return template_regex(self.leaf, {name: tuple(map(str, range(self.places))) for name in self.layer_names[1:]})
 
     @functools.cached_property
     def _key_regex(self) -> re.Pattern[str]:
@@ -274,11 +283,15 @@ class Weight:
         """The axes or holes that make up the number of PyTorch's layer: "l", and "place" if its size is given."""
         return ("l", "place") if "place" in dict(self.sizes) and "{place}" in self.leaf + self.pattern else ("l",)
 
+    @property
+    def places(self) -> int:
+        """The number of layers of a block in this entry; 1 without `{place}`."""
+        return dict(self.sizes)["place"] if "place" in self.layer_names else 1
+
     def has_layer(self, text: str) -> bool:
         """Return True if PyTorch's layer of this number belongs to this entry."""
         step, first = self.layers
-        places = range(dict(self.sizes)["place"] if "place" in self.layer_names else 1)
-        return len(text) <= 18 and int(text) >= first and (int(text) - first) % step in places
+        return len(text) <= 18 and int(text) >= first and (int(text) - first) % step < self.places
 
     def add_number(self, texts: Mapping[str, str], axis: str, i: int) -> dict[str, str]:
         """Return the texts for the holes of a key, with PyTorch's number for index i of a numbered axis or hole."""

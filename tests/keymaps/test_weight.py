@@ -117,3 +117,34 @@ def test_a_block_of_another_size_is_no_fit():
 def test_the_places_of_a_block_stand_beside_its_number(leaf, key, pattern):
     with pytest.raises(KeyMapError, match="l and place must both be holes of the leaf, or both be braced axes"):
         Weight(leaf, key, pattern, layers=(6, 0), place=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"place": 5}, r"layers=\(1, 0\) must be .*, and place=5 must be at least 1 and at most step"),
+        ({"layers": (6, 0), "place": 7}, "place=7 must be"),
+        ({"layers": (6, 0), "place": 0}, "place=0 must be"),
+        ({"layers": (0, 0), "place": 1}, "a step of at least 1, and"),
+        ({"layers": (6,), "place": 5}, r"layers=\(6,\) must be \(step, first\)"),
+    ],
+)
+def test_a_block_has_a_step_and_no_more_places(options, words):
+    with pytest.raises(KeyMapError, match=words):
+        Weight("a.q", "h.{l}.q.weight", "{l} {place} d f -> f d", **options)
+
+
+def test_a_step_is_at_least_one():
+    with pytest.raises(KeyMapError, match=r"layers=\(0, 3\) must be \(step, first\) with a step of at least 1$"):
+        Weight("a_{l}.q", "h.{l}.q.weight", "d f -> f d", layers=(0, 3))
+
+
+def test_a_place_beyond_those_of_the_entry_is_another_leaf():
+    entry = Weight("a_{l}.b_{place}.q", "h.{l}.q.weight", "d f -> f d", layers=(6, 0), place=5)
+    keymap = KeyMap("blocks", (entry,))
+    found = keymap.match("a_1.b_4.q")
+    assert found is not None
+    assert found.module({}) == "h.10.q"
+    assert keymap.match("a_1.b_5.q") is None
+    with pytest.raises(KeyMapError, match=r"a_1\.b_5\.q \(2, 3\): no entry"):
+        plan.base_plan(keymap, {"a_1.b_5.q": (2, 3)})
