@@ -154,20 +154,24 @@ def may_have_experts(keys: Iterable[str]) -> bool:
     return any(_LOOKS_LIKE_EXPERTS.search(key) for key in keys)
 
 
-@functools.lru_cache(maxsize=1 << 14)  # loading adapters one after the other asks for the same keys
 def split_adapter_name(key: str) -> tuple[str, str] | None:
     """Return the adapter's name in a key and the key without it; None if the key has no adapter's name.
 
     >>> split_adapter_name("q.lora_A.default.weight")
     ('default', 'q.lora_A.weight')
     """
+    return _split_adapter_name(key, tuple(FACTS))
+
+
+@functools.lru_cache(maxsize=1 << 14)  # loading adapters one after the other asks for the same keys
+def _split_adapter_name(key: str, types: tuple[str, ...]) -> tuple[str, str] | None:
     stem, _, end = key.rpartition(".")
     if end in ("weight", "bias"):  # of a module: lora_A.default.weight
         stem, _, name = stem.rpartition(".")
         tensor = stem.rpartition(".")[2]
-        if _is_tensor(tensor, tuple(FACTS)):
+        if _is_tensor(tensor, types):
             return name, stem if tensor in _NOT_MODULES else f"{stem}.{end}"
-    elif _is_tensor(stem.rpartition(".")[2], tuple(FACTS)):  # a parameter: ia3_l.default
+    elif _is_tensor(stem.rpartition(".")[2], types):  # a parameter: ia3_l.default
         return end, stem
     module, separator, rest = key.rpartition(_SAVED)
     name, dot, parameter = rest.partition(".")
