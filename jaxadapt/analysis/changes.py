@@ -323,8 +323,7 @@ def _draw_map(figure: Any, axis: Any, grid: Grid[Any], heat_map: HeatMap, width:
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
                 share = (min(value, high) - low) / (high - low)
-                is_light = share > 0.6 if low == 0 else 0.2 < share < 0.8
-                color = _INK if is_light else "white"
+                color = _INK if (share > 0.6 if low == 0 else 0.2 < share < 0.8) else "white"
                 axis.text(x, y, number_text(value, 2), ha="center", va="center", fontsize=5.5, color=color)
     bar = figure.colorbar(image, cax=axis.inset_axes((1 + 0.06 / width, 0, 0.13 / width, 1)))
     bar.outline.set_visible(False)

@@ -228,7 +228,8 @@ class Whole(TensorSource):
 
     def __init__(self, source: str, kinds: Kinds, read: Callable[[], Mapping[str, Any]]) -> None:
         """Create a source of the tensors that `read` returns."""
-        self.source, self._kinds, self._read = source, kinds, read
+        self.source: str = source
+        self._kinds, self._read = kinds, read
 
     @property
     def kinds(self) -> Kinds:
@@ -300,7 +301,8 @@ class Derived(TensorSource):
         read: Callable[[str, Sequence[slice]], np.ndarray],
     ) -> None:
         """Create a source; `spec` returns the shape and dtype of a key's tensor, and `read` a part of the tensor."""
-        self.source, self._keys, self._spec, self._read = source, keys, spec, read
+        self.source: str = source
+        self._keys, self._spec, self._read = keys, spec, read
 
     @functools.cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -21,7 +21,7 @@ import click
 import jaxadapt
 from jaxadapt.core.errors import escape_text
 
-GROUPS = {
+GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Look at an adapter": ("reports", ("inspect", "verify", "diff")),
     "Repair and change one": ("adapter_changes", ("repair", "resize", "rename", "undo-start", "convert", "extract")),
     "Merge and combine": ("adapter_changes", ("merge", "combine")),
@@ -33,7 +33,7 @@ GROUPS = {
 }
 """`{purpose: (file, its commands)}`, in the order of the help page."""
 _FILES = {name: file for file, names in GROUPS.values() for name in names}
-COMMANDS = tuple(_FILES)
+COMMANDS: tuple[str, ...] = tuple(_FILES)
 
 INTERRUPTED = 130
 _ERROR_STATUS = {"diff": 2, "compare-logprobs": 2}

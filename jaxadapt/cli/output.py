@@ -17,8 +17,8 @@ from jaxadapt.core.errors import escape_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-dtype = click.option(
+as_json: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+dtype: Callable[[Any], Any] = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]),
     help="Dtype of the result's tensors. Default: the adapter's.",
@@ -202,5 +202,4 @@ def _shade(value: float | None, high: float) -> str:
     share = max(0.0, min(1.0, value / high))
     red, green, blue = (round(a + share * (b - a)) for a, b in ((235, 8), (242, 48), (250, 107)))
     # RGB values, because a terminal's own "white" is grey.
-    ink = "rgb(255,255,255)" if share > 0.65 else "rgb(0,0,0)"
-    return f"{ink} on rgb({red},{green},{blue})"
+    return f"{'rgb(255,255,255)' if share > 0.65 else 'rgb(0,0,0)'} on rgb({red},{green},{blue})"

@@ -151,7 +151,7 @@ class Config:
         """Register the class for its type; the keyword states the default of the field `peft_type`."""
         super().__init_subclass__()
         if peft_type:
-            cls.__annotations__ = {**cls.__annotations__, "peft_type": "str"}
+            cls.__annotations__["peft_type"] = "str"
             cls.peft_type = peft_type
         if cls.peft_type:
             Config.classes[cls.peft_type] = cls
@@ -475,7 +475,7 @@ class BiasConfig(MethodConfig):
     def __init_subclass__(cls, peft_type: str = "", bias: str = "") -> None:
         super().__init_subclass__(peft_type)
         if bias:
-            cls.__annotations__ = {**cls.__annotations__, "bias": "str"}
+            cls.__annotations__["bias"] = "str"
             cls.bias = checked(one_of("none", "all", bias), "none")
 
 

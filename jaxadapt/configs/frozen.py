@@ -39,7 +39,7 @@ class PatternIndex:
 
     def __init__(self, field: str, keys: Iterable[str]) -> None:
         self._field = field
-        self.keys = tuple(keys)
+        self.keys: tuple[str, ...] = tuple(keys)
         self._anywhere = field == "modules_to_save"  # the other fields match the end of a path
         self._order: dict[str, int] = {}
         self._expressions: dict[int, str] = {}
@@ -196,7 +196,8 @@ class Patterns(FrozenDict):
         same = super().__eq__(other)
         return same and list(self) == list(other) if isinstance(other, Patterns) else same
 
-    __hash__ = FrozenDict.__hash__
+    def __hash__(self) -> int:
+        return super().__hash__()
 
 
 def _overlap(keys: list[str]) -> bool:

@@ -131,7 +131,8 @@ class Trainer:
 
         `join(adapter, rest)` returns what `jaxadapt.save` takes, and `call` its logits (B, T, V) for tokens (B, T).
         """
-        self.adapter, self.rest, self._join = adapter, rest, join
+        self.adapter: Any = adapter
+        self.rest: Any = rest
         self.state: Any = tx.init(adapter)
 
         # `rest` is an argument: a compiled program would hold a copy of arrays from outside.
@@ -146,7 +147,8 @@ class Trainer:
             updates, state = tx.update(grads, state, adapter)
             return optax.apply_updates(adapter, updates), state, value
 
-        self.compute_step = jax.jit(step)
+        self.compute_step: Callable[..., Any] = jax.jit(step)
+        self._join = join
         self._loss, self._logits = jax.jit(loss), jax.jit(logits)
 
     def step(self, tokens: np.ndarray) -> float:

@@ -301,8 +301,8 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalization with one parameter, ``weight``."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        self.weight = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
-        self.eps = config.rms_norm_eps
+        self.weight: nnx.Param[jax.Array] = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
+        self.eps: float = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight[...], self.eps)
@@ -314,10 +314,10 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = _linear(config, config.hidden_size, queries, rngs)
-        self.k_proj = _linear(config, config.hidden_size, keys, rngs)
-        self.v_proj = _linear(config, config.hidden_size, keys, rngs)
-        self.o_proj = _linear(config, queries, config.hidden_size, rngs)
+        self.q_proj: nnx.Linear = _linear(config, config.hidden_size, queries, rngs)
+        self.k_proj: nnx.Linear = _linear(config, config.hidden_size, keys, rngs)
+        self.v_proj: nnx.Linear = _linear(config, config.hidden_size, keys, rngs)
+        self.o_proj: nnx.Linear = _linear(config, queries, config.hidden_size, rngs)
 
     def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None) -> Carry:
         return attend(self.config, (self.q_proj, self.k_proj, self.v_proj, self.o_proj), carry, rope, mask)
@@ -327,9 +327,9 @@ class MLP(nnx.Module):
     """SwiGLU feed-forward."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size, rngs)
+        self.gate_proj: nnx.Linear = _linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.up_proj: nnx.Linear = _linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.down_proj: nnx.Linear = _linear(config, config.intermediate_size, config.hidden_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -339,10 +339,10 @@ class Block(nnx.Module):
     """One layer: (x (B, T, D), cache) -> the same."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.input_layernorm = RMSNorm(config)
-        self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MLP(config, rngs=rngs)
+        self.input_layernorm: RMSNorm = RMSNorm(config)
+        self.self_attn: Attention = Attention(config, rngs=rngs)
+        self.post_attention_layernorm: RMSNorm = RMSNorm(config)
+        self.mlp: MLP = MLP(config, rngs=rngs)
 
     def __call__(self, carry: Carry, rope: Rope, mask: jax.Array | None = None) -> Carry:
         parts = (self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
@@ -354,7 +354,9 @@ class LlamaModel(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.param_dtype, rngs=rngs)
+        self.embed_tokens: nnx.Embed = nnx.Embed(
+            config.vocab_size, config.hidden_size, param_dtype=config.param_dtype, rngs=rngs
+        )
         self.layers: Any
         if config.scan:
             self.layers = nnx.vmap(lambda keys: Block(config, rngs=keys), out_axes=self._axes())(
@@ -362,7 +364,7 @@ class LlamaModel(nnx.Module):
             )
         else:
             self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config)
+        self.norm: RMSNorm = RMSNorm(config)
 
     def _axes(self) -> nnx.StateAxes:
         # Parameters (also adapters) are stacked along scan_axis. Other variables of a layer, such as the keys of an
@@ -415,9 +417,9 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.model = LlamaModel(config, rngs=rngs)
+        self.model: LlamaModel = LlamaModel(config, rngs=rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config, config.hidden_size, config.vocab_size, rngs)
+            self.lm_head: nnx.Linear = _linear(config, config.hidden_size, config.vocab_size, rngs)
 
     def __call__(
         self,
@@ -540,9 +542,9 @@ class LinenLlamaModel(Configured):
 
     def setup(self) -> None:
         config = self.config
-        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=config.param_dtype)
-        self.layers = _layers(config)
-        self.norm = LinenRMSNorm(config)
+        self.embed_tokens: nn.Embed = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=config.param_dtype)
+        self.layers: Any = _layers(config)
+        self.norm: LinenRMSNorm = LinenRMSNorm(config)
 
     def __call__(
         self,

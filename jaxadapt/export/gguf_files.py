@@ -237,13 +237,14 @@ class File:
             FileError: the file or the package `gguf` is missing.
             FormatError: it is no GGUF file.
         """
-        gguf, self.path = _gguf(), location.to_location(path)
+        gguf = _gguf()
+        self.path: location.Location = location.to_location(path)
         if isinstance(self.path, location.Address) or not location.is_file(self.path):
             raise FileError(f"{self.path}: expected a local GGUF file, found none")
         try:
             with self.path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.fields, self.tensors = self._header(gguf)
+            self._read_header(gguf)
         except OSError as error:
             raise local_files.file_error("read", str(self.path), error) from error
         except (ValueError, KeyError) as error:
@@ -263,7 +264,7 @@ class File:
             raise FormatError(f"{self.path}: {name}: cannot read the type {tensor.kind}") from error
         return values.reshape(tensor.shape)
 
-    def _header(self, gguf: Any) -> tuple[dict[str, Field], dict[str, Tensor]]:
+    def _read_header(self, gguf: Any) -> None:
         """Read the fields and the tensors. Raises `ValueError` if the header is damaged."""
         if self._take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
@@ -273,17 +274,18 @@ class File:
                 "big-endian; convert it to little-endian" if version % 65536 == 0 else f"version {version}"
             )
         tensor_count, field_count = self._numbers(10, 2)
-        fields = self._named(field_count, lambda: self._field(gguf.GGUFValueType))
-        alignment = fields.get("general.alignment", Field(32, "UINT32"))
+        self.fields: dict[str, Field] = self._named(field_count, lambda: self._field(gguf.GGUFValueType))
+        alignment = self.fields.get("general.alignment", Field(32, "UINT32"))
         if alignment.type != "UINT32" or alignment.value.bit_count() != 1:
             raise ValueError(f"general.alignment: {alignment.value!r}")
         found = self._named(tensor_count, lambda: self._tensor(gguf))
         begin = self._data.tell() + -self._data.tell() % alignment.value
-        tensors = {name: tensor._replace(start=begin + tensor.start) for name, tensor in found.items()}
-        for name, tensor in tensors.items():
+        self.tensors: dict[str, Tensor] = {
+            name: tensor._replace(start=begin + tensor.start) for name, tensor in found.items()
+        }
+        for name, tensor in self.tensors.items():
             if tensor.start + tensor.nbytes > len(self._data):
                 raise ValueError(f"{name}: {tensor.nbytes} bytes at byte {tensor.start} of {len(self._data)}")
-        return fields, tensors
 
     def _take(self, count: int) -> bytes:
         if count > len(self._data) - self._data.tell():
@@ -521,10 +523,12 @@ class GgufTensors(TensorSource):
 
     def __init__(self, file: File, base: Base) -> None:
         """Find the PyTorch key of each tensor; tensors without one (rotary factors) are left out."""
-        self.source = str(file.path)
-        self._file, self.base = file, base
+        self.source: str = str(file.path)
+        self.base: Base = base
         name_of = tensor_names(base.architecture.name, base.layers)
-        self.names, self._kinds = dict[str, str](), dict[str, str]()
+        self.names: dict[str, str] = {}
+        self._file = file
+        self._kinds: dict[str, str] = {}
         for key in _candidates(base, "blk.0.ffn_gate.weight" in file.tensors):
             kind, name = name_of(key) or ("", "")
             if name in file.tensors and name not in self.names.values():

@@ -136,8 +136,7 @@ def components(state: Array, x: Array, mask: Array) -> Array:
     new_variance = (seen * variance + count * batch_variance + seen * count / total * (mean - batch_mean) ** 2) / total
     shift = jnp.sqrt(seen / total * count) * (mean - batch_mean)
     rows = jnp.concatenate([sigma[:, None] * old, (x - batch_mean[None]) * mask[:, None], shift[None]])
-    q = min(2 * k, *rows.shape)
-    omega = jax.random.normal(jax.random.key(42), (min(rows.shape), q))
+    omega = jax.random.normal(jax.random.key(42), (min(rows.shape), min(2 * k, *rows.shape)))
     _, singular_values, v = kinds.svd_lowrank(rows, 4, omega)
     v = v * jnp.sign(jnp.take_along_axis(v, jnp.argmax(jnp.abs(v), 1)[:, None], 1))
     empty = jnp.zeros(width)

@@ -25,11 +25,13 @@ from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     axes_tensor,
     tensor_roles,
@@ -43,12 +45,12 @@ _PREFIX = "base_model.model."
 class Adalora(MatrixMethod, peft_type="ADALORA"):
     """A singular value decomposition of the change; training removes its least important parts."""
 
-    row_numbers = frozenset({"scale"})
-    row_padded = frozenset({"r"})
-    kinds = frozenset({"linear", "conv"})
-    scaled = frozenset({"lora_E"})
-    roles = tensor_roles(A="lora_A", B="lora_B", vector="lora_E")
-    examples = ({"init_r": 3, "total_step": 10}, {"init_r": 2, "lora_alpha": 5, "total_step": 9, "tfinal": 2})
+    row_numbers: frozenset[str] = frozenset({"scale"})
+    row_padded: frozenset[str] = frozenset({"r"})
+    kinds: frozenset[str] = frozenset({"linear", "conv"})
+    scaled: frozenset[str] = frozenset({"lora_E"})
+    roles: Strings = tensor_roles(A="lora_A", B="lora_B", vector="lora_E")
+    examples: Examples = ({"init_r": 3, "total_step": 10}, {"init_r": 2, "lora_alpha": 5, "total_step": 9, "tfinal": 2})
 
     def tensors(self, config: AdaLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
         def rank(module: str) -> int:

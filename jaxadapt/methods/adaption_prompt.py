@@ -28,6 +28,7 @@ from jaxadapt.methods.prompt import (
     Array,
     BaseSizes,
     Draw,
+    Examples,
     MethodTensor,
     Params,
     PromptMethod,
@@ -46,7 +47,7 @@ class AdaptionPrompt(PromptMethod, peft_type="ADAPTION_PROMPT"):
 
     adds = "attention"
     key_prefix = PEFT_PREFIX
-    examples = ({"adapter_len": 4, "adapter_layers": 1},)
+    examples: Examples = ({"adapter_len": 4, "adapter_layers": 1},)
 
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
         return config.replace(target_modules="self_attn") if config.target_modules is None else config

@@ -39,10 +39,11 @@ from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight, axes_tensor, 
 
 # The file of a method imports these names from here, wherever they are defined.
 __all__ = [
-    "CALL_KEY", "METHODS", "PRIMITIVES", "Array", "Axes", "Change", "Draw", "Drop", "Effects", "Match",
-    "Method", "MethodTensor", "Operation", "Params", "PerEntry", "Shapes", "Start", "Target", "Targets", "TorchRandom",
-    "Use", "adapted_entries", "as_computable", "at_least_float32", "axes_tensor", "file_sizes", "get_method",
-    "is_collection", "own_tensor", "register", "require_weights", "shared_value", "tensor_roles",
+    "CALL_KEY", "METHODS", "PRIMITIVES", "Array", "Axes", "Change", "Draw", "Drop", "Effects", "Examples", "Floats",
+    "Match", "Method", "MethodTensor", "Operation", "Params", "PerEntry", "Shapes", "Start", "Strings", "Target",
+    "Targets", "TorchRandom", "Use", "adapted_entries", "as_computable", "at_least_float32", "axes_tensor",
+    "file_sizes", "get_method", "is_collection", "own_tensor", "register", "require_weights", "shared_value",
+    "tensor_roles",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- per entry
@@ -294,13 +295,19 @@ ROLES = ("A", "B", "embedding", "bias", "vector", "copy", "frozen", "other")
 """The roles of tensors in training; `optim.roles` describes them."""
 
 
-def tensor_roles(**names: str) -> Mapping[str, str]:
+# The types of a method's tables, `{tensor: value}`, and of its example configurations.
+Strings = MappingProxyType[str, str]
+Floats = MappingProxyType[str, float]
+Examples = tuple[Mapping[str, Any], ...]
+
+
+def tensor_roles(**names: str) -> Strings:
     """Return `{tensor: role in training}` from the tensors of each role, separated by spaces.
 
     >>> dict(tensor_roles(A="lora_A", vector="lora_diag"))
     {'lora_A': 'A', 'lora_diag': 'vector'}
     """
-    return MappingProxyType({name: role for role, words in names.items() for name in words.split()})
+    return Strings({name: role for role, words in names.items() for name in words.split()})
 
 
 class Method(abc.ABC):
@@ -343,23 +350,23 @@ class Method(abc.ABC):
     scope: ClassVar[Literal["site", "model", "copies"]] = "site"
     key_prefix: ClassVar[str] = PEFT_PREFIX
     kinds: frozenset[str] = frozenset({"linear"})
-    roles: Mapping[str, str] = MappingProxyType({})
+    roles: Strings = Strings({})
     scaled: frozenset[str] = frozenset()
     has_shared: ClassVar[bool] = False
     copies: bool = False
     replaced_rows: frozenset[int] | None = None
     on_parameters: bool = False
     sums: ClassVar[bool] = False
-    neutral: Mapping[str, float] = MappingProxyType({})
-    as_head: Mapping[str, str] = MappingProxyType({})
+    neutral: Floats = Floats({})
+    as_head: Strings = Strings({})
     ties_heads: bool = False
-    row_neutral: Mapping[str, float] = MappingProxyType({})
+    row_neutral: Floats = Floats({})
     ordered: bool = False
     row_padded: frozenset[str] = frozenset()
     row_turned: frozenset[str] = frozenset()
     torch_layout: bool = False
     drops: ClassVar[Literal["input", "change"]] = "input"
-    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    examples: Examples = ({},)
 
     def __init_subclass__(cls, peft_type: str = "") -> None:
         """Set `has_shared`, and PEFT's name; a class without one is the base of others, or states it in its body."""

@@ -17,6 +17,7 @@ from jaxadapt.methods.matrix import (
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     axes_tensor,
     tensor_roles,
@@ -26,9 +27,9 @@ from jaxadapt.methods.matrix import (
 class Beft(MatrixMethod, peft_type="BEFT"):
     """A trained bias."""
 
-    scaled = frozenset({"beft_bias"})
-    roles = tensor_roles(bias="beft_bias")
-    changes = Effects("adds", form="use", bias="adds")
+    scaled: frozenset[str] = frozenset({"beft_bias"})
+    roles: Strings = tensor_roles(bias="beft_bias")
+    changes: Effects | None = Effects("adds", form="use", bias="adds")
 
     def tensors(self, config: BeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (axes_tensor("beft_bias", "1 out"),)

@@ -16,6 +16,7 @@ its faults:
 from __future__ import annotations
 
 import math
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,13 @@ from jaxadapt.methods.matrix import (
     Array,
     Draw,
     Effects,
+    Examples,
     MethodTensor,
     OwnHparams,
     Params,
     Rotation,
     Start,
+    Strings,
     Target,
     at_least_float32,
     axes_tensor,
@@ -46,10 +49,10 @@ from jaxadapt.methods.matrix import (
 class Boft(Rotation, peft_type="BOFT"):
     """A rotation of blocks of the inputs, and a scale of the outputs."""
 
-    drops = "change"
-    roles = tensor_roles(other="boft_R", vector="boft_s")
-    examples = ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
-    changes = Effects("changes", form="use", reads=True, sees="product")
+    drops: ClassVar[Literal["input", "change"]] = "change"
+    roles: Strings = tensor_roles(other="boft_R", vector="boft_s")
+    examples: Examples = ({"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4, "init_weights": False})
+    changes: Effects | None = Effects("changes", form="use", reads=True, sees="product")
 
     def tensors(self, config: BOFTConfig, target: Target) -> tuple[MethodTensor, ...]:
         window, found = target.window, target.found.get("boft_R")

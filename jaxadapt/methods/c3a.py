@@ -22,11 +22,13 @@ from jaxadapt.configs.frozen import find_value_after_dot
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     at_least_float32,
     own_tensor,
@@ -38,9 +40,9 @@ from jaxadapt.methods.matrix import (
 class C3a(MatrixMethod, peft_type="C3A"):
     """A matrix of circulant blocks."""
 
-    scaled = frozenset({"c3a_kernel"})
-    roles = tensor_roles(vector="c3a_kernel")
-    examples = (
+    scaled: frozenset[str] = frozenset({"c3a_kernel"})
+    roles: Strings = tensor_roles(vector="c3a_kernel")
+    examples: Examples = (
         {"block_size": 2},
         {"block_size": 1, "block_size_pattern": {"q": 2, "q_proj": 2}, "init_weights": True},
     )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMethod, tensor_roles
+from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Examples, Params, PromptMethod, Strings, tensor_roles
 
 _FROZEN, _TRAINED = "frozen_embedding", "trainable_embedding"
 
@@ -19,8 +19,8 @@ class Cartridge(PromptMethod, peft_type="CARTRIDGE"):
     """Keys and values before those of every attention layer; the first tokens are fixed."""
 
     adds = "keys"
-    roles = tensor_roles(frozen=_FROZEN)
-    examples = ({"num_virtual_tokens": 3, "num_frozen_tokens": 2},)
+    roles: Strings = tensor_roles(frozen=_FROZEN)
+    examples: Examples = ({"num_virtual_tokens": 3, "num_frozen_tokens": 2},)
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         self.require_sizes(config)

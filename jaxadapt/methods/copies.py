@@ -16,7 +16,7 @@ Methods that train copies of their targets' parameters subclass `CopyingMethod`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import jax.numpy as jnp
 
@@ -87,7 +87,7 @@ class FullCopy(_Copy):
             lookup: the weight is a token embedding that is also the head; the copy replaces it only in the lookup.
         """
         self._because, self._wrapper = because, wrapper
-        self.replaces = not lookup
+        self.replaces: bool = not lookup
 
     def tensors(self, config: Config, target: Target) -> tuple[MethodTensor, ...]:
         return (MethodTensor("copy", self._wrapper, (), (), is_copy=True, from_base=True, scale_power=1),)
@@ -175,7 +175,7 @@ class RowCopy(_Copy):
             random: the rows start with random values.
         """
         self._tokens, self._because, self._wrapper, self._random = tokens, because, wrapper, random
-        self.replaced_rows = frozenset(tokens)
+        self.replaced_rows: frozenset[int] | None = frozenset(tokens)
 
     def tensors(self, config: Config, target: Target) -> tuple[MethodTensor, ...]:
         is_head = target.kind != "embedding"
@@ -228,9 +228,15 @@ class RowCopy(_Copy):
 class CopyingMethod(Method):
     """A method whose sites all have the methods that `copy_of` returns, so that it has no arithmetic of its own."""
 
-    scope = "copies"
+    scope: ClassVar[Literal["site", "model", "copies"]] = "copies"
 
     def _refuse(self, *args: Any, **options: Any) -> NoReturn:
         raise AssertionError(f"{self.peft_type} trains copies, which have methods of their own")
 
-    tensors = hparams = effects = init = output = weight = unweight = _refuse
+    tensors: Any = _refuse
+    hparams: Any = _refuse
+    effects: Any = _refuse
+    init: Any = _refuse
+    output: Any = _refuse
+    weight: Any = _refuse
+    unweight: Any = _refuse

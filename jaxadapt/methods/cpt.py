@@ -24,9 +24,11 @@ from jaxadapt.methods.prompt import (
     Array,
     Draw,
     EmbeddingPrompt,
+    Examples,
     Params,
     Shapes,
     StartData,
+    Strings,
     tensor_roles,
 )
 
@@ -38,8 +40,8 @@ IGNORED = -100
 class Cpt(EmbeddingPrompt, peft_type="CPT"):
     """Embeddings of examples before those of the tokens, each moved by a short vector."""
 
-    roles = tensor_roles(frozen=FIXED)
-    examples = (
+    roles: Strings = tensor_roles(frozen=FIXED)
+    examples: Examples = (
         {
             "cpt_token_ids": (7, 3, 5),
             "cpt_tokens_type_mask": (1, 2, 4),

@@ -17,11 +17,13 @@ from jaxadapt.methods.matrix import (
     Array,
     Draw,
     Effects,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     at_least_float32,
     axes_tensor,
@@ -32,16 +34,16 @@ from jaxadapt.methods.matrix import (
 class Deft(MatrixMethod, peft_type="DEFT"):
     """The removal of a subspace, and a trained matrix in its place."""
 
-    row_numbers = frozenset({"scale"})
-    roles = tensor_roles(B="deft_P", A="deft_R")
-    examples = (
+    row_numbers: frozenset[str] = frozenset({"scale"})
+    roles: Strings = tensor_roles(B="deft_P", A="deft_R")
+    examples: Examples = (
         {"r": 2},
         {"r": 3, "decomposition_method": "qr", "alpha": 5},
         {"r": 2, "para": True},
         {"r": 2, "para": True, "decomposition_method": "qr"},
         {"r": 2, "init_weights": False},
     )
-    changes = Effects("adds", form="use", reads=True, sees="product")
+    changes: Effects | None = Effects("adds", form="use", reads=True, sees="product")
 
     def tensors(self, config: DeftConfig, target: Target) -> tuple[MethodTensor, ...]:
         r = (("r", _rank(config, target)),)

@@ -17,10 +17,12 @@ from jaxadapt.configs.low_rank import DeloraConfig
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     MatrixMethod,
     MethodTensor,
     Params,
     Start,
+    Strings,
     Target,
     at_least_float32,
     axes_tensor,
@@ -40,11 +42,11 @@ class DeloraHparams:
 class Delora(MatrixMethod, peft_type="DELORA"):
     """A low-rank change of unit components, with one strength."""
 
-    row_numbers = frozenset({"rank"})
-    row_padded = frozenset({"r"})
-    scaled = frozenset({"delora_lambda"})
-    roles = tensor_roles(A="delora_A", B="delora_B", vector="delora_lambda", frozen="delora_w_norm")
-    examples = (
+    row_numbers: frozenset[str] = frozenset({"rank"})
+    row_padded: frozenset[str] = frozenset({"r"})
+    scaled: frozenset[str] = frozenset({"delora_lambda"})
+    roles: Strings = tensor_roles(A="delora_A", B="delora_B", vector="delora_lambda", frozen="delora_w_norm")
+    examples: Examples = (
         {"r": 2},
         {
             "r": 3,

@@ -15,9 +15,11 @@ from jaxadapt.configs.fixed_bases import FourierFTConfig
 from jaxadapt.configs.frozen import find_value_after_dot
 from jaxadapt.methods.matrix import (
     Array,
+    Examples,
     Params,
     Spectrum,
     SpectrumHparams,
+    Strings,
     Target,
     at_least_float32,
     positions,
@@ -29,9 +31,9 @@ from jaxadapt.methods.matrix import (
 class FourierFt(Spectrum, peft_type="FOURIERFT"):
     """A change with a sparse spectrum."""
 
-    scaled = frozenset({"fourierft_spectrum"})
-    roles = tensor_roles(vector="fourierft_spectrum")
-    examples = (
+    scaled: frozenset[str] = frozenset({"fourierft_spectrum"})
+    roles: Strings = tensor_roles(vector="fourierft_spectrum")
+    examples: Examples = (
         {"n_frequency": 12, "scaling": 20.0},
         {"n_frequency": 9, "random_loc_seed": 5, "init_weights": True, "n_frequency_pattern": {"q": 14, "q_proj": 14}},
     )

@@ -14,10 +14,12 @@ from jaxadapt.configs.low_rank import GraloraConfig
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.methods.matrix import (
     Array,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
+    Strings,
     Target,
     axes_tensor,
     own_tensor,
@@ -28,10 +30,10 @@ from jaxadapt.methods.matrix import (
 class Gralora(MatrixMethod, peft_type="GRALORA"):
     """A low-rank change of each block of the weight."""
 
-    row_numbers = frozenset({"scale"})
-    scaled = frozenset({"gralora_B", "gralora_B_general"})
-    roles = tensor_roles(A="gralora_A gralora_A_general", B="gralora_B gralora_B_general")
-    examples = ({"r": 4, "alpha": 3}, {"r": 4, "gralora_k": 4, "hybrid_r": 2})
+    row_numbers: frozenset[str] = frozenset({"scale"})
+    scaled: frozenset[str] = frozenset({"gralora_B", "gralora_B_general"})
+    roles: Strings = tensor_roles(A="gralora_A gralora_A_general", B="gralora_B gralora_B_general")
+    examples: Examples = ({"r": 4, "alpha": 3}, {"r": 4, "gralora_k": 4, "hybrid_r": 2})
 
     def tensors(self, config: GraloraConfig, target: Target) -> tuple[MethodTensor, ...]:
         k, r = config.gralora_k, config.r

@@ -24,6 +24,7 @@ from jaxadapt.methods.matrix import (
     Draw,
     Drop,
     Effects,
+    Examples,
     MatrixHparams,
     MatrixMethod,
     MethodTensor,
@@ -31,6 +32,7 @@ from jaxadapt.methods.matrix import (
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     Use,
     at_least_float32,
@@ -42,10 +44,10 @@ from jaxadapt.methods.matrix import (
 class Hira(MatrixMethod, peft_type="HIRA"):
     """The elementwise product of the weight and a low-rank matrix."""
 
-    kinds = frozenset({"linear", "embedding", "conv"})
-    scaled = frozenset({"hira_B", "hira_embedding_B"})
-    roles = tensor_roles(A="hira_A", B="hira_B", embedding="hira_embedding_A hira_embedding_B")
-    examples = ({"r": 2}, {"r": 3, "init_weights": "gaussian"})
+    kinds: frozenset[str] = frozenset({"linear", "embedding", "conv"})
+    scaled: frozenset[str] = frozenset({"hira_B", "hira_embedding_B"})
+    roles: Strings = tensor_roles(A="hira_A", B="hira_B", embedding="hira_embedding_A hira_embedding_B")
+    examples: Examples = ({"r": 2}, {"r": 3, "init_weights": "gaussian"})
 
     def tensors(self, config: HiraConfig, target: Target) -> tuple[MethodTensor, ...]:
         if target.match.weight.groups > 1:

@@ -14,7 +14,6 @@ products with U. The arithmetic follows PEFT's `tuners/hra/layer.py`, with its f
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,14 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
+    Floats,
     MethodTensor,
     OwnHparams,
     Params,
     Rotation,
     Start,
+    Strings,
     Target,
     at_least_float32,
     axes_tensor,
@@ -41,9 +43,9 @@ from jaxadapt.methods.matrix import (
 class Hra(Rotation, peft_type="HRA"):
     """A chain of reflections of the inputs."""
 
-    roles = tensor_roles(A="hra_u")
-    row_neutral = MappingProxyType({"hra_u": 1.0})  # a vector of length 0 has no direction
-    examples = ({"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True, "init_weights": False})
+    roles: Strings = tensor_roles(A="hra_u")
+    row_neutral: Floats = Floats({"hra_u": 1.0})  # a vector of length 0 has no direction
+    examples: Examples = ({"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True, "init_weights": False})
 
     def tensors(self, config: HRAConfig, target: Target) -> tuple[MethodTensor, ...]:
         r, window = (("r", config.r),), target.window

@@ -9,7 +9,6 @@ it is (groups, in...) in the model. The arithmetic follows PEFT's `tuners/ia3/la
 from __future__ import annotations
 
 import dataclasses
-from types import MappingProxyType
 
 import jax.numpy as jnp
 
@@ -23,12 +22,15 @@ from jaxadapt.methods.base import (
     Draw,
     Drop,
     Effects,
+    Examples,
+    Floats,
     Method,
     MethodTensor,
     Operation,
     Params,
     PerEntry,
     Start,
+    Strings,
     Target,
     Use,
     adapted_entries,
@@ -58,12 +60,12 @@ class IA3Hparams:
 class IA3(Method, peft_type="IA3"):
     """Multiplication of W by a vector over its outputs or (feedforward) its inputs."""
 
-    kinds = frozenset({"linear", "conv"})
-    roles = tensor_roles(vector="ia3_l")
+    kinds: frozenset[str] = frozenset({"linear", "conv"})
+    roles: Strings = tensor_roles(vector="ia3_l")
     sums = True
-    neutral = MappingProxyType({"ia3_l": 1.0})
-    row_neutral = MappingProxyType({"ia3_l": 1.0})
-    examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
+    neutral: Floats = Floats({"ia3_l": 1.0})
+    row_neutral: Floats = Floats({"ia3_l": 1.0})
+    examples: Examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
     def tensors(self, config: IA3Config, target: Target) -> tuple[MethodTensor, ...]:
         match, window = target.match, len(target.match.weight.right) - 2

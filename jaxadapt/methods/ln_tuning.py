@@ -8,13 +8,14 @@ keeps the copies; unmerging is refused, because they replaced the originals. PEF
 from __future__ import annotations
 
 from jaxadapt.configs.full_rank import LNTuningConfig
+from jaxadapt.methods.base import Examples
 from jaxadapt.methods.copies import CopyingMethod, FullCopy
 
 
 class LnTuning(CopyingMethod, peft_type="LN_TUNING"):
     """Full training of norms."""
 
-    examples = ({"target_modules": ["input_layernorm", "norm"]}, {"target_modules": r".*(layernorm|v_proj)"})
+    examples: Examples = ({"target_modules": ["input_layernorm", "norm"]}, {"target_modules": r".*(layernorm|v_proj)"})
 
     def copy_of(self, config: LNTuningConfig, parameter: str) -> FullCopy:
         return FullCopy("target_modules", ".ln_tuning_layers")

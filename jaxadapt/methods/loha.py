@@ -20,11 +20,13 @@ from jaxadapt.methods.matrix import (
     Draw,
     DroppedHparams,
     Effects,
+    Examples,
     FactoredMethod,
     Lycoris,
     MethodTensor,
     Params,
     Start,
+    Strings,
     Target,
     axes_tensor,
     kept_rows,
@@ -36,13 +38,13 @@ from jaxadapt.methods.matrix import (
 class Loha(Lycoris, FactoredMethod, peft_type="LOHA"):
     """The elementwise product of two low-rank matrices."""
 
-    scaled = frozenset({"hada_w1_a"})
-    roles = tensor_roles(B="hada_w1_a hada_w2_a", A="hada_w1_b hada_w2_b hada_t1 hada_t2")
-    examples = (
+    scaled: frozenset[str] = frozenset({"hada_w1_a"})
+    roles: Strings = tensor_roles(B="hada_w1_a hada_w2_a", A="hada_w1_b hada_w2_b hada_t1 hada_t2")
+    examples: Examples = (
         {"r": 2, "alpha": 3},
         {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
     )
-    changes = Effects("adds", form="weight")
+    changes: Effects | None = Effects("adds", form="weight")
 
     def tensors(self, config: LoHaConfig, target: Target) -> tuple[MethodTensor, ...]:
         r, is_conv = (("r", target.rank(config.rank_of)),), target.kind == "conv"

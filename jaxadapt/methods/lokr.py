@@ -19,10 +19,12 @@ from jaxadapt.methods.matrix import (
     Array,
     Draw,
     DroppedHparams,
+    Examples,
     Lycoris,
     MethodTensor,
     Params,
     Start,
+    Strings,
     Target,
     axes_tensor,
     kept_rows,
@@ -34,10 +36,10 @@ from jaxadapt.methods.matrix import (
 class Lokr(Lycoris, peft_type="LOKR"):
     """The Kronecker product of two matrices."""
 
-    row_numbers = frozenset({"scale"})
-    scaled = frozenset({"lokr_w1", "lokr_w1_a"})
-    roles = tensor_roles(A="lokr_w1_b lokr_w2 lokr_w2_b lokr_t2", B="lokr_w1 lokr_w1_a lokr_w2_a")
-    examples = (
+    row_numbers: frozenset[str] = frozenset({"scale"})
+    scaled: frozenset[str] = frozenset({"lokr_w1", "lokr_w1_a"})
+    roles: Strings = tensor_roles(A="lokr_w1_b lokr_w2 lokr_w2_b lokr_t2", B="lokr_w1 lokr_w1_a lokr_w2_a")
+    examples: Examples = (
         {"r": 1, "alpha": 3},
         {"r": 4, "alpha": 5, "decompose_factor": 2, "init_weights": "lycoris"},
         {"r": 1, "decompose_both": True, "decompose_factor": 4, "alpha_pattern": {".*[qv](_proj)?": 7}},

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -55,6 +54,8 @@ from jaxadapt.methods.base import (
     Draw,
     Drop,
     Effects,
+    Examples,
+    Floats,
     Match,
     Method,
     MethodTensor,
@@ -62,6 +63,7 @@ from jaxadapt.methods.base import (
     Params,
     PerEntry,
     Start,
+    Strings,
     Target,
     Use,
     adapted_entries,
@@ -286,12 +288,12 @@ class LoraHparams:
 class Lora(Method, peft_type="LORA"):
     """LoRA and its variants: W + s·B·A."""
 
-    kinds = frozenset({"linear", "embedding", "conv", "attention", "fused"})
-    scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
-    row_neutral = MappingProxyType({MAGNITUDE: 1.0})
-    row_padded = frozenset({"r"})
-    row_turned = frozenset({"lora_B"})
-    roles = tensor_roles(
+    kinds: frozenset[str] = frozenset({"linear", "embedding", "conv", "attention", "fused"})
+    scaled: frozenset[str] = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
+    row_neutral: Floats = Floats({MAGNITUDE: 1.0})
+    row_padded: frozenset[str] = frozenset({"r"})
+    row_turned: frozenset[str] = frozenset({"lora_B"})
+    roles: Strings = tensor_roles(
         A="lora_A",
         B="lora_B",
         bias="lora_B_bias",
@@ -301,10 +303,10 @@ class Lora(Method, peft_type="LORA"):
 
     # The nesting depth of PEFT's ParamWrapper, if the weight is adapted through target_parameters.
     wrapper_depth: int | None = None
-    neutral = MappingProxyType({"lora_embedding_A": 0.0, "lora_B": 0.0, "lora_B_bias": 0.0})
+    neutral: Floats = Floats({"lora_embedding_A": 0.0, "lora_B": 0.0, "lora_B_bias": 0.0})
     # The head's B is the embedding's A, transposed, and the head's A is the embedding's B.
-    as_head = MappingProxyType({"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"})
-    examples = ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
+    as_head: Strings = Strings({"lora_embedding_A": "lora_B.weight", "lora_embedding_B": "lora_A.weight"})
+    examples: Examples = ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
 
     def for_parameter(self, depth: int) -> Lora:
         method = Lora()

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from jaxadapt.methods.base import (
     Draw,
     Drop,
     Effects,
+    Examples,
+    Floats,
     Method,
     MethodTensor,
     Operation,
@@ -41,6 +43,7 @@ from jaxadapt.methods.base import (
     PerEntry,
     Shapes,
     Start,
+    Strings,
     Target,
     Targets,
     TorchRandom,
@@ -56,11 +59,11 @@ from jaxadapt.methods.base import (
 
 # The file of a method imports these names from here, wherever they are defined.
 __all__ = [
-    "CALL_KEY", "Array", "Draw", "Drop", "DroppedHparams", "Effects", "FactoredMethod", "Lycoris", "MatrixHparams",
-    "MatrixMethod", "MethodTensor", "Operation", "OwnHparams", "Params", "Projected", "Rotation", "Shapes", "Spectrum",
-    "SpectrumHparams", "Start", "Target", "Targets", "TorchRandom", "Use", "at_least_float32", "axes_tensor", "cayley",
-    "check_projections", "check_window", "kept_rows", "layout_of", "own_tensor", "positions", "shared_value",
-    "split_size", "tensor_roles", "turn", "used_values",
+    "CALL_KEY", "Array", "Draw", "Drop", "DroppedHparams", "Effects", "Examples", "FactoredMethod", "Floats",
+    "Lycoris", "MatrixHparams", "MatrixMethod", "MethodTensor", "Operation", "OwnHparams", "Params", "Projected",
+    "Rotation", "Shapes", "Spectrum", "SpectrumHparams", "Start", "Strings", "Target", "Targets", "TorchRandom",
+    "Use", "at_least_float32", "axes_tensor", "cayley", "check_projections", "check_window", "kept_rows",
+    "layout_of", "own_tensor", "positions", "shared_value", "split_size", "tensor_roles", "turn", "used_values",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- matrix
@@ -491,8 +494,8 @@ def turn(rows: Array, blocks: Array) -> Array:
 class Rotation(MatrixMethod):
     """A rotation of the inputs. A convolution's kernel is one matrix (out, channels·window)."""
 
-    kinds = frozenset({"linear", "conv"})
-    changes = Effects("changes", form="use", reads=True)
+    kinds: frozenset[str] = frozenset({"linear", "conv"})
+    changes: Effects | None = Effects("changes", form="use", reads=True)
 
     @abc.abstractmethod
     def turned(self, own: Any, params: Params, flat: Array, undo: bool) -> Array:
@@ -528,8 +531,8 @@ class SpectrumHparams:
 class Spectrum(MatrixMethod):
     """A change with trained values at few random positions of its spectrum; `scaled` is the tensor of the values."""
 
-    row_numbers = frozenset({"count", "scaling"})
-    row_padded = frozenset({"r"})
+    row_numbers: frozenset[str] = frozenset({"count", "scaling"})
+    row_padded: frozenset[str] = frozenset({"r"})
 
     @abc.abstractmethod
     def count(self, config: Any, target: Target, module: str) -> int:
@@ -600,8 +603,8 @@ def kept_rows(own: DroppedHparams, params: Params, rows: int) -> Array | float:
 class Lycoris(MatrixMethod):
     """A method whose training drops rows of the change, or the whole change of a module."""
 
-    drops = "change"
-    kinds = frozenset({"linear", "conv"})
+    drops: ClassVar[Literal["input", "change"]] = "change"
+    kinds: frozenset[str] = frozenset({"linear", "conv"})
 
     def own(self, config: Any, target: Target) -> DroppedHparams:
         alphas, alpha = config.alpha_pattern, config.alpha

@@ -19,11 +19,13 @@ from jaxadapt.methods.matrix import (
     Array,
     Draw,
     Effects,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     axes_tensor,
     own_tensor,
@@ -34,8 +36,8 @@ from jaxadapt.methods.matrix import (
 class Miss(MatrixMethod, peft_type="MISS"):
     """One matrix for all blocks of inputs."""
 
-    roles = tensor_roles(B="miss_block")
-    examples = ({"r": 3}, {"r": 4, "init_weights": "bat"}, {"r": 2, "mini_r": 4, "init_weights": "mini"})
+    roles: Strings = tensor_roles(B="miss_block")
+    examples: Examples = ({"r": 3}, {"r": 4, "init_weights": "bat"}, {"r": 2, "mini_r": 4, "init_weights": "mini"})
 
     def tensors(self, config: MissConfig, target: Target) -> tuple[MethodTensor, ...]:
         variant, r = self.own(config, target).variant, config.r

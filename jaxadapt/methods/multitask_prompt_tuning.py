@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
-from jaxadapt.methods.prompt import EMBEDDINGS, TASKS, Array, Draw, EmbeddingPrompt, Params, Shapes, StartData
+from jaxadapt.methods.prompt import EMBEDDINGS, TASKS, Array, Draw, EmbeddingPrompt, Examples, Params, Shapes, StartData
 
 COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 
@@ -22,7 +22,7 @@ class MultitaskPromptTuning(EmbeddingPrompt, peft_type="MULTITASK_PROMPT_TUNING"
     """Embeddings before those of the tokens, shared by all tasks and scaled by a matrix of each."""
 
     in_decoder = True
-    examples = ({"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2},)
+    examples: Examples = ({"num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2},)
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         whole = super().shapes(config, stored=stored)

@@ -38,12 +38,14 @@ from jaxadapt.methods.matrix import (
     Draw,
     Drop,
     Effects,
+    Examples,
     MatrixHparams,
     MethodTensor,
     Operation,
     Params,
     Rotation,
     Start,
+    Strings,
     Target,
     Use,
     at_least_float32,
@@ -76,9 +78,9 @@ class OftHparams:
 class Oft(Rotation, peft_type="OFT"):
     """A rotation of blocks of the inputs."""
 
-    kinds = frozenset({"linear", "conv", "embedding"})
-    roles = tensor_roles(vector="oft_R oft_embedding_R")
-    examples = (
+    kinds: frozenset[str] = frozenset({"linear", "conv", "embedding"})
+    roles: Strings = tensor_roles(vector="oft_R oft_embedding_R")
+    examples: Examples = (
         {"oft_block_size": 2},
         {"oft_block_size": 0, "r": 2, "use_cayley_neumann": False},
         {"oft_block_size": 4, "block_share": True, "coft": True, "eps": 0.3, "num_cayley_neumann_terms": 3},

@@ -23,11 +23,13 @@ from jaxadapt.configs.validation import compile_pattern
 from jaxadapt.methods.matrix import (
     Array,
     Effects,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     at_least_float32,
     axes_tensor,
@@ -41,9 +43,9 @@ _P = "osf_svd_params_"
 class Osf(MatrixMethod, peft_type="OSF"):
     """Training of the small singular directions."""
 
-    roles = tensor_roles(A=f"{_P}V_low", B=f"{_P}U_low", vector=f"{_P}S_low", frozen="osf_U_high osf_V_high")
-    examples = ({}, {"effective_rank": 3, "init_weights": False})
-    changes = Effects("changes", form="use", reads=True, sees="product")
+    roles: Strings = tensor_roles(A=f"{_P}V_low", B=f"{_P}U_low", vector=f"{_P}S_low", frozen="osf_U_high osf_V_high")
+    examples: Examples = ({}, {"effective_rank": 3, "init_weights": False})
+    changes: Effects | None = Effects("changes", form="use", reads=True, sees="product")
 
     def tensors(self, config: OSFConfig, target: Target) -> tuple[MethodTensor, ...]:
         smaller = min(_sizes(target))

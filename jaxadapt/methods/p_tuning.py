@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.nn import relu, sigmoid
 
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, EmbeddingPrompt, Params, dense
+from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, EmbeddingPrompt, Examples, Params, dense
 
 _DIRECTIONS = ("forward", "reverse")
 
@@ -22,7 +22,7 @@ _DIRECTIONS = ("forward", "reverse")
 class PTuning(EmbeddingPrompt, peft_type="P_TUNING"):
     """Embeddings before those of the tokens, computed by a trained network."""
 
-    examples = (
+    examples: Examples = (
         {"num_virtual_tokens": 3, "encoder_hidden_size": 5},
         {"num_virtual_tokens": 3, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 5},
     )

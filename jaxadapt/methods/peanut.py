@@ -19,10 +19,12 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
     Array,
     Effects,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
+    Strings,
     Target,
     axes_tensor,
     own_tensor,
@@ -60,10 +62,10 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
 class Peanut(MatrixMethod, peft_type="PEANUT"):
     """A network that computes the change from the weight."""
 
-    scaled = frozenset({"peanut_B"})
-    roles = tensor_roles(A="peanut_A", B="peanut_B")
-    examples = ({"r": 3}, {"r": 4, "depth": 2, "act_fn": "silu", "scaling": 0.5, "init_weights": False})
-    changes = Effects("adds", form="weight", reads=True)
+    scaled: frozenset[str] = frozenset({"peanut_B"})
+    roles: Strings = tensor_roles(A="peanut_A", B="peanut_B")
+    examples: Examples = ({"r": 3}, {"r": 4, "depth": 2, "act_fn": "silu", "scaling": 0.5, "init_weights": False})
+    changes: Effects | None = Effects("adds", form="weight", reads=True)
 
     def check(self, config: PeanutConfig) -> None:
         if config.act_fn not in ACTIVATIONS:

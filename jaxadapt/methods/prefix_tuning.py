@@ -19,14 +19,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Params, PromptMethod, dense
+from jaxadapt.methods.prompt import EMBEDDINGS, Array, Draw, Examples, Params, PromptMethod, dense
 
 
 class PrefixTuning(PromptMethod, peft_type="PREFIX_TUNING"):
     """Trained keys and values before those of every attention layer."""
 
     adds = "keys"
-    examples = (
+    examples: Examples = (
         {"num_virtual_tokens": 3},
         {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 5},
     )

@@ -18,11 +18,13 @@ from jaxadapt.methods.base import (
     Array,
     Draw,
     Effects,
+    Examples,
     Method,
     MethodTensor,
     Params,
     Shapes,
     Start,
+    Strings,
     Target,
     Targets,
     own_tensor,
@@ -32,8 +34,9 @@ from jaxadapt.methods.base import (
 
 # The file of a method imports these names from here, wherever they are defined.
 __all__ = [
-    "EMBEDDINGS", "PREFILLED", "TASKS", "Array", "BaseSizes", "Draw", "EmbeddingPrompt", "MethodTensor", "Params",
-    "PromptMethod", "Shapes", "StartData", "Targets", "dense", "keys_and_values", "own_tensor", "tensor_roles",
+    "EMBEDDINGS", "PREFILLED", "TASKS", "Array", "BaseSizes", "Draw", "EmbeddingPrompt", "Examples", "MethodTensor",
+    "Params", "PromptMethod", "Shapes", "StartData", "Strings", "Targets", "dense", "keys_and_values", "own_tensor",
+    "tensor_roles",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- names
@@ -111,9 +114,9 @@ class PromptMethod(Method):
         in_decoder: True if the decoder of an encoder-decoder gets embeddings of its own, besides the encoder.
     """
 
-    scope = "model"
+    scope: ClassVar[Literal["site", "model", "copies"]] = "model"
     key_prefix = "base_model."  # PEFT wraps no module of the base
-    adds: ClassVar[Literal["embeddings", "keys", "attention"]]
+    adds: ClassVar[str]
     in_decoder: ClassVar[bool] = False
 
     def complete(self, config: Any, sizes: BaseSizes) -> Config:
@@ -251,7 +254,9 @@ class PromptMethod(Method):
         require_weights(self)
         raise AssertionError
 
-    output = weight = unweight = _refuse
+    output: Any = _refuse
+    weight: Any = _refuse
+    unweight: Any = _refuse
 
 
 def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:

@@ -5,10 +5,10 @@ The one tensor of both forms is `prompt_embeddings` (n · submodules, token_dim)
 
 from __future__ import annotations
 
-from jaxadapt.methods.prompt import EmbeddingPrompt
+from jaxadapt.methods.prompt import EmbeddingPrompt, Examples
 
 
 class PromptTuning(EmbeddingPrompt, peft_type="PROMPT_TUNING"):
     """Trained embeddings before those of the tokens."""
 
-    examples = ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"})
+    examples: Examples = ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"})

@@ -22,11 +22,13 @@ from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     MatrixHparams,
     MethodTensor,
     Params,
     Projected,
     Start,
+    Strings,
     Target,
     axes_tensor,
     own_tensor,
@@ -40,9 +42,9 @@ class Pvera(Projected, peft_type="PVERA"):
     """Shared random projections, scaled by two vectors per module; one is the mean of a distribution."""
 
     parts = 2
-    scaled = frozenset({"pvera_lambda_b"})
-    roles = tensor_roles(vector="pvera_lambda_b pvera_lambda_d", frozen="pvera_A pvera_B pvera_place")
-    examples = ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
+    scaled: frozenset[str] = frozenset({"pvera_lambda_b"})
+    roles: Strings = tensor_roles(vector="pvera_lambda_b pvera_lambda_d", frozen="pvera_A pvera_B pvera_place")
+    examples: Examples = ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
 
     def check(self, config: PveraConfig) -> None:
         if config.sample_at_inference:

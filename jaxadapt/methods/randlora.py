@@ -21,12 +21,14 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Shapes,
     Start,
+    Strings,
     Target,
     Targets,
     TorchRandom,
@@ -39,10 +41,13 @@ from jaxadapt.methods.matrix import (
 class Randlora(MatrixMethod, peft_type="RANDLORA"):
     """Shared random bases of full rank, scaled by a matrix and a vector per basis."""
 
-    row_numbers = frozenset({"scale"})
-    scaled = frozenset({"randlora_lambda"})
-    roles = tensor_roles(other="randlora_lambda randlora_gamma", frozen="randlora_A randlora_B")
-    examples = ({"r": 3, "randlora_alpha": 6}, {"r": 4, "randlora_alpha": 4, "sparse": True, "projection_prng_key": 7})
+    row_numbers: frozenset[str] = frozenset({"scale"})
+    scaled: frozenset[str] = frozenset({"randlora_lambda"})
+    roles: Strings = tensor_roles(other="randlora_lambda randlora_gamma", frozen="randlora_A randlora_B")
+    examples: Examples = (
+        {"r": 3, "randlora_alpha": 6},
+        {"r": 4, "randlora_alpha": 4, "sparse": True, "projection_prng_key": 7},
+    )
 
     def check(self, config: RandLoraConfig) -> None:
         if not config.save_projection:

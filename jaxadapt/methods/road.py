@@ -20,10 +20,12 @@ from jaxadapt.methods.matrix import (
     Array,
     Draw,
     Effects,
+    Examples,
     MatrixMethod,
     MethodTensor,
     Params,
     Start,
+    Strings,
     Target,
     own_tensor,
     tensor_roles,
@@ -44,13 +46,13 @@ class RoadHparams:
 class Road(MatrixMethod, peft_type="ROAD"):
     """A rotation and scaling of pairs of outputs."""
 
-    roles = tensor_roles(vector="road_theta road_alpha")
-    examples = (
+    roles: Strings = tensor_roles(vector="road_theta road_alpha")
+    examples: Examples = (
         {"group_size": 4},
         {"variant": "road_2", "group_size": 8},
         {"variant": "road_4", "group_size": 2, "init_weights": False},
     )
-    changes = Effects("changes", form="use", reads=True, bias="scales")
+    changes: Effects | None = Effects("changes", form="use", reads=True, bias="scales")
 
     def tensors(self, config: RoadConfig, target: Target) -> tuple[MethodTensor, ...]:
         ratio = math.prod(_SHAPES[config.variant]) / 2  # values for each output

@@ -20,11 +20,13 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     TorchRandom,
     own_tensor,
@@ -35,9 +37,9 @@ from jaxadapt.methods.matrix import (
 class Shira(MatrixMethod, peft_type="SHIRA"):
     """A sparse change at positions that stay fixed."""
 
-    scaled = frozenset({"shira_weight"})
-    roles = tensor_roles(other="shira_weight", frozen="shira_indices")
-    examples = ({"r": 2, "random_seed": 3}, {"r": 1, "init_weights": False})
+    scaled: frozenset[str] = frozenset({"shira_weight"})
+    roles: Strings = tensor_roles(other="shira_weight", frozen="shira_indices")
+    examples: Examples = ({"r": 2, "random_seed": 3}, {"r": 1, "init_weights": False})
 
     def tensors(self, config: ShiraConfig, target: Target) -> tuple[MethodTensor, ...]:
         def count() -> int:

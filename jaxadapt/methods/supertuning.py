@@ -17,11 +17,13 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     MatrixMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Start,
+    Strings,
     Target,
     axes_tensor,
     own_tensor,
@@ -34,9 +36,9 @@ VALUES, INDICES, LORA_A, LORA_B = (f"supertuning_{name}" for name in ("values", 
 class Supertuning(MatrixMethod, peft_type="SUPERTUNING"):
     """A change of the largest entries of a weight, optionally with LoRA's."""
 
-    scaled = frozenset({VALUES, LORA_B})
-    roles = tensor_roles(A=LORA_A, B=LORA_B, other=VALUES, frozen=INDICES)
-    examples = (
+    scaled: frozenset[str] = frozenset({VALUES, LORA_B})
+    roles: Strings = tensor_roles(A=LORA_A, B=LORA_B, other=VALUES, frozen=INDICES)
+    examples: Examples = (
         {"sparsity": 0.8},
         {"sparsity": 0.9, "select_top": False, "r": 2, "lora_alpha": 3.0, "save_precomputed_indices": False},
     )

@@ -20,6 +20,7 @@ from jaxadapt.methods.matrix import (
     Array,
     Draw,
     Drop,
+    Examples,
     FactoredMethod,
     MatrixHparams,
     MethodTensor,
@@ -28,6 +29,7 @@ from jaxadapt.methods.matrix import (
     Params,
     Shapes,
     Start,
+    Strings,
     Target,
     Targets,
     TorchRandom,
@@ -42,9 +44,9 @@ class TinyLora(FactoredMethod, peft_type="TINYLORA"):
     """A change between the weight's own singular vectors."""
 
     ordered = True
-    kinds = frozenset({"linear", "embedding"})
-    roles = tensor_roles(vector="tinylora_v", frozen="tinylora_A tinylora_B tinylora_P tinylora_group")
-    examples = (
+    kinds: frozenset[str] = frozenset({"linear", "embedding"})
+    roles: Strings = tensor_roles(vector="tinylora_v", frozen="tinylora_A tinylora_B tinylora_P tinylora_group")
+    examples: Examples = (
         {"u": 5, "init_weights": "uniform"},
         {"r": 3, "u": 4, "weight_tying": 0.6, "save_projection": False, "projection_seed": 7},
     )

@@ -6,19 +6,18 @@ embedding; so does `save` if it sees the base, and a reader does not insist on i
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from jaxadapt.configs.full_rank import TrainableTokensConfig
 from jaxadapt.core.errors import ConfigError
+from jaxadapt.methods.base import Examples, Strings
 from jaxadapt.methods.copies import ROWS, CopyingMethod, RowCopy
 
 
 class TrainableTokens(CopyingMethod, peft_type="TRAINABLE_TOKENS"):
     """Training of single rows of the targets."""
 
-    as_head = MappingProxyType({ROWS: ROWS})
+    as_head: Strings = Strings({ROWS: ROWS})
     ties_heads = True
-    examples = ({"target_modules": ["embed_tokens"], "token_indices": [3, 1, 20]},)
+    examples: Examples = ({"target_modules": ["embed_tokens"], "token_indices": [3, 1, 20]},)
 
     def check(self, config: TrainableTokensConfig) -> None:
         if not config.token_indices:

@@ -18,12 +18,14 @@ from jaxadapt.configs.fixed_bases import UniLoraConfig
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     FactoredMethod,
     MethodTensor,
     OwnHparams,
     Params,
     Shapes,
     Start,
+    Strings,
     Target,
     Targets,
     axes_tensor,
@@ -38,10 +40,13 @@ class UniLora(FactoredMethod, peft_type="UNILORA"):
     """Low-rank matrices of the entries of one vector."""
 
     ordered = True
-    roles = tensor_roles(
+    roles: Strings = tensor_roles(
         vector=THETA, frozen=" ".join(f"unilora_{name}_{side}" for name in ("indices", "scales") for side in "AB")
     )
-    examples = ({"theta_d_length": 11}, {"r": 2, "theta_d_length": 40, "proj_seed": 3, "init_theta_d_bound": 0.5})
+    examples: Examples = (
+        {"theta_d_length": 11},
+        {"r": 2, "theta_d_length": 40, "proj_seed": 3, "init_theta_d_bound": 0.5},
+    )
 
     def tensors(self, config: UniLoraConfig, target: Target) -> tuple[MethodTensor, ...]:
         options: dict[str, Any] = {"own": (("r", config.r),), "optional": True, "in_file": config.save_indices}

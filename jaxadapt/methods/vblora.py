@@ -19,11 +19,13 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     FactoredMethod,
     MethodTensor,
     Params,
     Shapes,
     Start,
+    Strings,
     Target,
     Targets,
     own_tensor,
@@ -45,11 +47,11 @@ class VbloraHparams:
 class Vblora(FactoredMethod, peft_type="VBLORA"):
     """Low-rank matrices whose parts are mixes of vectors from one bank."""
 
-    roles = tensor_roles(
+    roles: Strings = tensor_roles(
         other=f"vblora_logits_A vblora_logits_B {BANK}",
         frozen=" ".join(f"vblora_logits_{side}_{name}" for side in "AB" for name in (INDICES, WEIGHTS)),
     )
-    examples = (
+    examples: Examples = (
         {"r": 2, "num_vectors": 9, "vector_length": 4},
         {"r": 3, "num_vectors": 6, "vector_length": 8, "topk": 3, "init_vector_bank_bound": 0.5},
     )

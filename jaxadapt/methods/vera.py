@@ -8,16 +8,16 @@ own random numbers (`tuners/vera/model.py`), so a file without them (`save_proje
 from __future__ import annotations
 
 from jaxadapt.configs.fixed_bases import VeraConfig
-from jaxadapt.methods.matrix import MethodTensor, Projected, Target, axes_tensor, tensor_roles
+from jaxadapt.methods.matrix import Examples, MethodTensor, Projected, Strings, Target, axes_tensor, tensor_roles
 
 
 class Vera(Projected, peft_type="VERA"):
     """Shared random projections, scaled by two vectors per module."""
 
-    row_padded = frozenset({"rank"})
-    scaled = frozenset({"vera_lambda_b"})
-    roles = tensor_roles(vector="vera_lambda_b vera_lambda_d", frozen="vera_A vera_B")
-    examples = ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
+    row_padded: frozenset[str] = frozenset({"rank"})
+    scaled: frozenset[str] = frozenset({"vera_lambda_b"})
+    roles: Strings = tensor_roles(vector="vera_lambda_b vera_lambda_d", frozen="vera_A vera_B")
+    examples: Examples = ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
 
     def tensors(self, config: VeraConfig, target: Target) -> tuple[MethodTensor, ...]:
         return (

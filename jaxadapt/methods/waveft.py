@@ -27,11 +27,13 @@ from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.matrix import (
     Array,
     Draw,
+    Examples,
     MethodTensor,
     Params,
     Spectrum,
     SpectrumHparams,
     Start,
+    Strings,
     Target,
     positions,
     tensor_roles,
@@ -44,9 +46,9 @@ _ORDERS = {**{f"db{n}": n for n in range(1, 11)}, "sym2": 2, "sym3": 3}
 class WaveFt(Spectrum, peft_type="WAVEFT"):
     """A change with few wavelet coefficients."""
 
-    scaled = frozenset({"waveft_spectrum"})
-    roles = tensor_roles(vector="waveft_spectrum")
-    examples = (
+    scaled: frozenset[str] = frozenset({"waveft_spectrum"})
+    roles: Strings = tensor_roles(vector="waveft_spectrum")
+    examples: Examples = (
         {"n_frequency": 20, "scaling": 2.0, "init_weights": False},
         {"n_frequency": 16, "scaling": 3.0, "wavelet_family": "db3", "n_frequency_pattern": {"q|q_proj": 24}},
         {"n_frequency": 12, "scaling": 2.0, "use_idwt": False, "random_loc_seed": 3},

@@ -40,7 +40,7 @@ class Carrier:
     """The end of the errors for this kind: another value to pass."""
     foreign: foreign_tree.ForeignTree | None = None
     """The LoRA leaves of another library, if the tree has them."""
-    given = foreign_tree.LoraTree(None)
+    given: foreign_tree.LoraTree = foreign_tree.LoraTree(None)
     """The options of the `LoraTree` that wraps the tree, if one does."""
     has_base = False
     """True if the tree may hold base parameters beside adapters: a model, or variables."""
@@ -626,8 +626,9 @@ class Foreign(Carrier):
 
     def __init__(self, found: foreign_tree.ForeignTree, whole: Carrier) -> None:
         super().__init__(found.given.tree)
-        self.foreign = self.found = found
-        self.given = found.given
+        self.found: foreign_tree.ForeignTree = found
+        self.foreign: foreign_tree.ForeignTree | None = found
+        self.given: foreign_tree.LoraTree = found.given
         self.whole = whole
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:

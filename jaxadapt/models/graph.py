@@ -116,7 +116,7 @@ class SharedFrozenParam(SharedParam, FrozenParam):
     """A shared tensor that training does not change."""
 
 
-BaseParam = nnx.All(nnx.Param, nnx.Not(nnx.Any(AdapterParam, FrozenParam)))
+BaseParam: nnx.All = nnx.All(nnx.Param, nnx.Not(nnx.Any(AdapterParam, FrozenParam)))
 """The filter for base parameters, which stay frozen. (`nnx.Param` matches adapter and base parameters alike.)"""
 
 

@@ -189,8 +189,7 @@ def _row(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation |
 def _other_use(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> OtherUse:
     """Return a use that is no product, with the roles of the axes where a lookup or a convolution shows them."""
     name, params = eqn.primitive.name, dict(eqn.params)
-    side = _SIDES[name][0] if name in _SIDES else 0
-    layout = layouts[side]
+    layout = layouts[_SIDES[name][0] if name in _SIDES else 0]
     if layout is None or layout != AxisLayout.identity(layout.name, layout.sizes):
         return OtherUse(name)
     if eqn.primitive is primitives.conv_general_dilated_p:

@@ -56,7 +56,7 @@ class RunFolder:
     ) -> None:
         if minimize is not None and maximize is not None:
             raise ConfigError(f"minimize={minimize!r} and maximize={maximize!r}: give only one of the two")
-        self.folder = location.absolute(location.to_location(folder))
+        self.folder: location.Location = location.absolute(location.to_location(folder))
         if isinstance(self.folder, location.Address):
             self.folder.store()  # a missing package raises here, not in the background
         given = {"minimize": minimize, "maximize": maximize}

@@ -388,8 +388,8 @@ class Engine:
         stop: Sequence[int],
         queue: int,
     ) -> None:
-        self._decoder, self._pool, self._stop = decoder, pool, frozenset(stop)
-        self._queue, self.metrics = queue, Metrics()
+        self._decoder, self._pool, self._stop, self._queue = decoder, pool, frozenset(stop), queue
+        self.metrics: Metrics = Metrics()
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
         self._active: dict[int, Job] = {}

@@ -112,9 +112,11 @@ class RequestError(AdapterError):
         kind: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.param = status, code, param
-        usual = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-        self.kind = kind or usual
+        self.status: int = status
+        self.code: str | int | None = code
+        self.param: str | None = param
+        usual = "invalid_request_error" if status < 500 else "server_error"
+        self.kind: str = kind or ("rate_limit_error" if status == 429 else usual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,7 +438,7 @@ class TextStream:
         self._begin = 0  # ids before it are decoded for good; those from it on give the next characters their context
         self._read = 0  # ids before it are in the text
         self._held = ""
-        self.stopped = False
+        self.stopped: bool = False
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is certain now."""

@@ -73,7 +73,13 @@ class Sampling:
 
 GREEDY = Sampling()
 
-DTYPES = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32, "scores": np.bool_}
+DTYPES: dict[str, Any] = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "seed": np.uint32,
+    "scores": np.bool_,
+}
 """The dtype of each field in a batch."""
 
 
@@ -324,9 +330,13 @@ class Decoder:
                 f"Decoder: expected at least one row, and a length of 2 to {config.max_position_embeddings} tokens (the"
                 f" model's positions); found {rows} rows of {length}"
             )
-        self.config, self.length, self.rows = config, length, rows
-        self.state, self.select, self._forward = state, select, forward
-        self.cache = KVCache.create(config, rows, virtual_tokens + length)
+        self.config: Sizes = config
+        self.length: int = length
+        self.rows: int = rows
+        self.state: Any = state
+        self.select: Callable[[np.ndarray], Any] | None = select
+        self.cache: KVCache = KVCache.create(config, rows, virtual_tokens + length)
+        self._forward = forward
         self._tokens = np.zeros(rows, np.int32)
         self._counts = np.zeros(rows, np.int32)
         self._slots = np.zeros(rows, np.int32)

@@ -258,7 +258,7 @@ class Writer:
         self.fd = fd
         self.path = path
         self.temporary = temporary
-        self.size = 0  # the bytes that were written
+        self.size: int = 0  # the bytes that were written
         self._started = 0
         self._kept = 0  # bytes of the header, which are overwritten later: to start writing them would delay that
 

@@ -82,7 +82,7 @@ def file_errors(action: str, path: object, detail: str = "") -> Generator[None]:
         raise file_error(action, str(path), error, detail) from error
 
 
-read_errors = functools.partial(file_errors, "read")
+read_errors: Callable[..., contextlib.AbstractContextManager[None]] = functools.partial(file_errors, "read")
 
 
 def close(file: IO[Any]) -> None:
@@ -130,12 +130,14 @@ class LocalFile(ByteSource):
         Raises:
             FileError: missing, not permitted, or not a regular file.
         """
-        self.path = path if shown is None else shown
+        self.path: str = path if shown is None else shown
         with read_errors(self.path):
             # O_NONBLOCK: opening a FIFO must not wait for its writer. Regular files ignore the flag.
-            self.file = io.FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+            self.file: io.FileIO = io.FileIO(
+                path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+            )
             status = os.fstat(self.file.fileno())
-        self.size = status.st_size
+        self.size: int = status.st_size
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise FileError(f"{self.path}: cannot read: expected a regular file, found a device, pipe or socket")

@@ -493,13 +493,13 @@ class RemoteObject(ByteSource):
 
     def __init__(self, address: Address) -> None:
         """Query the object and read its head. Raises `FileError`."""
-        self.path = str(address)
+        self.path: str = str(address)
         self._address = address
         with read_errors(address):
             info = address.info()
         if info["type"] != "file" or info.get("size") is None:
             raise FileError(f"{self.path}: cannot read: expected a file of known size, found a folder or a stream")
-        self.size = int(info["size"])
+        self.size: int = int(info["size"])
         self._stamp = object_stamp(info)
         self._fetched = False
         self._blocks: dict[int, Future[bytes]] = {}

@@ -394,13 +394,16 @@ class TensorFile(TensorSource):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a file at a path or an address. Raises the errors of `read_header`."""
         self._file = location.open_source(location.to_location(path))
-        self.path = self.source = self._file.path
+        self.path: str = self._file.path
+        self.source: str = self.path
         try:
             size = self._file.size
             first = self._file.read_exactly("header length", min(size, 8), 0)
             if problem := _length_problem(first, size):
                 raise FormatError(f"{self.path}: not a valid safetensors file: {problem}")
-            self.header = parse(self.path, self._file.read_exactly("header", int.from_bytes(first, "little"), 8), size)
+            self.header: Header = parse(
+                self.path, self._file.read_exactly("header", int.from_bytes(first, "little"), 8), size
+            )
         except BaseException:
             self.close()
             raise

@@ -63,7 +63,8 @@ class Group:
                 f"{os.fspath(action)}: cannot use arrays of several processes without JAX's distributed service; call"
                 " jax.distributed.initialize() in each process"
             )
-        self.index, self.count = jax.process_index(), jax.process_count()
+        self.index: int = jax.process_index()
+        self.count: int = jax.process_count()
         self._client, self._action, self._timeout = client, os.fspath(action), timeout
         self._pending = list(stages) if self.index == 0 else []
         self._final = stages[-1]

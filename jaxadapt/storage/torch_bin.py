@@ -373,9 +373,9 @@ class _Stream:
     """A file's bytes. Unlike `BufferedReader.read`, `read` allocates no more bytes than the file has."""
 
     def __init__(self, source: LocalFile) -> None:
-        self.buffered = io.BufferedReader(source.file)
+        self.buffered: io.BufferedReader = io.BufferedReader(source.file)
         self._size = source.size
-        self.readline = self.buffered.readline
+        self.readline: Callable[..., bytes] = self.buffered.readline
 
     def read(self, size: int, /) -> bytes:
         return self.buffered.read(min(size, self._size) if size >= 0 else self._size)

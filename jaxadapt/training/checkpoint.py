@@ -310,9 +310,12 @@ class CheckpointManager(run_folder.RunFolder):
         """Raise `ConfigError` for invalid or contradictory arguments."""
         _check_counts(keep, keep_best, keep_every, ranked=minimize is not None or maximize is not None)
         super().__init__(folder, minimize=minimize, maximize=maximize)
-        self.keep, self.keep_every = keep, keep_every
-        self.keep_best = len(self._own_objective) if keep_best is None else keep_best
-        self.asynchronous, self.timeout, self.progress = asynchronous, timeout, progress
+        self.keep: int | None = keep
+        self.keep_every: int | None = keep_every
+        self.keep_best: int = len(self._own_objective) if keep_best is None else keep_best
+        self.asynchronous: bool = asynchronous
+        self.timeout: float = timeout
+        self.progress: Progress = progress
         self._saving = Background()
         # The last step passed to `save`, unless its write failed or it was rolled back; alike in all processes.
         self._last: run_folder.StepRecord | None = None
