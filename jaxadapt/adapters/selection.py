@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import (
     Covered,
@@ -96,7 +97,7 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
         match = keymap.match(leaf)
         if match is None or len(match.weight.left) != len(array.shape):
             continue
-        if not isinstance(array, np.ndarray | jax.Array) or isinstance(array, jax.core.Tracer):
+        if not isinstance(array, np.ndarray | jax.Array) or isinstance(array, Tracer):
             without_values = True
             continue
         for index, parameter in match.parameters(plan.axis_sizes(match, array.shape)).items():

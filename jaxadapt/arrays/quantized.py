@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.core.errors import AttachError
@@ -93,7 +94,7 @@ class Quantized:
     def _full_sharding(self) -> NamedSharding:
         """Return the sharding of the dense weight with its stacked axes."""
         assert self.place is not None
-        sharding = self.codes.sharding if not isinstance(self.codes, jax.core.Tracer) else None
+        sharding = self.codes.sharding if not isinstance(self.codes, Tracer) else None
         stack = len(self.codes.shape) - 2
         spec = tuple(sharding.spec) if isinstance(sharding, NamedSharding) else ()
         first = (*spec, *(None,) * stack)[:stack] if sharding is not None else (PartitionSpec.UNCONSTRAINED,) * stack
@@ -102,7 +103,7 @@ class Quantized:
     @property
     def sharding(self) -> NamedSharding | None:
         """The `NamedSharding` of the dense weight; None if it has none, and inside jit, where it is unknown."""
-        return None if self.place is None or isinstance(self.codes, jax.core.Tracer) else self._full_sharding()
+        return None if self.place is None or isinstance(self.codes, Tracer) else self._full_sharding()
 
 
 def quantize_weight(
@@ -136,7 +137,7 @@ def quantize_weight(
     size = block if block is not None else _BLOCK if kind == "nf4" else inner[order[-1]]
     if size < 1 or (kind == "nf4" and size % 2):
         raise AttachError(f"block={size}: expected a positive{' even' if kind == 'nf4' else ''} number of values")
-    sharding = w.sharding if isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer) else None
+    sharding = w.sharding if isinstance(w, jax.Array) and not isinstance(w, Tracer) else None
     return _quantize_weight(w, kind, order, stack, size, sharding if isinstance(sharding, NamedSharding) else None)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -74,7 +75,7 @@ def missing_array(shape: Sequence[int], dtype: Any, why: str) -> Array:
 
 
 _MISSING = Primitive("missing")
-_MISSING.def_abstract_eval(lambda *, why: jax.core.ShapedArray((), np.dtype("float32")))
+_MISSING.def_abstract_eval(lambda *, why: ShapedArray((), np.dtype("float32")))
 
 
 def _refuse(_: Any, *, why: str) -> NoReturn:
@@ -94,7 +95,7 @@ def draw_arrays(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtyp
     words = [(zlib.crc32(path.encode()), i) for path, count in counts.items() for i in range(count)]
     used = [min(_CHUNK, size - start) for size in sizes.values() for start in range(0, size, _CHUNK)]
     bits = _chunks(key, np.array(words, np.uint32), used) if words else np.zeros((0, _CHUNK), np.uint32)
-    xp: Any = jnp if isinstance(bits, jax.core.Tracer) else np
+    xp: Any = jnp if isinstance(bits, Tracer) else np
     rows = xp.asarray(bits)
     out: dict[str, Array] = {}
     start = 0
@@ -122,14 +123,14 @@ def fold_in(key: Any, data: int) -> Any:
 
 def _halves(key: Any) -> tuple[np.uint32, np.uint32] | None:
     """Return the two words of a key; None if NumPy cannot continue from it."""
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, Tracer):
         return None
     typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
     is_partitionable: bool = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
     if str(jax.random.key_impl(typed)) != _DEFAULT_IMPL or not is_partitionable:
         return None
     data = jax.random.key_data(typed)
-    if isinstance(data, jax.core.Tracer):  # inside jit or eval_shape, for a key from outside
+    if isinstance(data, Tracer):  # inside jit or eval_shape, for a key from outside
         return None
     first, second = np.asarray(data)
     return first, second

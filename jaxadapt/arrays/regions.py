@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxadapt.arrays import quantized
@@ -289,7 +290,7 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
     For a quantized weight it is the sharding of the dense weight.
     """
     leaf = leaf if isinstance(leaf, jax.Array) else quantized.storage_array(leaf)
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
         return sharding if not sharding.mesh.empty and sharding.mesh.are_all_axes_explicit else None
     has_sharding = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | quantized.Quantized)
@@ -304,7 +305,7 @@ def sharding_of(leaf: Any) -> NamedSharding | None:
 
 def is_unplaced(leaf: Any) -> bool:
     """Return True if a leaf has no sharding yet (a spec, or a value inside jit), so that its annotation applies."""
-    return isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) and sharding_of(leaf) is None
+    return isinstance(leaf, Tracer | jax.ShapeDtypeStruct) and sharding_of(leaf) is None
 
 
 def sharding_from_spec(spec: Sequence[Any], mesh: Any = None) -> NamedSharding | None:
@@ -337,7 +338,7 @@ def concrete_sharding(sharding: Sharding) -> Sharding:
 
 def is_tracing() -> bool:
     """Return True inside jit, even if no argument is traced."""
-    return isinstance(jax.device_put(np.float32(0)), jax.core.Tracer)  # device_put compiles nothing
+    return isinstance(jax.device_put(np.float32(0)), Tracer)  # device_put compiles nothing
 
 
 def move_to(x: Any, sharding: Sharding) -> Any:
@@ -386,7 +387,7 @@ def names_not_finite(arrays: Mapping[str, Any]) -> list[str]:
     Arrays on accelerators are reduced there, and all results are fetched together. The result is empty if any array is
     traced, since it has no values yet. Values other than arrays of floats count as finite.
     """
-    if any(isinstance(x, jax.core.Tracer) for x in arrays.values()):
+    if any(isinstance(x, Tracer) for x in arrays.values()):
         return []
     finite: dict[str, Any] = {}
     with jax.ensure_compile_time_eval():  # a traced function may close over arrays with values

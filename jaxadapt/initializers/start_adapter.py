@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, Site, Sites
@@ -94,9 +95,7 @@ class Initialization:
         out_size, in_size = factors.matrix_sizes(b)
         max_rank = r if self.kind.limit is None else self.kind.limit(min(out_size, in_size))
         obstacles = {
-            "its values are needed, but only its shape is given": isinstance(
-                leaf, jax.ShapeDtypeStruct | jax.core.Tracer
-            ),
+            "its values are needed, but only its shape is given": isinstance(leaf, jax.ShapeDtypeStruct | Tracer),
             f"expected a floating dtype, found {leaf.dtype}": not jnp.issubdtype(leaf.dtype, jnp.floating),
             f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more": (
                 leaf.dtype.itemsize == 1 and not self.kind.in_8_bits

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Site, Sites, map_layers, not_an_adapter
 from jaxadapt.adapters.sites import require_complete, sites_of
@@ -122,7 +123,7 @@ class ChangedLeaf:
             | {name: x for name, x in self.params.items() if name not in site.shapes}
         )
         single = all(isinstance(at.get(axis), int) for axis in site.match.stack)
-        change = self.leaf_change(None if isinstance(w, jax.core.Tracer) else regions.sharding_of(w), single)
+        change = self.leaf_change(None if isinstance(w, Tracer) else regions.sharding_of(w), single)
         host = isinstance(w, np.ndarray)
         changed = (_compute_in_place if donate and not host else _compute)(change, w, params)
         return np.array(changed) if host else changed  # a copy, since numpy arrays are writable

@@ -22,6 +22,7 @@ from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Sites
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -611,7 +612,7 @@ def _check_rank(r: Any) -> None:
 
 def _error_by_module(modules: Sequence[str], values: Array) -> dict[str, Any]:
     """Return `{module: value}`, with Python floats unless traced."""
-    return dict(zip(modules, values if isinstance(values, jax.core.Tracer) else values.tolist(), strict=True))
+    return dict(zip(modules, values if isinstance(values, Tracer) else values.tolist(), strict=True))
 
 
 def _flat_params(params: Any) -> dict[str, Any]:
@@ -621,7 +622,7 @@ def _flat_params(params: Any) -> dict[str, Any]:
 
 def _is_equal(x: Array, y: Array) -> bool:
     """Return True if two arrays are equal; False for traced ones."""
-    return not isinstance(x, jax.core.Tracer) and bool(jnp.array_equal(x, y))
+    return not isinstance(x, Tracer) and bool(jnp.array_equal(x, y))
 
 
 def _flat_pair(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites, make_file_plan
@@ -217,7 +218,7 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
         if not side:
             continue
         factors = [[getattr(pairs[part], side) for part in filter(pairs.__contains__, parts)] for pairs in adapters]
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(factors)):
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(factors)):
             raise AttachError(
                 "cannot compare these A and B tensors inside jit, so they cannot be joined to one matrix as in PEFT."
                 " Call the function outside jit:\n" + paths.bullets(parts)
@@ -330,7 +331,7 @@ def map_equal(function: Callable[[Any, Any], Any], items: Mapping[str, tuple[Any
     mapped: dict[str, Any] = {}
     for form, names in groups.items():
         trees = [items[name][1] for name in names]
-        if len(names) > 1 and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)):
+        if len(names) > 1 and any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
             stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
             looped = jax.lax.map(functools.partial(function, form[0]), stacked)
             results = [jax.tree.map(lambda x, i=i: x[i], looped) for i in range(len(names))]

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.methods.prompt import EMBEDDINGS, TASKS, Array, Draw, EmbeddingPrompt, Examples, Params, Shapes, StartData
@@ -70,7 +71,7 @@ class MultitaskPromptTuning(EmbeddingPrompt, peft_type="MULTITASK_PROMPT_TUNING"
         ids = given[TASKS]
         if not (ids.ndim == 1 and jnp.issubdtype(ids.dtype, jnp.integer)):
             raise AttachError(f"task_ids: expected integers of shape (batch,), found {ids.dtype} of {list(ids.shape)}")
-        if not isinstance(ids, jax.core.Tracer) and not bool(((ids >= 0) & (ids < config.num_tasks)).all()):
+        if not isinstance(ids, Tracer) and not bool(((ids >= 0) & (ids < config.num_tasks)).all()):
             raise AttachError(
                 f"task_ids: expected tasks from 0 to {config.num_tasks - 1}, because the adapter has"
                 f" num_tasks={config.num_tasks}, found {ids.tolist()}"

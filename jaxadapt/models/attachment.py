@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, collection_name, is_array, not_an_adapter
@@ -187,9 +188,7 @@ def inject(model: Any, adapter: Adapter, *, name: str = DEFAULT) -> Any:
     """
     if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise not_an_adapter(adapter)
-    arrays = {
-        path: x for path, x in adapter.flat().items() if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    }
+    arrays = {path: x for path, x in adapter.flat().items() if isinstance(x, jax.Array) and not isinstance(x, Tracer)}
     # Otherwise the model's next call would fail without naming them.
     raise_listed(
         AttachError,
@@ -378,7 +377,7 @@ def _multiply(name: str, config: Config, params: Mapping[str, Any], factor: Any)
 
 def _values_differ(new: Any, old: Any) -> bool:
     """Return True if two arrays differ; an array that a jitted function returned unchanged is equal, not identical."""
-    if new is old or isinstance(new, jax.core.Tracer) or isinstance(old, jax.core.Tracer):
+    if new is old or isinstance(new, Tracer) or isinstance(old, Tracer):
         return False
     return not bool(jnp.array_equal(new, old, equal_nan=True))
 
@@ -577,7 +576,7 @@ def quantize(
     raise_listed(
         AttachError,
         "cannot quantize these weights, whose values are not all finite:",
-        (x for x, q in new.items() if not isinstance(q.absmax, jax.core.Tracer) and not jnp.isfinite(q.absmax).all()),
+        (x for x, q in new.items() if not isinstance(q.absmax, Tracer) and not jnp.isfinite(q.absmax).all()),
     )
     model = carrier(model).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
     for leaf in new if params.walked is not None else ():

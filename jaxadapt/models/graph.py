@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import errors, nnx
+from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.arrays import quantized, regions
@@ -233,7 +234,7 @@ class _Visitor:
             kind = _VARIABLE
         else:
             kind = _ARRAY if isinstance(value, jax.Array | np.ndarray) else _OTHER
-        if not issubclass(cls, jax.core.Tracer):  # a traced variable has the type of a traced array
+        if not issubclass(cls, Tracer):  # a traced variable has the type of a traced array
             self.kinds[cls] = kind
         return kind
 
@@ -289,9 +290,7 @@ def instance_test(cls: Any, but: Any = ()) -> Callable[[Any], bool]:
             return answers[kind]
         answer = isinstance(value, cls) and not isinstance(value, but)
         # The type of a traced or a hijax value does not show the kind of variable that it is.
-        if not issubclass(kind, jax.core.Tracer) and (
-            issubclass(kind, nnx.Variable) or not isinstance(value, nnx.Variable)
-        ):
+        if not issubclass(kind, Tracer) and (issubclass(kind, nnx.Variable) or not isinstance(value, nnx.Variable)):
             answers[kind] = answer
         return answer
 
@@ -330,7 +329,7 @@ def _is_plain(own: type, content: type, new: type = np.ndarray) -> bool:
         nnx.Variable.set_value,
     )
     are_arrays = issubclass(content, jax.Array) and issubclass(new, jax.Array | np.ndarray)
-    return unchanged and are_arrays and not issubclass(content, jax.core.Tracer)
+    return unchanged and are_arrays and not issubclass(content, Tracer)
 
 
 # ---------------------------------------------------------------- one model

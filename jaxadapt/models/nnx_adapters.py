@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, Site, collection_name, shared_tensors
@@ -80,9 +81,7 @@ def draw_params_key(rngs: nnx.Rngs) -> Any:
         return stream()
     key: Any = stream.key.get_value()
     count: Any = stream.count.get_value()
-    concrete = (
-        isinstance(count, jax.Array) and not isinstance(key, jax.core.Tracer) and not isinstance(count, jax.core.Tracer)
-    )
+    concrete = isinstance(count, jax.Array) and not isinstance(key, Tracer) and not isinstance(count, Tracer)
     if not concrete or key.shape or count.committed:  # also several keys, or a count committed to a device
         return stream()
     n = int(count)

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values, peft_tensors
 from jaxadapt.adapters.adapter import Recipe, Sites, file_entries, repeats_heads, tensor_entries
@@ -260,7 +261,7 @@ def _judge_base_weight(
     turns = not embeds and len(form.file_shape) == 2 and is_guess(keymap, path, expected.base.shapes[path])
     if shape != form.file_shape and not (turns and shape[::-1] == form.file_shape):
         return kind, f"{key}: expected {list(form.file_shape)} as in the base, found {list(shape)}"
-    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, jax.core.Tracer):
+    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
         return kind, None
     own, value = np.asarray(form.encode(np.asarray(leaf), number)), np.asarray(source[key])
     exact = embeds or form.is_exact  # an embedding may have been trained a little

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 
 from jaxadapt.adapters import experts, selection, sites
@@ -125,7 +126,7 @@ def combine_values(task: str, value: Any, combine: Callable[[list[Any]], Any], t
 def is_local(leaf: Any) -> bool:
     """Return True if this process has all of an array; other processes then have their own array, or none."""
     # A traced array has no devices yet, so JAX does not know if it is addressable.
-    return not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or leaf.is_fully_addressable
+    return not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.is_fully_addressable
 
 
 def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[array_regions.Region, np.ndarray]]:
@@ -338,7 +339,7 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
     def obstacle(leaf: Any) -> str | None:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return "abstract: a shape only"
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             return None if traced else "traced: inside jit, grad or vmap"
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
             return "deleted: it was donated to a jitted function"
@@ -358,7 +359,7 @@ def _encode(leaves: Mapping[str, Any], adapter_sites: sites.Sites, keymap: KeyMa
             "these modules or parameters have tensors, but target_modules (or target_parameters) of the configuration"
             " does not name them, so a reader would drop them:\n" + bullets(adapter_sites.untargeted)
         )
-    host = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
+    host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     if host:
         _require_zeros(adapter_sites, leaves)
     return make_file_plan(adapter_sites).encode(leaves, host)

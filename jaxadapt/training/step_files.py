@@ -24,6 +24,7 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays import regions
@@ -202,7 +203,7 @@ _CODECS: Mapping[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 def _add_leaf(snapshot: Snapshot, name: str, leaf: Any, problems: list[str]) -> None:
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         problems.append(f"{name}: traced; save outside jit, grad and vmap")
     elif isinstance(leaf, jax.Array) and leaf.is_deleted():
         problems.append(f"{name}: deleted, because it was donated to a jitted function")

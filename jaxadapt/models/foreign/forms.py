@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
@@ -88,7 +89,7 @@ class HeadPair:
 
     def heads_agree(self, a: Array) -> bool:
         """Return True if all heads have the same A; False for traced arrays, which cannot be compared."""
-        if self.is_input or isinstance(a, jax.core.Tracer):
+        if self.is_input or isinstance(a, Tracer):
             return self.is_input
         by_head = np.moveaxis(self._split_heads(np.asarray(a)), 1, 0)
         return all(np.array_equal(by_head[0], other) for other in by_head[1:])
@@ -198,7 +199,7 @@ def narrow_leaves(
     Raises one `MismatchError` with every leaf whose heads share a B and differ in it, unless `concat` is True, or with
     every leaf whose rank is too small.
     """
-    if any(isinstance(x, jax.core.Tracer) for x in new.values()):
+    if any(isinstance(x, Tracer) for x in new.values()):
         raise MismatchError(
             f"cannot fill this {dialect.name} tree inside jit, where heads cannot be compared; fill it outside jit"
         )
@@ -316,7 +317,7 @@ def _read_numbers(
     for path in paths:
         if path not in leaves:
             problems.append(f"{path}: missing")
-        elif isinstance(leaves[path], jax.core.Tracer | jax.ShapeDtypeStruct):
+        elif isinstance(leaves[path], Tracer | jax.ShapeDtypeStruct):
             problems.append(f"{path}: expected a concrete array (outside jit), found a tracer or spec")
         elif slot is not None and not (isinstance(slot, numbers.Integral) and 0 <= slot < leaves[path].shape[-1]):
             problems.append(f"{path}: expected a slot from 0 to {leaves[path].shape[-1] - 1}, found {slot}")
@@ -378,7 +379,7 @@ def with_slot(
 
 
 def _nonzero(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer) and bool(np.any(np.asarray(x)))
+    return not isinstance(x, Tracer) and bool(np.any(np.asarray(x)))
 
 
 def _shortest_alpha(scale: Any, rank: int) -> float:

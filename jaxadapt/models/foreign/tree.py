@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
@@ -201,9 +202,9 @@ def build_array(half: survey.FactorArray, contents: Placed, current: Any, keep: 
 
 def place_like(leaf: Any, value: Any) -> Any:
     """Place the value on the leaf's devices, if it has any."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
-    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, jax.core.Tracer)
+    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, Tracer)
     return jax.device_put(value, leaf.sharding if placed else None)
 
 
@@ -415,7 +416,7 @@ def read_tree(
     sites = survey_tree(foreign_tree, keymap)
     config = survey.infer_config(sites, given.config, given.lora_alpha)
     warn_unproved(sites.keymap)
-    host = not any(isinstance(leaf, jax.core.Tracer) for leaf in foreign_tree.leaves.values())
+    host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
     peft = PeftTensors(config, sites.plan.encode(foreign_tree.leaves, host), f"this {foreign_tree.dialect.name} tree")
     if sites.real is None:
         return peft, sites
@@ -489,7 +490,7 @@ def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
     """Write an `Adapter` into the LoRA leaves of a tree, by the adapter's keymap if it has entries for all of them."""
     leaves = adapter.flat()
     tensors = make_file_plan(sites_of(adapter)).encode(
-        leaves, host=not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values())
+        leaves, host=not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     )
     keymap = adapter.keymap if all(map(adapter.keymap.match, foreign_tree.claimed)) else None
     return fill_tree(foreign_tree, PeftTensors(adapter.config, tensors, "this adapter"), keymap)
@@ -497,7 +498,7 @@ def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
 
 def _is_traced(sites: survey.ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
     """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
-    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+    traced = any(isinstance(x, Tracer) for x in arrays)
     if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
         raise MismatchError(
             'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
