@@ -331,7 +331,8 @@ def _convert_layout(
     progress: Progress,
 ) -> Written:
     """Convert from a tree, to a tree, or a folder to other names."""
-    formats.require_style(target, style, ("safetensors",) if to_tree else FOLDERS, " for a tree" if to_tree else "")
+    where = f" for a tree, or a folder as the target for {' and '.join(FOLDERS[1:])}" if to_tree else ""
+    formats.require_style(target, style, FOLDERS[:1] if to_tree else FOLDERS, where)
     if from_tree:
         tensors = _read_tree(location.to_location(source), options, None if to_tree else options.like)
     else:

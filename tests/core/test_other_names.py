@@ -61,7 +61,7 @@ def test_exchanged_arguments_say_the_order():
         ):
             call(config, base)
     for call in (jaxadapt.inject, jaxadapt.merge, jaxadapt.unmerge):
-        with pytest.raises(AttachError, match=r"found dict\. .* the model comes first, as in inject\(model, adapter\)"):
+        with pytest.raises(AttachError, match=r"found dict\. .* The model comes first, as in inject\(model, adapter\)"):
             call(adapter, {"params": base})
     for call in (jaxadapt.extract, jaxadapt.to_peft, jaxadapt.delete):
         with pytest.raises(TypeError, match="positional argument"):
@@ -79,7 +79,7 @@ def test_an_import_says_it_too(root: Path):
 
 def test_every_name_that_the_documentation_translates_is_known(root: Path):
     held: dict[str, str] = OTHER_NAMES
-    table = (root / "docs" / "adapters.md").read_text(encoding="utf-8").rpartition("| PEFT | jaxadapt |")[2]
+    table = (root / "docs" / "from_peft.md").read_text(encoding="utf-8").rpartition("| PEFT | NNX | Linen |")[2]
     theirs = re.findall(
         r"`(?:\w+\.)*(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     )

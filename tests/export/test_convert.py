@@ -317,7 +317,7 @@ def test_orbax_to_a_folder_and_back(tmp_path):
     info = json.loads(run("inspect", tmp_path / "again", "--json").output)
     assert info["parameters"] == 2 * (4 + 6 + 5 + 4)
     assert (
-        "orbax with a folder"
+        "a folder as the target for bin and orbax"
         in run("convert", tmp_path / "saved", tmp_path / "x.safetensors", "--to", "llama", "--format", "orbax").output
     )
 
@@ -335,7 +335,7 @@ ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.o
         ("peft new --lora-alpha 2", "--lora-alpha is for a source tree"),
         ("peft x.safetensors --to tunix:gemma", r"of the target's shapes \(--like\)"),
         ("peft x.safetensors --to llama", "is ambiguous: pass --dialect"),
-        ("peft x.safetensors --format orbax", "format: expected 'kohya-ss' or 'diffusers' for a file"),
+        ("peft x.safetensors --format orbax", "format: expected 'safetensors' for a tree, or a folder as the target"),
         (
             "tree.safetensors new --from maxtext:qwen3/scan0",
             r"for example jaxadapt.models.LoraTree\(tree, lora_alpha=16\)",
