@@ -37,7 +37,7 @@ class Applicable(Protocol):
     def hparams(self) -> Any: ...
 
     @property
-    def axes(self) -> Axes: ...
+    def axes(self) -> Any: ...  # Axes; pyright takes a cached property for no property
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -79,7 +79,12 @@ def test_an_import_says_it_too(root: Path):
 
 def test_every_name_that_the_documentation_translates_is_known(root: Path):
     held: dict[str, str] = OTHER_NAMES
-    table = (root / "docs" / "from_peft.md").read_text(encoding="utf-8").rpartition("| PEFT | NNX | Linen |")[2]
+    table = (
+        (root / "docs" / "from_peft.md")
+        .read_text(encoding="utf-8")
+        .rpartition("| PEFT | NNX | Linen |")[2]
+        .partition("\n\n")[0]
+    )
     theirs = re.findall(
         r"`(?:\w+\.)*(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     )

@@ -27,7 +27,7 @@ def _layer(ours: str, layers: tuple[int, int] = (1, 0)) -> tuple[Weight, ...]:
             for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
         ),
     )
-    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, "layers": layers}) for w in entries)
+    return tuple(Weight(w.leaf, w.key, w.pattern, **dict(w.options, layers=layers)) for w in entries)
 
 
 def _keymap(name: str, layers: tuple[Weight, ...]) -> KeyMap:

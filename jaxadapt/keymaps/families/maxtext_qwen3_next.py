@@ -48,7 +48,7 @@ def _layer(ours: str, joined: bool, layers: tuple[int, int] = (1, 0), **sizes: i
         ),
         Weight(f"{mlp}shared_expert_gate.kernel", f"{LAYER}mlp.shared_expert_gate.weight", "d o -> o d"),
     )
-    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, "layers": layers, **sizes}) for w in entries)
+    return tuple(Weight(w.leaf, w.key, w.pattern, **dict(w.options, layers=layers, **sizes)) for w in entries)
 
 
 def _keymap(name: str, *layers: tuple[Weight, ...]) -> KeyMap:

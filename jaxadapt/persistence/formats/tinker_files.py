@@ -388,7 +388,7 @@ def _target_parameters(parameters: Sequence[str]) -> list[str]:
     >>> _target_parameters(["model.layers.0.mlp.experts.up_proj", "model.layers.1.mlp.experts.down_proj"])
     ['model.layers.0.mlp.experts.up_proj', 'model.layers.1.mlp.experts.down_proj']
     """
-    layers = paths.group(name.rpartition(".")[::2] for name in parameters)
+    layers = paths.group((module, last) for module, _, last in (name.rpartition(".") for name in parameters))
     if len(set(map(frozenset, layers.values()))) > 1:
         return list(parameters)
     return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))
