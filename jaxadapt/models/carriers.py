@@ -1,7 +1,4 @@
-"""Carriers: what kind of tree holds base parameters and adapters is decided here, once for each call.
-
-A carrier is one tree, of a kind that `carrier` recognizes, with the operations that this kind has.
-"""
+"""Carriers: `carrier` recognizes the kind of a tree, once for each call, and a carrier has the operations of its kind."""
 
 from __future__ import annotations
 
