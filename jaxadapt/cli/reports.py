@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import jaxadapt
 from jaxadapt.cli import output
 from jaxadapt.core import errors, paths
 from jaxadapt.persistence import consumers
-from jaxadapt.storage import atomic, location
+from jaxadapt.storage import atomic, hf_model, location
 
 if TYPE_CHECKING:
     from jaxadapt.analysis.changes import Difference, Norms
@@ -45,6 +45,7 @@ def check_png(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.command("inspect", short_help="Show the settings, targets and size of an adapter.")
 @click.argument("folder", type=click.Path())
 @output.as_json
+@click.option("--base", type=click.Path(), help="The base model: its folder or its config.json.")
 @click.option("--tensors", is_flag=True, help="Also list every tensor with its dtype and shape.")
 @click.option("--norms", is_flag=True, help="Also show how much each weight changes, by layer and module.")
 @click.option(
@@ -54,12 +55,15 @@ def check_png(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     callback=check_png,
     help="Write these changes as a heat map (needs matplotlib).",
 )
-def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:
+def inspect_command(folder: str, base: str | None, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:
     """Show the method, base model, targets and size of the adapter in FOLDER, and which programs read it.
 
     FOLDER is an adapter of jaxadapt, PEFT or mlx-lm, or an address: hf://org/name@revision/subfolder, s3://…, gs://….
     No model is needed. Only the configuration and the header of the weights are read, unless --norms or --plot is
     given.
+
+    Some verdicts depend on the model: that of vLLM on experts, and that of llama.cpp on an adapted embedding. With
+    --base, they are those for this model.
 
     "misread by" lists programs that load the adapter without a message and compute something else than PEFT, with the
     setting that they ignore and what helps. --json names the version of each program.
@@ -70,22 +74,26 @@ def inspect_command(folder: str, as_json: bool, tensors: bool, norms: bool, plot
     \b
     Example:
       jaxadapt inspect out/
+      jaxadapt inspect out/ --base Qwen3-30B-A3B/
       jaxadapt inspect out/ --json | jq .config.r
       jaxadapt inspect out/ --plot norms.png
     """
     info = jaxadapt.inspect(folder, progress=True)
-    changes = None
-    if norms or plot is not None:
-        changes = jaxadapt.analysis.measure_norms(jaxadapt.read(folder, progress=True))
-        if plot is not None:
-            atomic.write_bytes(plot, jaxadapt.analysis.norms_png(changes, info.config))
-    readers = [reader.to_dict() for reader in consumers.judge_readers(info.config, info.tensors)]
+    is_measured = norms or plot is not None
+    changes = jaxadapt.analysis.measure_norms(jaxadapt.read(folder, progress=True)) if is_measured else None
+    if changes is not None and plot is not None:
+        atomic.write_bytes(plot, jaxadapt.analysis.norms_png(changes, info.config))
+    model = {} if base is None else hf_model.read_model_config(location.to_location(base))
+    if model is None:
+        raise jaxadapt.FileError(f"{base}: no config.json; pass the folder of the base model, or its config.json")
+    tied, kind = (hf_model.is_tied(model), str(model.get("model_type"))) if model else (None, None)
+    readers = consumers.judge_readers(info.config, info.tensors, tied, kind)
     measured = {} if changes is None else {"norms": changes.to_dict()}
-    document = info.to_dict() | {"readers": readers} | measured
-    output.print_result(as_json, document, lambda: _print_info(info, changes, tensors))
+    document = info.to_dict() | {"readers": [reader.to_dict() for reader in readers]} | measured
+    output.print_result(as_json, document, lambda: _print_info(info, readers, changes, tensors))
 
 
-def _print_info(info: Info, changes: Norms | None, tensors: bool) -> None:
+def _print_info(info: Info, readers: Sequence[consumers.Reader], changes: Norms | None, tensors: bool) -> None:
     config, targets = info.config, info.config.get("target_modules")
     dtypes, size = "/".join(info.dtypes), consumers.size_text(info.file_bytes)
     rows = [
@@ -98,18 +106,19 @@ def _print_info(info: Info, changes: Norms | None, tensors: bool) -> None:
         ("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"),
         ("peft version", config.peft_version or None),
     ]
-    output.print_pairs([*rows, *reader_rows(config, info.tensors)])
+    output.print_pairs([*rows, *reader_rows(readers)])
     if tensors:
         click.echo()
-        rows = [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()]
-        output.print_table(("tensor", "dtype", "shape"), rows)
+        output.print_table(
+            ("tensor", "dtype", "shape"),
+            [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()],
+        )
     if changes is not None:
         _print_norms(changes)
 
 
-def reader_rows(config: jaxadapt.Config, keys: Iterable[str]) -> list[tuple[str, str]]:
+def reader_rows(readers: Sequence[consumers.Reader]) -> list[tuple[str, str]]:
     """Return rows of (title, text): the programs that read an adapter, and the others with reasons and what helps."""
-    readers = consumers.judge_readers(config, keys)
     right = [reader.name for reader in readers if reader.verdict == consumers.RIGHT]
     rows = [("read by", ", ".join(right) or "no known program as it is")]
     last = ""

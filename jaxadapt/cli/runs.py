@@ -341,12 +341,12 @@ def push_command(
         create_pr=create_pr, tag=tag, card=jaxadapt.Card(license_, metrics, picture), progress=True,
     )  # fmt: skip
     info = jaxadapt.inspect(folder)
+    readers = consumers.judge_readers(info.config, info.tensors)
     if as_json:
-        readers = [reader.to_dict() for reader in consumers.judge_readers(info.config, info.tensors)]
-        output.print_json(result._asdict() | {"readers": readers})
+        output.print_json(result._asdict() | {"readers": [reader.to_dict() for reader in readers]})
     else:
         output.print_lines(f"page     {result.url}", f"address  {result.address}")
-        output.print_pairs(reports.reader_rows(info.config, info.tensors))
+        output.print_pairs(reports.reader_rows(readers))
 
 
 # ---------------------------------------------------------------- pull

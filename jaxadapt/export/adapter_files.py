@@ -409,7 +409,7 @@ def export_adapter(
             " config.json or a .gguf file"
         )
     facts = gguf_files.read_base(base) if chosen.style == "gguf" and base is not None else None
-    tied = facts.tied if facts else _read_tied(base)
+    tied = facts.tied if facts else hf_model.read_tied(None if base is None else location.to_location(base))
     with reporter(progress) as report, _open(source, report) as tensors:
         tensors, stacks = expert_files.split(tensors, chosen.style, base)
         tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
@@ -456,13 +456,6 @@ def _open(source: Any, report: Report) -> Generator[PeftTensors]:
         if save_adapter.is_spread(tensors):
             raise FileError("several processes cannot export an adapter; save it, and export the folder afterwards")
         yield tensors
-
-
-def _read_tied(base: Path | None) -> bool | None:
-    """Return True if the base ties its head to the embedding; None without a configuration that states it."""
-    if base is None or (place := location.to_location(base)).suffix == ".gguf":
-        return None
-    return hf_model.read_tied(place)
 
 
 def _plain(

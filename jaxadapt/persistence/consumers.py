@@ -3,8 +3,7 @@
 Programs read a given file rightly, refuse it, or silently compute something else. The rules are pure functions of
 configuration and keys. Those for PEFT, transformers, vLLM, llama.cpp and mlx-lm come from runs of these programs on
 adapters of one model, compared with PEFT's log-probabilities; those for SGLang, TGI, TensorRT-LLM and Ollama from their
-sources. `Reader.version` names the version of each.
-`PROGRAMS` lists those for which `jaxadapt export` writes a form of its own.
+sources. `Reader.version` names the version of each. `PROGRAMS` lists those that `jaxadapt export` writes a form for.
 
 The front matter of a card is the same as PEFT's. The last line of a card stores digests of its two parts. They show if
 a person edited the card; an edited card is never overwritten, and only missing front matter is added.
@@ -42,9 +41,8 @@ WORDS = {WRONG: "silently computes something else", REFUSED: "refuses it", UNKNO
 _MERGE = "jaxadapt merge BASE ADAPTER --out FOLDER"
 _MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
 _EXPORTS = {
-    "llama.cpp": "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf",
-    "Ollama": "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf",
-    "MLX": "jaxadapt export ADAPTER --for mlx --out FOLDER",
+    **dict.fromkeys(("llama.cpp", "Ollama"), "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf"),
+    "MLX": "jaxadapt export ADAPTER --for mlx{base} --out FOLDER",
 }
 
 
@@ -114,7 +112,7 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
             "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA,
             **dict.fromkeys(("dora", "lora_bias", "bias", "tokens", "alora", "kasa", "init", "variant"), _REFUSE),
             "copies": _REFUSE, "norm copies": _REFUSE, "other tensors": (REFUSED, "unknown names"),
-            "experts": (WRONG, "experts are right for GPT-OSS, without effect in Mixtral, and else refused"),
+            "experts": (WRONG, "gate, up and down are right for GPT-OSS, without effect in Mixtral, and else refused"),
             "router": (WRONG, "without effect in Mixtral, and else right"),
             "parts of experts": (REFUSED, "stops at an expert without a LoRA of gate, up and down"),
         },
@@ -152,11 +150,10 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
             "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA, "dora": _REFUSE,
             "expression": _REFUSE, "rank_pattern": (REFUSED, "expected one rank"),
             "rslora": _IGNORED, "alpha_pattern": _IGNORED, "alora": (WRONG, "applied to all tokens"),
-            "init": _ON_ORIGINAL, "lora_bias": (UNKNOWN, "not run"),
-            **dict.fromkeys(("kasa", "copies", "heads", "norm copies", "tokens", "bias"), _IGNORED),
-            "variant": (UNKNOWN, "not run"), "parameters": (UNKNOWN, "not run"), "other tensors": _IGNORED,
+            "init": _ON_ORIGINAL, "router": (REFUSED, "has no LoRA for routers"),
+            **dict.fromkeys(("kasa", "copies", "heads", "norm copies", "tokens", "bias", "other tensors"), _IGNORED),
+            **dict.fromkeys(("lora_bias", "variant", "parameters"), (UNKNOWN, "not run")),
             "experts": (REFUSED, "stops at all experts in one parameter"),
-            "router": (REFUSED, "has no LoRA for routers"),
         },
     ),
     "TGI and LoRAX": (
@@ -210,16 +207,19 @@ def require_known(names: Collection[str], place: str) -> None:
         raise ValueError(f"{place}: unknown properties of an adapter: {unknown}")
 
 
-require_known([*_CURED, *(name for _, rule in _RULES.values() for name in rule)], "the rules of the programs")
+require_known({*_CURED}.union(*(rule for _, rule in _RULES.values()), *expert_keys.FOR_MODEL.values()), "the rules")
 
 
-def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = None) -> tuple[Reader, ...]:
+def judge_readers(
+    config: Config, keys: Iterable[str] = (), tied: bool | None = None, kind: str | None = None
+) -> tuple[Reader, ...]:
     """Return each program with its verdict about an adapter.
 
     Args:
         config: the adapter's configuration.
         keys: the keys of its file, in PEFT's names.
         tied: True if the base model ties its output head to the token embedding; None if unknown.
+        kind: the `model_type` of the base; None if unknown.
 
     >>> from jaxadapt.configs.lora import LoraConfig
     >>> found = {r.name: r for r in judge_readers(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True))}
@@ -230,7 +230,8 @@ def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = 
     properties = _properties(config, list(keys), tied)
     require_known(properties, "this adapter")
     for name, (version, rule) in _RULES.items():
-        hits = {prop: rule[prop] for prop in properties if prop in rule}
+        own = {**rule, **expert_keys.FOR_MODEL.get((name, kind), {})}
+        hits = {prop: found for prop in properties if (found := own.get(prop)) is not None}
         verdict = min((each for each, _ in hits.values()), key=(REFUSED, WRONG, UNKNOWN).index, default=RIGHT)
         reasons = tuple(f"{properties[prop]}: {effect}" for prop, (_, effect) in hits.items())
         readers.append(Reader(name, version, verdict, reasons, _remedy(name, hits, verdict, properties)))
@@ -243,7 +244,9 @@ def _remedy(name: str, hits: Collection[str], verdict: str, properties: Mapping[
         return ""
     if _is_exported(name, properties):
         form = next((form for prop, form in expert_keys.FORMS.items() if prop in hits), "plain")
-        command = _EXPORTS.get(name, f"jaxadapt export ADAPTER --for {form} --out FOLDER")
+        command = _EXPORTS.get(name, f"jaxadapt export ADAPTER --for {form} --out FOLDER").format(
+            base=" --base BASE" * bool({"parameters", "single experts"} & properties.keys())
+        )
         # START is the folder of the initial adapter, for an initialization that changed the base.
         return f"{command} --first START" if "init" in properties else command
     # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.

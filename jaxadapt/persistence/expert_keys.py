@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
@@ -20,9 +20,11 @@ SINGLE = re.compile(r"(?P<expert>.+\.experts\.\d+\.)(?P<name>\w+)")
 _GATED = re.compile(r".+\.(mlp|block_sparse_moe|feed_forward)\.experts\.\d+\.")
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Gate, up and down of a single expert of these blocks. Experts of other blocks may have no gate."""
-PROPERTIES = ("experts", "router", "parts of experts", "shared experts", "rslora of experts")
+PROPERTIES = (
+    "experts", "router", "parts of experts", "shared experts", "rslora of experts", "half of experts", "single experts"
+)  # fmt: skip
 """The properties of `find_properties`."""
-CURED = ("shared experts", "parts of experts", "rslora of experts")
+CURED = ("shared experts", "parts of experts", "rslora of experts", "half of experts", "single experts")
 """The properties that an export removes."""
 WRONG_IN_PEFT = {
     "shared experts": "no effect in DeepSeek, GLM 4 MoE, Qwen 3 Next (read as routed); right in Qwen 2 and 3.5 MoE",
@@ -34,9 +36,20 @@ EXPORTED = frozenset(("parameters", "experts", "router"))
 READERS = ("PEFT", "transformers load_adapter", "vLLM", "llama.cpp", "MLX")
 FORMS = {
     "shared experts": "transformers", "experts": "vllm --base BASE", "router": "vllm --base BASE",
-    "parts of experts": "vllm",
+    "half of experts": "vllm --base BASE", "parts of experts": "vllm",
 }  # fmt: skip
 """{property: the form of an export, if it is not the plain one}."""
+FOR_MODEL: Mapping[tuple[str, str | None], Mapping[str, tuple[str, str] | None]] = {
+    ("vLLM", "gpt_oss"): {
+        "experts": None, "router": None, "half of experts": ("refused", "stops unless gate, up and down have a LoRA"),
+    },
+    ("vLLM", "mixtral"): dict.fromkeys(("experts", "router"), ("wrong", "without effect")),
+    **{
+        ("vLLM", kind): {"experts": ("refused", "stops at all experts in one parameter"), "router": None}
+        for kind in ("qwen3_moe", "llama4_text", "deepseek_v3")
+    },
+}  # fmt: skip
+"""{(program, model_type of the base): {property: (verdict, effect), or None for "right"}}, where the base decides."""
 _WIDE = re.compile(rf"{_GATED.pattern}(gate_proj|up_proj|w1|w3)")
 _FUSED = re.compile(r".+\.experts(\.base_layer)?")
 _SHARED = re.compile(r".+\.mlp\.shared_experts?\.(gate|up|down)_proj")
@@ -99,12 +112,14 @@ def missing_projections(modules: Iterable[str]) -> dict[str, list[str]]:
 def find_properties(config: Config, keys: Collection[str]) -> dict[str, str]:
     """Return {property: setting} for the rules of the programs (`consumers`); "" for a property that is absent."""
     modules = list_modules(keys)
-    by_parameter = bool(config.get("target_parameters"))
+    by_parameter, fused = bool(config.get("target_parameters")), set(filter(_FUSED.fullmatch, modules))
     texts = (
         "target_parameters" if by_parameter and (not modules or has_fused(modules)) else "",
         "target_parameters" if has_router(config, modules) else "",
         "target_modules of a part of each expert" if missing_projections(modules) else "",
         "target_modules that are shared experts" if list_shared(config, modules) else "",
         "use_rslora" if config.get("use_rslora") and any(map(_WIDE.fullmatch, modules)) else "",
+        "target_parameters" if len(fused) < 2 * len({name.removesuffix(".base_layer") for name in fused}) else "",
+        "target_modules" if any(map(SINGLE.fullmatch, modules)) else "",
     )
     return dict(zip(PROPERTIES, texts, strict=True))

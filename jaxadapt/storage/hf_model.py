@@ -254,9 +254,9 @@ def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **inner, TIE_FIELD: False}
 
 
-def read_tied(path: location.Location) -> bool | None:
-    """Return what `is_tied` says of a config.json; None if the file does not exist."""
-    config = read_model_config(path)
+def read_tied(base: location.Location | None) -> bool | None:
+    """Return what `is_tied` says of the config.json of a base; None without such a file, and for a GGUF file."""
+    config = None if base is None or base.suffix == ".gguf" else read_model_config(base)
     return None if config is None else is_tied(config)
 
 

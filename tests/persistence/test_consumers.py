@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -84,7 +86,7 @@ def test_routed_experts_are_exported_for_llama_cpp_and_mlx():
     assert found["llama.cpp"].verdict == REFUSED
     assert found["llama.cpp"].reasons == ("target_parameters: its converter stops at experts",)
     assert "--for gguf --base BASE" in found["llama.cpp"].remedy
-    assert found["MLX"].remedy == "jaxadapt export ADAPTER --for mlx --out FOLDER"
+    assert found["MLX"].remedy == "jaxadapt export ADAPTER --for mlx --base BASE --out FOLDER"
 
 
 def test_other_methods():
@@ -113,7 +115,7 @@ def test_other_methods():
             {"target_parameters": ["w"]},
             "vLLM",
             WRONG,
-            "target_parameters: experts are right for GPT-OSS, without effect in Mixtral, and else refused",
+            "target_parameters: gate, up and down are right for GPT-OSS, without effect in Mixtral, and else refused",
         ),
         ({"target_parameters": ["w"]}, "transformers load_adapter", RIGHT, ""),
     ],
@@ -138,6 +140,11 @@ EVERY_PROPERTY = [
             f"base_model.model.0.mlp.{name}.lora_A.weight"
             for name in ("shared_experts.up_proj", "gate", "experts.0.up_proj")
         ],
+        None,
+    ),
+    (
+        jaxadapt.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"]),
+        ["base_model.model.0.mlp.experts.lora_A.weight"],
         None,
     ),
     (jaxadapt.LoraConfig(target_modules=["wte"]), (), None),
@@ -166,6 +173,7 @@ def test_a_misspelt_property_is_an_error_and_not_right(monkeypatch):
 
 GGUF = "jaxadapt export ADAPTER --for gguf --base BASE --out FILE.gguf"
 MLX = "jaxadapt export ADAPTER --for mlx --out FOLDER"
+MLX_EXPERTS = "jaxadapt export ADAPTER --for mlx --base BASE --out FOLDER"
 PLAIN = "jaxadapt export ADAPTER --for plain --out FOLDER"
 MERGE = "jaxadapt merge BASE ADAPTER --out FOLDER"
 MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
@@ -184,7 +192,7 @@ MERGE_IN_MEMORY = "jaxadapt.export.export_base(MODEL, FOLDER, ADAPTER)"
         ({"init_lora_weights": "pissa"}, "vLLM", f"{PLAIN} --first START"),
         ({"use_bdlora": {"nblocks": 2}}, "vLLM", PLAIN),
         ({"layer_replication": [[0, 1]]}, "vLLM", MERGE_IN_MEMORY),
-        ({"target_parameters": ["w"]}, "MLX", MLX),
+        ({"target_parameters": ["w"]}, "MLX", MLX_EXPERTS),
         ({"target_parameters": ["w"]}, "vLLM", "jaxadapt export ADAPTER --for vllm --base BASE --out FOLDER"),
         ({"target_parameters": ["w"], "modules_to_save": ["lm_head"]}, "vLLM", MERGE_IN_MEMORY),
         ({"use_dora": True}, "llama.cpp", MERGE),
@@ -264,6 +272,72 @@ def test_sglang_stops_at_fused_experts_and_routers():
     assert "target_parameters: has no LoRA for routers" in judged("SGLang", ["mlp.gate"], **fields).reasons
     single = [f"mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")]
     assert judged("SGLang", single, target_modules=["gate_proj", "up_proj", "down_proj"]).verdict == RIGHT
+
+
+@pytest.mark.parametrize(
+    ("kind", "case", "measured"),
+    [
+        ("gpt_oss", "routed experts", RIGHT),
+        ("gpt_oss", "gate and up only", REFUSED),
+        ("gpt_oss", "down only", REFUSED),
+        ("gpt_oss", "router", RIGHT),
+        ("mixtral", "routed experts", WRONG),
+        ("mixtral", "down only", WRONG),
+        ("mixtral", "router", WRONG),
+        ("qwen3_moe", "routed experts", REFUSED),
+        ("qwen3_moe", "router", RIGHT),
+        ("llama4_text", "gate and up only", REFUSED),
+        ("deepseek_v3", "routed experts", REFUSED),
+        ("another", "routed experts", WRONG),
+    ],
+)
+def test_the_base_decides_what_vllm_does_with_experts(kind: str, case: str, measured: str):
+    """tests/full/programs/vllm_experts.json has what vLLM did with PEFT's file of each case."""
+    parameters = {
+        "routed experts": ["experts.gate_up_proj", "experts.down_proj"], "gate and up only": ["experts.gate_up_proj"],
+        "down only": ["experts.down_proj"], "router": ["mlp.gate.weight"],
+    }[case]  # fmt: skip
+    modules = {"routed experts": ["mlp.experts.base_layer", "mlp.experts"], "router": ["mlp.gate"]}
+    keys = [
+        f"base_model.model.model.layers.1.{name}.lora_{n}.weight"
+        for name in modules.get(case, ["mlp.experts"])
+        for n in "AB"
+    ]
+    config = jaxadapt.LoraConfig(target_modules=[], target_parameters=parameters)
+    found = next(r for r in consumers.judge_readers(config, keys, kind=kind) if r.name == "vLLM")
+    assert found.verdict == measured
+    assert found.remedy == ("" if measured == RIGHT else "jaxadapt export ADAPTER --for vllm --base BASE --out FOLDER")
+    recorded = json.loads((Path(__file__).parents[1] / "full/programs/vllm_experts.json").read_text())
+    if kind in recorded:  # an error, or {module: its distance to PEFT's change}
+        result = recorded[kind][case]["vllm, peft's file"]
+        worst = None if isinstance(result, str) else max(result.values())
+        assert measured == (REFUSED if worst is None else RIGHT if worst < 1e-6 else WRONG)
+
+
+def test_mlx_needs_the_base_for_a_lora_of_each_expert():
+    """`export --for mlx` stops without it (tests/export/test_expert_forms.py)."""
+    single = [f"mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")]
+    assert judged("MLX", single, target_modules=["gate_proj", "up_proj", "down_proj"]).remedy == MLX_EXPERTS
+    assert judged("MLX", ["mlp.up_proj"], target_modules=["up_proj"]).remedy == MLX
+
+
+def test_inspect_knows_the_base(tmp_path):
+    config = jaxadapt.LoraConfig(r=1, target_modules=[], target_parameters=["gate_up_proj", "down_proj"])
+    keys = [f"base_model.model.layers.0.mlp.experts{x}.lora_{n}.weight" for x in (".base_layer", "") for n in "AB"]
+    jaxadapt.write(jaxadapt.PeftTensors(config, {key: np.zeros((2, 2), "float32") for key in keys}), tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss", "tie_word_embeddings": false}')
+
+    def verdict(*options: str) -> str:
+        done = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--json", *options])
+        assert done.exit_code == 0, done.output
+        return next(r["verdict"] for r in json.loads(done.output)["readers"] if r["name"] == "vLLM")
+
+    assert verdict() == WRONG
+    assert verdict("--base", str(tmp_path)) == RIGHT
+    assert verdict("--base", str(tmp_path / "config.json")) == RIGHT
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--base", str(tmp_path / "no")])
+    assert done.exit_code == 1
+    assert "no config.json" in done.output
 
 
 def test_rslora_of_single_experts_in_peft():
