@@ -276,13 +276,13 @@ class LoraHparams:
     scale: float | PerEntry | None
     dropout: float
     kind: str
-    groups: int
-    dora: bool
-    bias: bool
-    tied: bool
-    frozen: bool
-    invoked: bool
-    used: PerEntry | None
+    groups: int = 1
+    dora: bool = False
+    bias: bool = False
+    tied: bool = False
+    frozen: bool = False
+    invoked: bool = False
+    used: PerEntry | None = None
 
 
 class Lora(Method, peft_type="LORA"):

@@ -39,6 +39,15 @@ def test_a_model(tmp_path):
     assert "Linear's own call" in text
 
 
+def test_groups_are_shown_for_a_grouped_convolution_only():
+    rngs = nnx.Rngs(0)
+    convolution = nnx.Conv(4, 4, (3,), feature_group_count=2, rngs=rngs)
+    model = nnx.Dict(grouped=convolution, up=nnx.Linear(4, 8, rngs=rngs))
+    jaxadapt.adapt(model, jaxadapt.LoraConfig(r=2, target_modules=["grouped", "up"]), rngs=rngs)
+    lines = str(jaxadapt.summary(model)).splitlines()
+    assert [line.split()[1] for line in lines if "groups" in line] == ["grouped.kernel"]
+
+
 def test_variables_and_inactive_adapters():
     class Two(nn.Module):
         @nn.compact
