@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 
+import jaxadapt
 from benchmarks.methods import file_size, trained_size
 from jaxadapt.cli import main
 from jaxadapt.methods import METHODS
@@ -64,6 +66,29 @@ def test_the_last_line_names_the_next_two_pages(page: str):
     found = re.fullmatch(r"Next: \[[^\]]+\]\(([\w/]+)\.md\), \[[^\]]+\]\(([\w/]+)\.md\)\.", last)
     assert found, last
     assert len({page, found[1], found[2]}) == 3
+
+
+@pytest.mark.parametrize("api", ["NNX", "Linen"])
+def test_sigterm_stops_each_loop_of_checkpoints_md_after_a_saved_step(
+    api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code = BLOCK.search(
+        PAGES["checkpoints"].partition("## A loop that resumes")[2].partition(f":::{{tab-item}} {api}")[2]
+    )
+    assert code is not None
+    head = re.search(r"^    for step in range.*$", code["code"], re.M)
+    assert head is not None
+    preempted = f"{head[0]}\n        if step == 3:\n            signal.raise_signal(signal.SIGTERM)"
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a loop that does not ask would end the tests
+    try:
+        with pytest.raises(SystemExit) as caught:
+            exec(compile(code["code"].replace(head[0], preempted), "checkpoints", "exec"), {"signal": signal})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143
+    assert jaxadapt.CheckpointManager(next(tmp_path.glob("run*"))).steps == [3]
 
 
 def test_every_page_is_in_the_list_of_pages():
