@@ -84,6 +84,30 @@ def test_there_and_back_between_families(name, tmp_path):
             np.testing.assert_array_equal(back[path], x)
 
 
+def test_an_adapter_of_one_layer_has_all_places_of_its_block(tmp_path):
+    """MaxText's stacked Gemma 4: two layers of the file are places 1 and 3 of block 1, and its axis is five long."""
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[7, 9])
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{side}.weight": values(f"{layer}.{side}", shape)
+        for layer in (7, 9)
+        for side, shape in (("A", (2, 16)), ("B", (24, 2)))
+    }
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path / "peft")
+    table, file = "maxtext:gemma4-blocks/scan1", tmp_path / "tree.safetensors"
+    convert(tmp_path / "peft", file, TreeOptions(to_keymap=table, sizes={"h": 6}))
+    tree = load_file(file)
+    assert {x.shape for x in tree.values()} == {(16, 2, 5, 2), (2, 2, 5, 24)}
+    a = next(x for path, x in tree.items() if path.endswith("_a"))
+    for place, layer in ((1, 7), (3, 9)):
+        key = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"
+        np.testing.assert_array_equal(a[:, 1, place], tensors[key].T)
+    assert not a[:, 0].any()
+    assert not a[:, 1, [0, 2, 4]].any()
+    save_file({path: np.ascontiguousarray(x[:, :, :4]) for path, x in tree.items()}, file)
+    with pytest.raises(jaxadapt.KeyMapError, match="expected A"):  # four places are no block of Gemma 4
+        convert(file, tmp_path / "back", TreeOptions(from_keymap=table, lora_alpha=6, sizes={"h": 6}))
+
+
 def test_the_same_tree_as_load_fills(tmp_path):
     """gemma's shared As side by side, from a PEFT folder: what `load` puts into a model of that rank."""
     name = "gemma-gemma3"

@@ -213,7 +213,7 @@ def _known_sizes(match: Match, base: Shape | None, sizes: Mapping[str, int]) -> 
     weight = match.weight
     if base is not None:
         return plan.axis_sizes(match, base)
-    letters = {**sizes, **dict(weight.sizes)}
+    letters = {**sizes, **dict(weight.sizes), "{place}": weight.places}
     hinted = {axis: [letters.get(n) for n in axis_parts(axis)] for axis in weight.left}
     fused = {axis: len(weight.index_names(axis) or ()) for axis in match.roles["fused"]}
     return {axis: math.prod(filter(None, found)) for axis, found in hinted.items() if all(found)} | fused
@@ -403,7 +403,7 @@ def blank_arrays(
     known = _known_sizes(match, base, sizes)
     if base is None:
         for axis in (*weight.roles["stack"], *({EXPERTS} & set(weight.left))):
-            known[axis] = 1 + max(weight.model_number(axis, texts) for texts in axis_names.values())
+            known.setdefault(axis, 1 + max(weight.model_number(axis, texts) for texts in axis_names.values()))
         solved = _solve_sizes([((axes,), (total,)) for axes, total in totals.items()], known)
         if solved is None:
             wanted = " and ".join(f"{' '.join(axes)} must multiply to {total}" for axes, total in totals.items())
