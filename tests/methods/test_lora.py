@@ -129,7 +129,7 @@ def test_alora_adds_its_output_to_those_tokens_only():
     mask = jnp.array([[True, False, True]])
     delta, y = jnp.ones((1, 3, 2)), jnp.zeros((1, 3, 2))
     np.testing.assert_array_equal(lora.mask_delta({"tokens": mask}, delta, y)[..., 0], [[1, 0, 1]])
-    with pytest.raises(AttachError, match="does not see the tokens"):
+    with pytest.raises(AttachError, match="needs the token ids"):
         lora.mask_delta({}, delta, y)
     with pytest.raises(AttachError, match=r"shape \[1, 3\] \(batch, time\).*shape \[3, 1, 2\]"):
         lora.mask_delta({"tokens": mask}, delta, y.reshape(3, 1, 2))
