@@ -204,14 +204,17 @@ class Adapter:
     if not TYPE_CHECKING:  # the type of `params` is that of the field
 
         def __getattr__(self, name: str) -> Any:
-            if name != "params" or "_leaves" not in vars(self):
+            leaves = vars(self).get("_leaves") if name == "params" else None
+            if leaves is not None:  # set before the other is removed: another thread may read them now
+                vars(self).setdefault(name, paths.unflatten(leaves))
+                vars(self).pop("_leaves", None)  # else arrays that the caller replaces in `params` would stay in memory
+            if name not in vars(self):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            return vars(self).setdefault(name, paths.unflatten(self._leaves))
+            return vars(self)[name]
 
     def flat(self) -> dict[str, Any]:
         """Return `{"model.layers.0.q_proj.kernel.lora_A": array}`."""
-        # The caller may change `params`, so its values count as soon as it is there.
-        leaves = paths.flatten(self.params) if "params" in vars(self) else vars(self)["_leaves"]
+        leaves = vars(self).get("_leaves") or paths.flatten(self.params)
         return {path: leaf if _is_array_type(type(leaf)) else _unbox(leaf) for path, leaf in leaves.items()}
 
     @property

@@ -1,4 +1,4 @@
-"""Carriers: `carrier` recognizes the kind of a tree, once for each call, and a carrier has the operations of its kind."""
+"""Carriers: `carrier` recognizes the kind of a tree, once for each call, and a carrier has the kind's operations."""
 
 from __future__ import annotations
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import dataclasses
+import gc
 import pickle
+import sys
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +50,37 @@ def test_a_change_of_params_counts_from_then_on() -> None:
     model = jaxadapt.inject(adapted(), adapter)
     assert jaxadapt.extract(model).params["q"]["kernel"]["lora_B"].sum() == 12
     assert jaxadapt.to_peft(adapter).tensors["base_model.model.q.lora_B.weight"].sum() == 12
+
+
+def test_an_array_that_is_replaced_in_params_does_not_stay_in_memory() -> None:
+    adapter = extracted()
+    old = weakref.ref(adapter.params["q"]["kernel"]["lora_B"])
+    adapter.params["q"]["kernel"]["lora_B"] = jnp.ones((6, 2))
+    gc.collect()
+    assert old() is None
+
+
+def test_threads_that_read_one_adapter_get_the_same_params() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for _ in range(50):
+                adapter = jaxadapt.Adapter.of_leaves(
+                    jaxadapt.LoraConfig(),
+                    {f"l.{i}.kernel.lora_A": np.zeros(1) for i in range(50)},
+                    jaxadapt.KeyMap("k", ()),
+                )
+                barrier = threading.Barrier(8)
+
+                def read(i: int, adapter: jaxadapt.Adapter = adapter, barrier: threading.Barrier = barrier) -> int:
+                    barrier.wait()
+                    return len(adapter.flat()) if i % 2 else id(adapter.params)
+
+                found = list(pool.map(read, range(8)))
+                assert set(found) == {50, id(adapter.params)}
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_changed_result_of_flat_changes_no_adapter() -> None:
