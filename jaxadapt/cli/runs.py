@@ -233,7 +233,7 @@ def serve_command(
 
 @click.command("export", short_help="Write an adapter for vLLM, llama.cpp, MLX and others.")
 @click.argument("source", type=click.Path())
-@click.option("--for", "program", type=click.Choice(list(consumers.PROGRAMS)), default="plain", show_default=True,
+@click.option("--for", "program", metavar=f"[{'|'.join(consumers.PROGRAMS)}]", default="plain", show_default=True,
               help="The program that reads the result.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(), help="Folder to write, or FILE.gguf for gguf.")
 @click.option("--base", type=click.Path(), help="Base model: its folder, config.json or (for gguf) its .gguf file.")

@@ -430,7 +430,12 @@ def export_adapter(
 
 def _find_program(name: str, path: Path) -> consumers.Program:
     if name not in consumers.PROGRAMS:
-        raise ConfigError(f"program: expected one of {', '.join(consumers.PROGRAMS)}, found {name!r}")
+        raise ConfigError(
+            f"program: expected one of {', '.join(consumers.PROGRAMS)}, found {name!r}"
+            + {"tinker": ". Tinker's client (0.38.0) loads no files, only tinker:// paths of its own server"}.get(
+                name, ""
+            )
+        )
     program = consumers.PROGRAMS[name]
     if (location.to_location(path).suffix == ".gguf") != (program.style == "gguf"):
         expected = "a file name ending in .gguf" if program.style == "gguf" else "a folder"

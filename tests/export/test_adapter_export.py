@@ -464,6 +464,20 @@ def test_the_command(tmp_path):
     assert run.exit_code == 1
 
 
+@pytest.mark.parametrize(("name", "reason"), [("tinker", "Tinker's client (0.38.0) loads no files"), ("nobody", "")])
+def test_a_program_that_no_adapter_is_written_for(tmp_path, name: str, reason: str):
+    """docs/tinker.md names the case."""
+    shown = CliRunner().invoke(main, ["export", "in", "--for", name, "--out", str(tmp_path / "x")])
+    assert shown.exit_code == 1
+    assert (
+        f"expected one of plain, transformers, vllm, gguf, mlx, sglang, tgi, tensorrt-llm, found '{name}'"
+        in shown.output
+    )
+    assert reason in shown.output
+    assert ("Tinker" in shown.output) is bool(reason)
+    assert not (tmp_path / "x").exists()
+
+
 def head_adapter(folder) -> None:
     """A LoRA of the token embedding's head, for a Llama of 24 tokens."""
     config = jaxadapt.LoraConfig(r=2, target_modules=["lm_head"])
