@@ -124,31 +124,31 @@ def load(
     """
     if strict not in (True, False, "base"):
         raise MismatchError(f'strict={strict!r}: expected True, False or "base"')
-    holder = lora_carrier(model, takes=("stack_axes", "example"))
-    options = rules.Options(keymap, requested_dtype(dtype), shardings, bool(strict), holder.given)
-    if holder.foreign is None and not holder.has_base:
+    held = lora_carrier(model, takes=("stack_axes", "example"))
+    options = rules.Options(keymap, requested_dtype(dtype), shardings, bool(strict), held.given)
+    if held.foreign is None and not held.has_base:
         if not isinstance(source, PeftTensors):
             location.to_location(source)  # raises if the two arguments are exchanged
-        raise holder.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
-    if holder.foreign is not None:
+        raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
+    if held.foreign is not None:
         refuse(
             {
-                "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": holder.given.stack_axes,
-                "example": holder.given.example, "strict": None if strict is True else strict,
+                "replace": replace or None, "rngs": rngs, "shardings": shardings, "stack_axes": held.given.stack_axes,
+                "example": held.given.example, "strict": None if strict is True else strict,
                 "dtype": options.dtype if options.dtype == AUTOCAST else None,
             },
-            f"no effect on a target with {holder.foreign.dialect.name} leaves, which are filled in place; leave it out",
+            f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave it out",
         )  # fmt: skip
-    with reporter(progress) as report, _open(source, name, holder, report) as opened:
-        if holder.foreign is not None and isinstance(opened, PeftTensors):
-            tensors = folder.in_memory(opened, lambda _, done, total: report("load", done, total))
-            return foreign.fill_tree(holder.foreign, tensors, keymap, options.dtype)
-        parameters, present = holder.base(), holder.attached(name)
-        if isinstance(opened, PeftTensors):
-            origin, stored, change_base = opened.source, opened.fingerprint, opened.change_base
-            adapter, adapter_sites = adapter_from_tensors(opened, parameters, options, report, present, check=True)
+    with reporter(progress) as report, _open(source, name, held, report) as content:
+        if held.foreign is not None and isinstance(content, PeftTensors):
+            tensors = folder.in_memory(content, lambda _, done, total: report("load", done, total))
+            return foreign.fill_tree(held.foreign, tensors, keymap, options.dtype)
+        parameters, present = held.base(), held.attached(name)
+        if isinstance(content, PeftTensors):
+            origin, stored, change_base = content.source, content.fingerprint, content.change_base
+            adapter, adapter_sites = adapter_from_tensors(content, parameters, options, report, present, check=True)
         else:
-            place, read_adapter = opened
+            place, read_adapter = content
             origin, stored = os.fspath(place.path), None
             adapter, adapter_sites, change_base = read_adapter(place, parameters, present, name, options, report)
         _check_base(stored, parameters, adapter, adapter_sites, origin, strict == "base")
@@ -158,22 +158,25 @@ def load(
     if present is not None:
         adapter = _in_place_of(present, adapter, options.dtype, origin, replace=replace, name=name)
     changed = _changed_base(parameters, change_base, present, adapter, adapter_sites, origin)
-    return holder.attach(adapter, adapter_sites, name, present, rngs, changed)
+    return held.attach(adapter, adapter_sites, name, present, rngs, changed)
 
 
 @contextlib.contextmanager
 def _open(
-    source: str | os.PathLike[str] | PeftTensors, name: str, holder: Carrier, report: Report
+    source: str | os.PathLike[str] | PeftTensors, name: str, held: Carrier, report: Report
 ) -> Generator[PeftTensors | tuple[formats.Place, formats.ReadAdapter]]:
-    """Open an adapter, or find the place and the reader of one in a model's layout, unless it fills foreign leaves."""
+    """Yield the tensors of an adapter, or the place and the reader of one in the layout of a model (Orbax).
+
+    LoRA leaves of another library are filled from tensors, whatever the format.
+    """
     place = source if isinstance(source, PeftTensors) else _find(source, name, report)
     if isinstance(place, PeftTensors):
-        if place.fit_vocabulary and holder.foreign is not None:
+        if place.fit_vocabulary and held.foreign is not None:
             raise AttachError(
-                f"{place.source}: fit_vocabulary=True: no effect on leaves of {holder.foreign.dialect.name}"
+                f"{place.source}: fit_vocabulary=True: no effect on leaves of {held.foreign.dialect.name}"
             )
         yield peft_tensors.without_names(place)
-    elif holder.foreign is None and (found := formats.find(place)) is not None and found.read_adapter is not None:
+    elif held.foreign is None and (found := formats.find(place)) is not None and found.read_adapter is not None:
         yield place, found.read_adapter
     else:
         with formats.open_place(place) as opened:
