@@ -403,3 +403,31 @@ def test_what_is_refused():
 def test_other_methods_of_a_model():
     model = adapted()
     close(model.apply(lambda net, x: net.layers[0](x), X), by_hand(model.clone(base=Net(BLOCKS[:1])), X))
+
+
+def tied_logits(params: Any, ids: Any) -> Any:
+    table = params["model"]["embed_tokens"]["embedding"]
+    return table[ids] @ table.T
+
+
+@pytest.mark.parametrize("is_called", [True, False])
+def test_a_tied_embedding_is_merged_for_both_uses_or_not_at_all(is_called: bool):
+    """The same for a model that is called and for its parameters alone."""
+    params = {"model": {"embed_tokens": {"embedding": jax.random.normal(jax.random.key(0), (16, 8))}}}
+    ids = jnp.arange(3)
+
+    def adapted(**fields: Any) -> Any:
+        config = jaxadapt.LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False, **fields)
+        model = Function(tied_logits, params)
+        return jaxadapt.adapt(model, config, key=jax.random.key(1), example=[ids], keymap="llama")
+
+    def merged(model: Any) -> Any:
+        if is_called:
+            return jaxadapt.merge(model)(ids)
+        return tied_logits(jaxadapt.merge(params, jaxadapt.extract(model)), ids)
+
+    with pytest.raises(jaxadapt.AttachError, match="both the token embedding and the head"):
+        merged(adapted())
+    both = adapted(ensure_weight_tying=True)
+    assert not np.allclose(both(ids), tied_logits(params, ids), atol=1)
+    np.testing.assert_allclose(merged(both), both(ids), rtol=1e-4, atol=1e-3)
