@@ -141,7 +141,7 @@ def test_a_merge_for_experts_is_advised_in_memory(tmp_path: Path):
     adapter = adapted(config, params, tmp_path / "adapter")
     info = jaxadapt.inspect(tmp_path / "adapter")
     remedies = {r.name: r.remedy for r in consumers.judge_readers(info.config, info.tensors) if r.remedy}
-    assert remedies["MLX"] == "jaxadapt export ADAPTER --for mlx --out FOLDER"  # which says more, below
+    assert remedies["MLX"] == "jaxadapt export ADAPTER --for mlx --base BASE --out FOLDER"
     with pytest.raises(AdapterError, match=r"pass base= \(`--base`\)"):
         export_adapter(tmp_path / "adapter", tmp_path / "mlx", "mlx")
     (tmp_path / "config.json").write_text('{"model_type": "mine"}')
