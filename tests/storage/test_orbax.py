@@ -261,7 +261,7 @@ def test_places_that_orbax_cannot_write_to(path: str, tmp_path: Path, monkeypatc
         with pytest.raises(jaxadapt.FileError, match="Orbax cannot use"):
             jaxadapt.save(small.adapter(), path, name=name, format="orbax")
     assert names(tmp_path) == []
-    with pytest.raises(jaxadapt.FileError, match="'safetensors', 'bin' or 'orbax'"):
+    with pytest.raises(jaxadapt.FileError, match="'safetensors' or 'bin' or 'orbax'"):
         jaxadapt.save(small.adapter(), "out", format="msgpack")
 
 

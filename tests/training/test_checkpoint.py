@@ -204,7 +204,7 @@ def test_several_adapters_and_none_is_left_out(tmp_path: Path):
     manager.export(0, tmp_path / "one", name="other")
     jaxadapt.save(other, tmp_path / "direct one", name="other")
     assert small.files(tmp_path / "one") == small.files(tmp_path / "direct one")
-    with pytest.raises(jaxadapt.AttachError, match="called 'third'; found"):
+    with pytest.raises(jaxadapt.AttachError, match="there is no adapter 'third'; found"):
         manager.export(0, tmp_path / "one", name="third")
     with pytest.raises(jaxadapt.MismatchError, match="the adapter 'other' is saved"):
         manager.restore(small.trained())
@@ -574,7 +574,7 @@ def test_a_step_that_is_no_number_is_named(tmp_path: Path):
         lambda: manager.metrics(None),  # type: ignore[arg-type]
     ]
     for call in swapped:
-        with pytest.raises(jaxadapt.ConfigError, match=r"expected an integer, found \w+; call save\(step, model\)"):
+        with pytest.raises(jaxadapt.ConfigError, match=r"expected an integer, .*found \w+; call save\(step, model\)"):
             call()
     assert manager.steps == [1]
     manager.save(2, adapter, metrics={"loss": 0.5})

@@ -325,7 +325,7 @@ def test_a_run_that_never_said_it_has_no_best(tmp_path: Path) -> None:
     with jaxadapt.CheckpointManager(tmp_path) as manager:
         manager.save(1, small.host_adapter(), metrics={"loss": 1.0})
         assert manager.objective == {}
-        with pytest.raises(jaxadapt.ConfigError, match="minimize= or maximize="):
+        with pytest.raises(jaxadapt.ConfigError, match=r"minimize= \(--minimize\) or maximize="):
             _ = manager.best
 
 
