@@ -106,6 +106,11 @@ def layer_norms(layer: str, names: Names, axis: str = "d", leaf: str = "scale") 
     return tuple(Weight(f"{layer}{a}.{leaf}", f"{LAYER}{b}.weight", f"{axis} -> {axis}") for a, b in names)
 
 
+def with_options(entries: Iterable[Weight], **options: Any) -> tuple[Weight, ...]:
+    """Return the entries with other options, such as `layers`."""
+    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, **options}) for w in entries)
+
+
 def router_kernel(module: str) -> Weight:
     """Return the entry of a layer's router, a parameter that is not of an `nn.Linear`."""
     return Weight(f"{LAYER}{module}.kernel", f"{LAYER}{module}.weight", "d e -> e d", kind="parameter")
@@ -206,7 +211,6 @@ def load_families(table: Mapping[str, str]) -> dict[str, KeyMap]:
 
 
 FAMILIES = load_families(TABLE)
-_LAYER = re.compile(r"\d+(?=\.)")
 
 
 def get_family(name: str, families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
@@ -283,7 +287,10 @@ def _one_of_each_kind(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[
     """Return the leaves of a model without those of further layers, which are alike."""
     # A number at the end is part of a weight's name (wi_0, wi_1). In a model whose blocks are several layers, at most
     # six, these layers differ.
-    kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in set("012345") else "6", p), shape): p for p, shape in shapes.items()}
+    kinds = {
+        (re.sub(r"\d+(?=\.)", lambda n: n[0] if n[0] in set("012345") else "6", path), shape): path
+        for path, shape in shapes.items()
+    }
     return {leaf: shape for (_, shape), leaf in kinds.items()}
 
 

@@ -16,7 +16,6 @@ one in Kimi K2.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from jaxadapt.keymaps.families import EACH_DEEPSEEK, EACH_MIXTRAL, EACH_QWEN3, KeyMap, Modules, Weight, decoder_keymap
 
@@ -99,9 +98,14 @@ def _at(
     entries: Iterable[Weight], prefix: str = _OURS, layers: tuple[int, int] = (1, 0), torch: str = _HF
 ) -> tuple[Weight, ...]:
     """Return the entries of a layer with other prefixes of its names, or for some of PyTorch's layers."""
-    moved: list[tuple[Weight, dict[str, Any]]] = [(w, {**w.options, "layers": (*layers, *w.scan)}) for w in entries]
     return tuple(
-        Weight(w.leaf.replace(_OURS, prefix), w.key.replace(_HF, torch), w.pattern, **options) for w, options in moved
+        Weight(
+            w.leaf.replace(_OURS, prefix),
+            w.key.replace(_HF, torch),
+            w.pattern,
+            **dict(w.options, layers=(*layers, *w.scan)),
+        )
+        for w in entries
     )
 
 

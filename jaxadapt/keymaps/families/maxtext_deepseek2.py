@@ -7,7 +7,7 @@ has the names and the one dense layer of Kimi K2.
 
 from typing import Any
 
-from jaxadapt.keymaps.families import LAYER, Weight, decoder_keymap, layer_norms, single_expert_names
+from jaxadapt.keymaps.families import LAYER, Weight, decoder_keymap, layer_norms, single_expert_names, with_options
 
 _BLOCK = "DeepSeekMoeBlock_0."
 _GATED = (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
@@ -27,7 +27,7 @@ def _layer(ours: str, mlp: tuple[Weight, ...], **options: Any) -> tuple[Weight, 
         Weight(f"{attention}out.kernel", f"{torch}o_proj.weight", "n h d -> d (n h)"),
         *mlp,
     )
-    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, **options}) for w in entries)
+    return with_options(entries, **options)
 
 
 def _gated(module: str, torch: str) -> tuple[Weight, ...]:

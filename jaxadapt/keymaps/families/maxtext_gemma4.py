@@ -11,7 +11,7 @@ global attention. The layers of both sizes are whole blocks.
 
 from typing import Any
 
-from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms
+from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms, with_options
 
 _PER_LAYER = "decoder.per_layer_embedder."
 _GATED = (("wi_0", "gate", "d f -> f d"), ("wi_1", "up", "d f -> f d"), ("wo", "down", "f d -> d f"))
@@ -59,7 +59,7 @@ def _layer(ours: str, **options: Any) -> tuple[Weight, ...]:
             )
         ),
     )
-    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, **options}) for w in entries)
+    return with_options(entries, **options)
 
 
 def _keymap(name: str, layers: tuple[Weight, ...]) -> KeyMap:

@@ -7,7 +7,7 @@ and up concatenated. As in "llama4", PEFT sees their A on the outputs. A stacked
 
 from typing import Any
 
-from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms
+from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms, with_options
 
 _BLOCK = "Llama4MoEBlock_0."
 _GATED = (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
@@ -43,7 +43,7 @@ def _layer(ours: str, **options: Any) -> tuple[Weight, ...]:
             )
         ),
     )
-    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, **options}) for w in entries)
+    return with_options(entries, **options)
 
 
 def _keymap(name: str, layers: tuple[Weight, ...]) -> KeyMap:

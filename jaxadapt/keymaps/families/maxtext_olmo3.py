@@ -4,7 +4,7 @@ A layer has norms only behind its attention and its feed-forward. The norms of q
 The queries are PyTorch's: the layer multiplies them by 1/√head_dim.
 """
 
-from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms
+from jaxadapt.keymaps.families import LAYER, KeyMap, Weight, decoder_keymap, layer_norms, with_options
 
 _NORMS = (
     ("attention.query_norm", "self_attn.q_norm"),
@@ -27,7 +27,7 @@ def _layer(ours: str, layers: tuple[int, int] = (1, 0)) -> tuple[Weight, ...]:
             for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
         ),
     )
-    return tuple(Weight(w.leaf, w.key, w.pattern, **dict(w.options, layers=layers)) for w in entries)
+    return with_options(entries, layers=layers)
 
 
 def _keymap(name: str, layers: tuple[Weight, ...]) -> KeyMap:

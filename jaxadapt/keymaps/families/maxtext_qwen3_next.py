@@ -12,7 +12,7 @@ these modules has an A of its own in PEFT, so the two leaves cannot be adapted. 
 of `in_proj_qkv`: an adapter of them is refused, and so is the conversion of a whole model.
 """
 
-from jaxadapt.keymaps.families import EACH_QWEN3, LAYER, KeyMap, Weight, decoder_keymap, layer_norms
+from jaxadapt.keymaps.families import EACH_QWEN3, LAYER, KeyMap, Weight, decoder_keymap, layer_norms, with_options
 
 _LINEAR, _EXPERTS = f"{LAYER}linear_attn.", f"{LAYER}mlp.experts."
 
@@ -48,7 +48,7 @@ def _layer(ours: str, joined: bool, layers: tuple[int, int] = (1, 0), **sizes: i
         ),
         Weight(f"{mlp}shared_expert_gate.kernel", f"{LAYER}mlp.shared_expert_gate.weight", "d o -> o d"),
     )
-    return tuple(Weight(w.leaf, w.key, w.pattern, **dict(w.options, layers=layers, **sizes)) for w in entries)
+    return with_options(entries, layers=layers, **sizes)
 
 
 def _keymap(name: str, *layers: tuple[Weight, ...]) -> KeyMap:
