@@ -1,6 +1,7 @@
 """Saving and loading a large adapter beside raw IO of the same bytes, and beside what else there is.
 
-    python -m benchmarks.io [--sizes 50 500] [--repeats 9] [--dir FOLDER] [--with-peft] [--attached-only]
+    python -m benchmarks.io [--sizes 50 500] [--repeats 9] [--dir FOLDER] [--with-peft] [--with-fastsafetensors]
+        [--with-orbax-harness] [--attached-only]
 
 The adapter is LoRA on all seven projections of a Llama-2-7B (32 layers, 448 bfloat16 tensors), held as a
 `jaxadapt.Adapter` in the model's layout. A last table is of an adapter attached to a model (`attached.py`). Each way
@@ -35,7 +36,7 @@ from flax import linen, nnx  # noqa: F401  (whoever has a model has them)
 
 import jaxadapt
 from benchmarks import attached, io_alone
-from benchmarks.measure import Way, apart, environment, installed, judge, parsed, ratio, serve, table
+from benchmarks.measure import Way, apart, environment, judge, parsed, peer, ratio, serve, table
 
 LAYERS, HIDDEN, INNER = 32, 4096, 11008
 PROJECTIONS = {
@@ -64,12 +65,17 @@ def rank_for(megabytes: int) -> int:
     return max(1, round(megabytes * 1e6 / one))
 
 
-def make(megabytes: int) -> jaxadapt.Adapter:
-    """The adapter on the default device, with random values."""
+def abstract(megabytes: int) -> jaxadapt.Adapter:
+    """The adapter's shapes and dtypes."""
     config = jaxadapt.LoraConfig(
         r=rank_for(megabytes), lora_alpha=16, target_modules=[m.split(".")[1] for m in PROJECTIONS]
     )
-    adapter = jaxadapt.init(base()["params"], config, keymap="llama", dtype=jnp.bfloat16)
+    return jaxadapt.init(base()["params"], config, keymap="llama", dtype=jnp.bfloat16)
+
+
+def make(megabytes: int) -> jaxadapt.Adapter:
+    """The adapter on the default device, with random values."""
+    adapter = abstract(megabytes)
     rng = np.random.default_rng(0)
 
     def value(spec: jax.ShapeDtypeStruct) -> jax.Array:
@@ -177,6 +183,33 @@ def load_orbax_way(megabytes: int, folder: Path) -> Way:
     return Way(lambda _: jax.block_until_ready(orbax().load(folder / "orbax", abstract)))
 
 
+def fast_way(direct: bool) -> Callable[[int, Path], Way]:
+    """Into tensors of torch, past the page cache as it does unless told otherwise, or by way of it as all others do."""
+
+    def way(megabytes: int, folder: Path) -> Way:
+        import fastsafetensors
+
+        os.environ["FASTSAFETENSORS_ODIRECT"] = "1" if direct else "0"
+
+        def load(_: Any) -> object:
+            with fastsafetensors.fastsafe_open([str(folder / "ours" / FILE)], nogds=True, device="cpu") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+        check_fast(load(None), folder)
+        return Way(load)
+
+    return way
+
+
+def check_fast(loaded: Any, folder: Path) -> None:
+    """That what is timed has the file's values."""
+    import torch
+
+    for key, value in jaxadapt.read(folder / "ours").tensors.items():
+        if not np.array_equal(loaded[key].view(torch.uint16).numpy(), np.asarray(value).view(np.uint16)):
+            raise SystemExit(f"fastsafetensors read other values of {key}")
+
+
 def reading(read: Callable[[Path], object]) -> Callable[[int, Path], Way]:
     return lambda megabytes, folder: Way(lambda _: read(folder / "ours" / FILE))
 
@@ -201,6 +234,8 @@ LOADS: dict[str, Callable[[int, Path], Way]] = {
     "safetensors.flax": reading(lambda file: jax.block_until_ready(safetensors.flax.load_file(file))),
     "safetensors.flax + transpose": reading(lambda file: transposed(safetensors.flax.load_file(file))),
     "Orbax v1": load_orbax_way,
+    "fastsafetensors into torch, page cache": fast_way(direct=False),
+    "fastsafetensors into torch, O_DIRECT": fast_way(direct=True),
     "PEFT from_pretrained": lambda _, folder: Way(lambda given: peft_model(folder, given), torch_base),
 }
 
@@ -308,8 +343,8 @@ def memory_rows(megabytes: int, folder: Path, nbytes: int, largest: int) -> list
 # ---------------------------------------------------------------- the run
 
 
-def run(megabytes: int, rounds: int, folder: Path, with_peft: bool) -> list[str]:
-    """Print the tables of one size; return the targets missed."""
+def run(megabytes: int, rounds: int, folder: Path, left_out: tuple[str, ...]) -> list[str]:
+    """Print the tables of one size, without the peers left out; return the targets missed."""
     adapter = make(megabytes)
     leaves = jax.tree.leaves(adapter)
     nbytes, largest, count = sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves), len(leaves)
@@ -320,7 +355,7 @@ def run(megabytes: int, rounds: int, folder: Path, with_peft: bool) -> list[str]
     flax = 0.0
     for kind, ways in (("save", SAVES), ("load", LOADS)):
         words = [sys.executable, "-m", "benchmarks.io", "--way"]
-        names = [name for name in ways if with_peft or not name.startswith("PEFT")]
+        names = [name for name in ways if not name.startswith(left_out)]
         times = apart({name: [[*words, kind, name, str(megabytes), str(folder)]] for name in names}, rounds, os.environ)
         raw = next(iter(times.values()))
         results[kind] = {name: ratio(t.clock, raw.clock) for name, t in times.items()}
@@ -345,16 +380,26 @@ def run(megabytes: int, rounds: int, folder: Path, with_peft: bool) -> list[str]
     return [f"{megabytes} MB: {what.format(value)}, target {limit}" for what, limit, value in found if value > limit]
 
 
+def in_harness(megabytes: int, rounds: int, folder: Path) -> None:
+    from benchmarks import orbax_harness
+
+    head = ["in Orbax's harness", "save, median ms", "best", "first", "load, median ms", "best", "first"]
+    print(table(f"**{megabytes} MB in Orbax's own benchmark harness, {rounds} rounds, one row after the other**",
+                head, orbax_harness.rows(megabytes, rounds, folder)), flush=True)  # fmt: skip
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="save and load beside raw IO")
     options.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="megabytes")
     options.add_argument("--repeats", type=int, default=9)
     options.add_argument("--dir", default=None, help="where to write; the system's temporary folder by default")
     options.add_argument("--with-peft", action="store_true")
+    options.add_argument("--with-fastsafetensors", action="store_true")
+    options.add_argument("--with-orbax-harness", action="store_true", help="also by Orbax's own benchmark harness")
     options.add_argument("--attached-only", action="store_true", help="only the table of an attached adapter")
     options.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options.add_argument("--way", nargs=4, help=argparse.SUPPRESS)
-    given = parsed(options, sizes=[1], repeats=1, with_peft=installed("peft"))
+    given = parsed(options, sizes=[1], repeats=1, with_peft=True, with_fastsafetensors=True, with_orbax_harness=True)
     warnings.simplefilter("ignore")
     if given.memory:
         way, megabytes, where = given.memory
@@ -363,13 +408,19 @@ def main() -> None:
         kind, name, megabytes, where = given.way
         jax.block_until_ready(jnp.zeros(()))
         return serve({"save": SAVES, "load": LOADS}[kind][name](int(megabytes), Path(where)))
-    print(environment("jax", "flax", "safetensors", "orbax-checkpoint", "peft", "torch", "numpy"))
+    print(environment("jax", "flax", "safetensors", "orbax-checkpoint", "peft", "fastsafetensors", "torch", "numpy"))
+    with_peft = peer("PEFT", given.with_peft, "peft")
+    with_fast = peer("fastsafetensors", given.with_fastsafetensors, "fastsafetensors", "torch")
+    left_out = tuple(name for name, there in (("PEFT", with_peft), ("fastsafetensors", with_fast)) if not there)
+    harness = peer("Orbax's harness", given.with_orbax_harness, "clu", "psutil", "tensorflow")
     missed: list[str] = []
     for megabytes in () if given.attached_only else given.sizes:
         with tempfile.TemporaryDirectory(dir=given.dir) as folder:
-            missed += run(megabytes, given.repeats, Path(folder), given.with_peft)
+            missed += run(megabytes, given.repeats, Path(folder), left_out)
+            if harness:
+                in_harness(megabytes, given.repeats, Path(folder))
     with tempfile.TemporaryDirectory(dir=given.dir) as folder:
-        missed += attached.run(given.repeats, Path(folder), given.with_peft)
+        missed += attached.run(given.repeats, Path(folder), with_peft)
     return judge(missed, given)
 
 

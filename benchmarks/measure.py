@@ -38,6 +38,14 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def peer(name: str, wanted: bool, *packages: str) -> bool:
+    """Whether the rows of a peer are wanted and can be; says so if they cannot."""
+    missing = [package for package in packages if not installed(package)] if wanted else []
+    if missing:
+        print(f"{' and '.join(missing)} not installed: the rows of {name} are left out")
+    return wanted and not missing
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to do a thing: `run` is timed, `before` is not and its result is handed to `run`."""

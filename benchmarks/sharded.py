@@ -1,12 +1,13 @@
 """Saving and loading an adapter that is spread over a mesh, in one process of 8 devices and in 2 of 4.
 
-    python -m benchmarks.sharded [--sizes 50 500] [--repeats 9] [--dir FOLDER]
+    python -m benchmarks.sharded [--sizes 50 500] [--repeats 9] [--dir FOLDER] [--with-dcp]
 
 The adapter is that of `benchmarks.io` (448 bfloat16 tensors on a Llama-2-7B), its base cut over a mesh of 4 (FSDP) by
 2 (tensor parallel). Beside: one process that writes (reads) the same bytes in one piece, Orbax v1 and v0, and every
-tensor gathered by `process_allgather` for `safetensors` to write. All ways are interleaved, those that load in
-processes of their own, which do nothing else; a round counts what the slowest process took; "x raw" is the median over
-rounds of the ratio to the raw way of the same round.
+tensor gathered by `process_allgather` for `safetensors` to write; with `--with-dcp` also PyTorch's DCP over two
+processes (`dcp.py`). All ways are interleaved, those that load in processes of their own, which do nothing else; a
+round counts what the slowest process took; "x raw" is the median over rounds of the ratio to the raw way of the same
+round.
 Exits with 1 if a target is missed.
 """
 
@@ -26,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Way, apart, environment, interleave, judge, parsed, ratio, serve, table
+from benchmarks.measure import Way, apart, environment, interleave, judge, parsed, peer, ratio, serve, table
 
 SAVE, MEMORY, LOAD, STALL, STATE = 1.2, 1.1, 1.2, 0.1, 2.0  # the targets
 SHAPES = {"8 devices": (1, 8), "2 processes of 4 devices": (2, 4)}
@@ -35,6 +36,8 @@ SAVED, LOADED, MANAGER = "jaxadapt.save", "jaxadapt.load", "CheckpointManager"
 FLOOR_LOAD, FLOOR_STALL = "JAX alone: make_array_from_callback of memory", "JAX alone: np.asarray of each part"
 GATHERED = "process_allgather + safetensors (no fsync)"
 LOADS = (RAW_LOAD, LOADED, FLOOR_LOAD, "Orbax v1", "Orbax v0")
+TORCH = {"PyTorch DCP": False, "PyTorch DCP, one safetensors file": True}
+TWO = "2 processes of 4 devices"
 MEASURED = (SAVED, MANAGER, GATHERED, "Orbax v1")
 
 
@@ -224,6 +227,21 @@ def ways(adapter: Any, folder: Path) -> tuple[dict[str, dict[str, Way]], Callabl
     }, finish
 
 
+def save_way(name: str, megabytes: int, folder: Path) -> Way:
+    """The raw write or jaxadapt's save alone, as DCP's save has processes that do nothing else."""
+    import jax
+    import numpy as np
+
+    import jaxadapt
+    from benchmarks import io
+
+    adapter = make(megabytes)
+    if name == SAVED:
+        return Way(lambda _: jaxadapt.save(adapter, folder / "ours"), barrier)
+    data = np.random.default_rng(0).bytes(sum(x.nbytes for x in jax.tree.leaves(adapter)))
+    return alone(lambda: io.raw_write(folder / "raw.bin", data))
+
+
 def load_way(name: str, megabytes: int, folder: Path) -> Way:
     """What loads the files that `ways` has left in the folder."""
     import jax
@@ -325,9 +343,9 @@ def worker(given: Sequence[str]) -> None:
     if int(count) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
     folder, size = Path(where), int(megabytes)
-    if what == "load":
+    if what in ("load", "save"):
         barrier()
-        return serve(load_way(name, size, folder))
+        return serve({"load": load_way, "save": save_way}[what](name, size, folder))
     found = resident(name, size, folder) if what == "memory" else timed(size, int(rounds), folder)
     if index == "0":
         print("\n" + json.dumps(found), flush=True)
@@ -337,12 +355,16 @@ def worker(given: Sequence[str]) -> None:
 # ---------------------------------------------------------------- outside
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def commands(shape: str, megabytes: int, rounds: int, folder: str, what: str, name: str = "") -> list[list[str]]:
     """One for each process of a group."""
     count, _ = SHAPES[shape]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", "benchmarks.sharded", "--worker"]
     rest = [str(count), str(port), str(megabytes), str(rounds), folder, what, name]
     return [[*words, str(index), *rest] for index in range(count)]
@@ -414,18 +436,46 @@ def run(name: str, megabytes: int, rounds: int, place: str | None) -> list[str]:
     return [f"{megabytes} MB, {name}: {text.format(v)}, target {limit}" for text, v, limit in held if v > limit]
 
 
+def torch_commands(kind: str, name: str, megabytes: int, folder: str) -> list[list[str]]:
+    """The same for PyTorch's DCP."""
+    from benchmarks import io
+
+    modules = {
+        f"model.layers.{i}.{module}": shape for i in range(io.LAYERS) for module, shape in io.PROJECTIONS.items()
+    }
+    what = {"kind": kind, "one_file": TORCH[name], "modules": modules, "rank": io.rank_for(megabytes)}
+    both = {"count": 2, "port": free_port(), "folder": folder, **what}
+    return [[sys.executable, "-m", "benchmarks.dcp", json.dumps({"index": index, **both})] for index in range(2)]
+
+
+def beside_dcp(megabytes: int, rounds: int, place: str | None) -> None:
+    """Prints the tables beside PyTorch's DCP, each way in two processes of its own."""
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        for kind, ours in (("save", (RAW_SAVE, SAVED)), ("load", (RAW_LOAD, LOADED))):
+            ways = {name: commands(TWO, megabytes, rounds, folder, kind, name) for name in ours}
+            ways |= {name: torch_commands(kind, name, megabytes, folder) for name in TORCH}
+            times = apart(ways, rounds, environ(TWO))
+            title = f"**{kind} beside PyTorch's DCP, {megabytes} MB, 2 processes, median of {rounds} rounds**"
+            clocks = {name: t.clock for name, t in times.items()}
+            print(table(title, [kind, "median ms", "best ms", "x raw"], rows(clocks)), flush=True)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="of the adapter, in MB")
     options.add_argument("--repeats", type=int, default=9)
-    options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    options.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     options.add_argument("--dir", help="where to write; a temporary folder by default")
+    options.add_argument("--with-dcp", action="store_true", help="also PyTorch's DCP, over two processes of gloo")
     options.add_argument("--worker", nargs=8, help=argparse.SUPPRESS)
-    given = parsed(options, sizes=[1], repeats=1, shapes=["8 devices"])
+    given = parsed(options, sizes=[1], repeats=1, shapes=["8 devices"], with_dcp=True)
     if given.worker:
         return worker(given.worker)
-    print(environment("jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy"))
+    print(environment("jax", "flax", "optax", "orbax-checkpoint", "safetensors", "torch", "numpy"))
+    with_dcp = peer("PyTorch's DCP", given.with_dcp, "torch")
     missed = [m for size in given.sizes for name in given.shapes for m in run(name, size, given.repeats, given.dir)]
+    for size in given.sizes if with_dcp else ():
+        beside_dcp(size, given.repeats, given.dir)
     return judge(missed, given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +18,15 @@ SCRIPTS = sorted(
 )
 NEEDS = {"lora": "peft", "server": "starlette"}  # the others leave out what is not installed
 SECONDS = {"codec", "paper"}
+# The peers of a benchmark: a row of each, and the packages that it needs. Without them, one line says so.
+PEERS = {
+    "io": {
+        "PEFT": ("PEFT from_pretrained", ("peft",)),
+        "fastsafetensors": ("fastsafetensors into torch, page cache", ("fastsafetensors", "torch")),
+        "Orbax's harness": ("jaxadapt, in Orbax's harness", ("clu", "psutil", "tensorflow")),
+    },
+    "sharded": {"PyTorch's DCP": ("PyTorch DCP, one safetensors file", ("torch",))},
+}
 
 
 def of(name: str) -> object:
@@ -34,6 +44,12 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     assert "median" in run.stdout or "MB" in run.stdout  # its tables
+    for peer, (row, packages) in PEERS.get(name, {}).items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        assert (f"| {row} " in run.stdout) == (not missing), peer
+        assert (f"{' and '.join(missing)} not installed: the rows of {peer} are left out" in run.stdout) == bool(
+            missing
+        )
     left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("torch")]  # a cache of its own
     assert left == []  # a benchmark clears away what it has written
 
