@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def way(kind: str, one_file: bool, modules: Mapping[str, tuple[int, int]], rank:
 
 
 def worker(index: int, count: int, port: int, folder: str, **what: Any) -> None:
+    warnings.simplefilter("ignore")  # that a checkpoint is replaced
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=count)
     serve(way(folder=Path(folder), **what))
     dist.destroy_process_group()

@@ -412,7 +412,7 @@ def main() -> None:
     with_peft = peer("PEFT", given.with_peft, "peft")
     with_fast = peer("fastsafetensors", given.with_fastsafetensors, "fastsafetensors", "torch")
     left_out = tuple(name for name, there in (("PEFT", with_peft), ("fastsafetensors", with_fast)) if not there)
-    harness = peer("Orbax's harness", given.with_orbax_harness, "clu", "psutil", "tensorflow")
+    harness = peer("Orbax's harness", given.with_orbax_harness, "clu", "psutil", "tensorflow", "tensorboard")
     missed: list[str] = []
     for megabytes in () if given.attached_only else given.sizes:
         with tempfile.TemporaryDirectory(dir=given.dir) as folder:

@@ -4,7 +4,7 @@
 
 The harness (`orbax.checkpoint._src.testing.benchmarks`) makes the tree from a YAML file: here the tensors of an adapter
 of `benchmarks.io`. It runs Orbax's own benchmark of saving and loading, and the class below for jaxadapt, one after the
-other. It needs TensorFlow, which clu, its writer of summaries, imports.
+other. It needs TensorFlow and TensorBoard, which clu, its writer of summaries, imports.
 """
 
 from __future__ import annotations
