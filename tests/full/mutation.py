@@ -117,7 +117,7 @@ CALLED = {"any": "all", "all": "any", "min": "max", "max": "min", "sorted": "lis
 UNTOUCHED_CALLS = {"warn", "cast", "TypeVar", "NamedTuple"}
 UNTOUCHED_FUNCTIONS = {"__repr__", "__hash__", "__str__"}
 UNTOUCHED_KEYWORDS = {"strict", "stacklevel", "maxsize"}
-SYMMETRIC = {"isinstance", "issubclass", "getattr", "min", "max", "zip", "_without_fit"}
+SYMMETRIC = {"isinstance", "issubclass", "getattr", "min", "max", "zip", "swapaxes", "_without_fit"}
 
 
 def mutants(file: str, source: str) -> list[Mutant]:

@@ -303,6 +303,19 @@ def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int
     np.testing.assert_allclose(y, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, whole), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("peft_type", ["LOHA", "LOKR"])
+def test_each_part_of_a_fused_weight_has_its_own_alpha(peft_type: str):
+    changes = []
+    for alpha in (5, 7):
+        config = class_of(peft_type)(target_modules=["k", "q"], r=2, alpha=5, alpha_pattern={"q": alpha})
+        found = selection.select_sites(config, KeyMap("t", (FUSED[0],)), {"w": FUSED[1]})
+        values = initial_values.init_values(config, found, jax.random.key(0), abstract=True)
+        values = {path: random(x.shape, n) for n, (path, x) in enumerate(values.items())}
+        changes.append(hook_of(found, values).weight(jnp.zeros(FUSED[1])))
+    np.testing.assert_array_equal(changes[0][0], changes[1][0])
+    np.testing.assert_allclose(changes[0][1] * 7 / 5, changes[1][1], rtol=1e-5)
+
+
 @every_weight_case
 def test_stacked_layers_are_the_layers_one_by_one(peft_type: str, i: int):
     found, w, values = adapted(peft_type, i, STACKED)
