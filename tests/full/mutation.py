@@ -38,9 +38,9 @@ import tempfile
 import time
 import traceback
 import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutation"
@@ -324,17 +324,38 @@ def _run_as_child(folder: Path, arguments: list[str], log: Path, record: Path | 
             import coverage
 
             recorder = coverage.Coverage(data_file=str(record), config_file=False, source=["jaxadapt"])
-            recorder.set_option("run:dynamic_context", "test_function")
+            cases = _Cases(recorder)
             recorder.start()
-            code = int(pytest.main([*PYTEST_OPTIONS, f"--junitxml={record}.xml", *arguments]))
+            code = int(pytest.main([*PYTEST_OPTIONS, *arguments], plugins=[cases]))
             recorder.stop()
             recorder.save()
+            Path(f"{record}.json").write_text(json.dumps(cases.seconds))
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+class _Cases:
+    """A plugin of pytest that names the case which executes a line, and takes the times of the cases.
+
+    A case of a parametrized test counts alone: the cases of one method are a small part of the tests of all methods.
+    """
+
+    def __init__(self, recorder: Any) -> None:
+        self.recorder = recorder
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.recorder.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.recorder.switch_context("")
 
 
 def copy_project(folder: Path) -> None:
@@ -405,23 +426,15 @@ def _record_file(folder: Path, file: str) -> dict[str, object]:
     code = run_tests(folder, [file], 1200, data)
     if code != 0:
         sys.exit(f"{file} does not pass on the unchanged code:\n{folder.with_suffix('.log').read_text()[-3000:]}")
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for case in ET.parse(f"{data}.xml").iter("testcase"):
-        name = case.get("name", "").partition("[")[0]
-        seconds[f"{file}::{name}"] += float(case.get("time", "0"))
     recorded = coverage.CoverageData(str(data))
     recorded.read()
     lines: dict[str, dict[int, list[str]]] = {}
     for source in recorded.measured_files():
         by_line = recorded.contexts_by_lineno(source)
         name = Path(source).resolve().relative_to(folder.resolve()).as_posix()
-        lines[name] = {n: [_node(file, c) for c in contexts] for n, contexts in by_line.items()}
+        lines[name] = {n: list(contexts) for n, contexts in by_line.items()}
     data.unlink()
-    return {"seconds": seconds, "lines": lines}
-
-
-def _node(file: str, context: str) -> str:
-    return f"{file}::{context.rpartition('.')[2]}" if context else ""
+    return {"seconds": json.loads(Path(f"{data}.json").read_text()), "lines": lines}
 
 
 # ---- the command -------------------------------------------------------------------------------------------
