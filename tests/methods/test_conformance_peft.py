@@ -143,6 +143,15 @@ def test_pefts_file_gives_pefts_logits_and_gradients(peft_type: str, i: int, fol
     check_gradients(jaxadapt.to_peft({**base, **changed.collection}), want_grads, peft_type)
 
 
+@pytest.mark.parametrize(("peft_type", "i"), [case for case in cases() if case.values[1]])
+def test_every_further_example_gives_pefts_logits(peft_type: str, i: int, folder: Any):
+    """Without gradients and compilation, so that CI runs every example; the tests around it run the first of each."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of sparse tensors
+        want = peft_model(peft_type, i)(torch.from_numpy(IDS)).logits.numpy()
+    assert_close(jaxadapt.load(folder, nnx_model())(jnp.asarray(IDS)), want)
+
+
 @pytest.mark.parametrize(("peft_type", "i"), cases())
 def test_the_variables_of_an_nnx_model_have_pefts_gradients(peft_type: str, i: int, folder: Any):
     """Those that an optimizer sees; and PEFT's logits."""

@@ -15,6 +15,7 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt import ConfigError, KeyMap, KeyMapError, MismatchError, TinyLoraConfig, UniLoraConfig
+from jaxadapt.adapters import sites
 from tests.methods import one_layer
 
 pytest.importorskip("torch")
@@ -47,6 +48,13 @@ def saved(base: Any, config: Any, folder: Path) -> np.ndarray:
 
 def close(got: Any, want: np.ndarray) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * abs(want).max())
+
+
+def test_the_trained_vectors_alone_say_how_many_groups_there_are():
+    """A tree without the modules, such as the trained parameters of an optimizer's state."""
+    config = TinyLoraConfig(target_modules=["up", "q"], u=3)
+    found = sites.sites_from_shapes(config, KeyMap("t", ()), {"~shared": {"tinylora_v": (2, 3)}})
+    assert [(each.tensor.name, each.entry.shape) for each in found.shared] == [("tinylora_v", (2, 3))]
 
 
 def test_eleven_layers_are_in_the_order_of_their_numbers(tmp_path: Path):
