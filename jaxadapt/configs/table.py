@@ -527,5 +527,5 @@ FACTS = _Facts(
 
 
 def config_places() -> list[tuple[str, str]]:
-    """Return the module and the name of each configuration's class in this package."""
-    return [(f"{__package__}.{facts.module}", facts.config) for facts in FACTS.values() if facts.module]
+    """Return the module and the name of each configuration's class in this package, before other methods register."""
+    return [(f"{__package__}.{facts.module}", facts.config) for facts in FACTS.values()]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jaxadapt import ConfigError, GenericConfig, IA3Config, LoraConfig, TargetError, init
 from jaxadapt.adapters.selection import doubtful_selection, unmatched_targets
-from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.frozen import PatternIndex, find_pattern_value
 from jaxadapt.configs.matching import (
     is_feedforward,
     is_target,
@@ -358,3 +358,9 @@ def test_the_task_decides_what_is_said_not_what_was_asked_before(recwarn):
 def test_many_names_become_few_suffixes(names, expected):
     found = resolve_targets(LoraConfig(target_modules="all-linear"), names, linear=set(names), output=None)
     assert found.target_modules == tuple(sorted(expected))
+
+
+def test_an_index_refuses_an_invalid_expression_when_it_is_made():
+    """Not only when a name is compared with it."""
+    with pytest.raises(ConfigError, match=r"rank_pattern.*'\(q'"):
+        PatternIndex("rank_pattern", ["q_proj", "(q"])

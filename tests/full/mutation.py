@@ -61,6 +61,9 @@ POOL = [
     "tests/storage/test_strided.py", "tests/storage/test_torch_bin*.py", "tests/storage/test_checksum.py",
     "tests/storage/test_location.py", "tests/storage/test_source.py", "tests/persistence/test_bad_lora.py",
     "tests/persistence/test_narrow_dtypes.py", "tests/merging/test_pairs.py", "tests/merging/test_resize.py",
+    "tests/merging/test_low_rank_form.py", "tests/merging/test_combine.py", "tests/files/test_files_of_releases.py",
+    "tests/adapters/test_leaves.py", "tests/reference/test_tied.py", "tests/reference/test_attention_versions.py",
+    "tests/reference/test_fields.py", "tests/reference/test_embeddings.py", "tests/persistence/test_load_values.py",
     "tests/reference/test_adaption_prompt.py", "tests/reference/test_prompts.py", "tests/serving/test_row_methods.py",
 ]  # fmt: skip
 # (file, the beginning of the changed line): why the change cannot be seen.

@@ -148,3 +148,9 @@ def test_a_place_beyond_those_of_the_entry_is_another_leaf():
     assert keymap.match("a_1.b_5.q") is None
     with pytest.raises(KeyMapError, match=r"a_1\.b_5\.q \(2, 3\): no entry"):
         plan.base_plan(keymap, {"a_1.b_5.q": (2, 3)})
+
+
+def test_a_number_has_no_inputs_and_no_outputs():
+    """Such as the temperature of CLIP, `logit_scale`."""
+    weight = Weight("scale", "logit_scale", "->")
+    assert weight.torch_roles == dict.fromkeys(("fused", "batch", "experts", "in", "out", "channels"), ())

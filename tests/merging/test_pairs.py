@@ -28,3 +28,21 @@ def test_any_other_initial_adapter_is_taken_as_it_is():
         assert pairs.as_start(first, TRAINED) is first
     other = PeftTensors(IA3Config(target_modules=["q"]), {})
     assert pairs.as_start(other, TRAINED) is other
+
+
+def test_a_plain_lora_of_a_variant_subtracts_the_initial_adapter_as_the_variant_reads_it():
+    """QALoRA's A, of the means of two inputs, stands for a wider A."""
+    config = LoraConfig(
+        r=2, lora_alpha=2, target_modules=["q"], use_qalora=True, qalora_group_size=2, init_lora_weights="olora"
+    )
+    rng = np.random.default_rng(0)
+    trained, first = (
+        PeftTensors(config, {KEY.format("A"): rng.random((2, 4), "f4"), KEY.format("B"): rng.random((6, 2), "f4")})
+        for _ in range(2)
+    )
+    found = pairs.plain_lora(trained, first)
+    wide = [{key: np.asarray(x) for key, x in pairs.convert_variant(each).tensors.items()} for each in (trained, first)]
+    change, start = (each[KEY.format("B")] @ each[KEY.format("A")] for each in wide)
+    a, b = (np.asarray(found.tensors[KEY.format(name)]) for name in "AB")
+    assert a.shape == (4, 8)
+    np.testing.assert_allclose(b @ a, change - start, rtol=1e-5, atol=1e-6)

@@ -21,6 +21,16 @@ SHAPES = {"q": (8, 12), "up": (12, 6)}
 BASE = {n: {"kernel": np.random.default_rng(s[1]).standard_normal(s).astype("float32")} for n, s in SHAPES.items()}
 
 
+class Layers(nnx.Module):
+    """`BASE` as a model."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.q = nnx.Linear(*SHAPES["q"], use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(*SHAPES["up"], use_bias=False, rngs=rngs)
+        nnx.update(self, nnx.State(BASE))
+
+
 @pytest.mark.parametrize(
     ("config", "tensor", "axis"),
     [
@@ -143,3 +153,20 @@ def test_a_compiled_call_and_its_gradients_hold_no_second_copy_of_shared_tensors
     memory: Any = jax.jit(jax.grad(loss)).lower(trained, rest, x).compile().memory_analysis()
     assert memory.argument_size_in_bytes <= 4 * (sum(leaf.size for leaf in jax.tree.leaves(held)) + x.size)
     assert memory.temp_size_in_bytes < shared / 20
+
+
+@pytest.mark.parametrize("module", ["q", "up"])  # more outputs than inputs, and fewer
+def test_few_rows_are_multiplied_as_many_are(module: str):
+    """RandLoRA multiplies a call of fewer rows than bases in another order."""
+    config = jaxadapt.RandLoraConfig(r=2, randlora_alpha=3, target_modules=[module])
+    adapter = jaxadapt.init(BASE, config, key=jax.random.key(0))
+    rng = np.random.default_rng(1)
+    values = {
+        path: jnp.asarray(rng.random(x.shape), x.dtype) if path.endswith("lambda") else x
+        for path, x in adapter.flat().items()
+    }
+    adapter = dataclasses.replace(adapter, params=paths.unflatten(values))
+    model = jaxadapt.inject(jaxadapt.adapt(Layers(), config, rngs=nnx.Rngs(0)), adapter)
+    weight = getattr(jaxadapt.merge(model), module).kernel
+    x = jnp.asarray(rng.random((1, SHAPES[module][0])), "float32")
+    np.testing.assert_allclose(getattr(model, module)(x), x @ weight, rtol=1e-5)

@@ -27,6 +27,7 @@ PEFT_VERSION = jaxadapt.LoraConfig().peft_version
         (None, False),
         ("0.15.0", False),
         (PEFT_VERSION, False),
+        (f"{PEFT_VERSION}.1", False),  # a rebuild of the same release
         ("0.21.3", True),
         ("0.22.0.dev0@abc", True),
         ("1.0", True),

@@ -430,3 +430,10 @@ def test_a_view_ends_within_its_storage(offset: int, count: int, fits: bool) -> 
         return
     with pytest.raises(torch_bin.UnsupportedPickle, match="a view ends beyond its 10 elements"):
         torch_bin._parse_storage(identity)
+
+
+@pytest.mark.parametrize("view", [("1", 0), ("1", 0, 10, 0), ["1", 0, 10], 3])
+def test_a_view_is_a_key_an_offset_and_a_count(view: object) -> None:
+    identity = ("storage", torch_bin.Global("torch.FloatStorage"), "0", "cpu", 10, view)
+    with pytest.raises(torch_bin.UnsupportedPickle, match="expected a view of integers >= 0, found another value"):
+        torch_bin._parse_storage(identity)
