@@ -45,9 +45,11 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import (
     MAIN_WEIGHT_NAMES,
     KeyMap,
+    advise_stacked,
     is_guess,
     is_square,
     layout_advice,
+    leaves_left_out,
     tied_heads,
     with_layout,
 )
@@ -163,9 +165,9 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
     rules = {field: None for field in ("modules_to_save", "exclude_modules") if config.get(field)}
     unmatched = unmatched_targets(config.replace(**rules) if rules else config, names)
     warnings = [
-        f"target_modules: {entry!r} matches no module" + _near_misses(entry, names) for entry in unmatched[:_LIMIT]
+        *(f"target_modules: {entry!r} matches no module" + _near_misses(entry, names) for entry in unmatched[:_LIMIT]),
+        *_remaining(unmatched, "target_modules: {} more entries match no module"),
     ]
-    warnings += _remaining(unmatched, "target_modules: {} more entries match no module")
     if containers := _selected_containers(config, names):
         warnings.append(
             "target_modules also selects modules that contain modules, which PEFT refuses:"
@@ -192,11 +194,10 @@ def _selected_containers(config: Config, names: Sequence[str]) -> list[str]:
 def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
     """Return a warning for each entry of `target_parameters` that names none of the parameters `names`."""
     names = list(names)
-    entries: tuple[str, ...] = config.get("target_parameters") or ()
     ends = _with_ends(names)
     return [
         f"target_parameters: {entry!r} matches no parameter" + _near_misses(entry, names)
-        for entry in entries
+        for entry in config.get("target_parameters") or ()
         if entry not in ends
     ]
 
@@ -391,29 +392,29 @@ def _select_sites(
     names = _module_names(mapped, unmapped)
     check_layers(config, names)
     routed = expert_parameters(keymap, shapes)
-    selected = matching.select_names(
-        config,
-        names,
-        linear=_linear_modules(method, mapped),
-        output=keymap.output,
-        advice="".join(routed_left_out(config, (), routed)),
+    selected = dict.fromkeys(
+        matching.select_names(
+            config,
+            names,
+            linear=_linear_modules(method, mapped),
+            output=keymap.output,
+            advice=lambda: "".join(routed_left_out(config, (), routed)) or advise_stacked(keymap, shapes),
+        )
     )
     parameter_sites, unmatched = (
         _bind_parameters(config, method, keymap, shapes) if config.get("target_parameters") else ([], [])
     )
     chosen = (*selected, *adapted_modules(parameter_sites))
-    warnings = [*doubtful_selection(config, names, chosen), *routed_left_out(config, chosen, routed)]
+    warnings = [*doubtful_selection(config, names, chosen), *routed_left_out(config, chosen, routed), *unmatched]
     if unmatched and not parameter_sites and not selected:
         raise TargetError("\n".join(unmatched))
-    warnings += unmatched
-    selected_names = set(selected)
     if method.scope == "copies":
         return Sites(bind_copies(config, keymap, shapes, ()), (), method, keymap), tuple(warnings)
 
-    _refuse_selected(selected_names, method, keymap, mapped, unmapped, shapes, config)
+    _refuse_selected(set(selected), method, keymap, mapped, unmapped, shapes, config)
     sites: list[Site] = []
     for leaf, covered in mapped.items():
-        targeted = [index for index, name in covered[2].items() if name in selected_names]
+        targeted = [index for index, name in covered[2].items() if name in selected]
         if targeted:
             has_bias = paths.join(leaf.rpartition(".")[0], "bias") in shapes
             sites.append(bind_site(config, method, keymap, covered, targeted, found=found, has_bias=has_bias))
@@ -546,11 +547,10 @@ def _bind_parameters(
         refused,
     )
     depths = wrapper_depths(keymap, (covered[0] for covered, _ in selected))
-    bound = [
+    return [
         bind_site(config, method.for_parameter(depths[covered[0].leaf]), keymap, covered, targeted)
         for covered, targeted in selected
-    ]
-    return bound, unmatched_parameters(config, known)
+    ], unmatched_parameters(config, known)
 
 
 def unselected_matrices(
@@ -596,7 +596,8 @@ def make_recipe(
         check: called with the resolved configuration and the keymap with `entries`, before the selection.
         weights: returns the base weights, whose values replicated layers are compared by.
 
-    Raises `TargetError`, `KeyMapError` or `ConfigError`, as `selection.resolve_config` and `select_sites` do.
+    Raises `TargetError`, `KeyMapError` or `ConfigError`, as `selection.resolve_config` and `select_sites` do, and
+    `KeyMapError` for layers of a new adapter that a complete keymap has no entry for.
     """
     full = keymap.with_entries(entries)
     config = resolve_config(config, full, shapes, unsure)
@@ -606,6 +607,17 @@ def make_recipe(
     if weights is not None:
         check_values(config, full, weights)
     selected = {site.leaf for site in sites}
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} has no entry for these weights, although it has one for adapted weights with the"
+        " same last names, as in a stacked model whose last layers fill no block. Build the model with unrolled layers,"
+        " or pass a KeyMap with an entry for each, or name their modules in exclude_modules:",
+        (
+            f"{leaf} {shapes[leaf]}"
+            for leaf in leaves_left_out(keymap, shapes, selected if found is None else ())
+            if not matching.is_excluded(config, name := leaf.rpartition(".")[0]) and matching.in_layers(config, name)
+        ),
+    )
     used = keymap.with_entries(entry for entry in entries if entry.leaf in selected)
     copied = used.with_entries(  # entries for copies that the keymap lacks: an adapter is saved without its model
         site.match.weight
@@ -638,8 +650,8 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
     renamed: list[str] = []
     for site, match in matches:
         assert match is not None
-        letters = zip(site.match.weight.left, match.weight.left, strict=True)  # the keymaps' letters for the same axes
-        stored = {new: site.axis_sizes.get(old, 0) for old, new in letters}
+        pairs = zip(site.match.weight.left, match.weight.left, strict=True)  # the keymaps' letters for the same axes
+        stored = {new: site.axis_sizes.get(old, 0) for old, new in pairs}
         sizes = {axis: len(match.weight.index_names(axis) or ()) or stored[axis] for axis in match.braced}
         parameters, modules = parameter_names(match, sizes).values(), [*match.modules(sizes).values()]
         if site.method.copies:
@@ -648,9 +660,8 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
             renamed += [name for name in parameters if not matching.is_parameter(config, name)]
         else:
             old_modules += site.modules
-            is_aligned = len(modules) == len(site.named.names)
-            pairs = zip(modules, site.named.names if is_aligned else modules, strict=True)
-            new_names += [name for name, old_name in pairs if old_name is not None]
+            old_names = site.named.names if len(modules) == len(site.named.names) else modules
+            new_names += [name for name, old_name in zip(modules, old_names, strict=True) if old_name is not None]
     raise_listed(
         ConfigError,
         f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"

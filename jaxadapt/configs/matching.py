@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 from jaxadapt.configs.base import Config, class_of
@@ -52,7 +52,7 @@ def is_target(config: Config, name: str) -> bool:
     [False, True, False]
     """
     targets: str | tuple[str, ...] | None = config.get("target_modules")
-    if _excluded(config, name) or targets is None:
+    if is_excluded(config, name) or targets is None:
         return False
     if isinstance(targets, str):
         return match("target_modules", targets, name) is not None
@@ -198,7 +198,7 @@ def select_names(
     *,
     linear: Collection[str] | None = None,
     output: str | None = None,
-    advice: str = "",
+    advice: Callable[[], str] = str,
 ) -> tuple[str, ...]:
     """Return the names that `config` targets, in their order.
 
@@ -208,7 +208,7 @@ def select_names(
     Args:
         names: the modules that can be adapted.
         linear, output: see `resolve_targets`; used for "all-linear" only.
-        advice: a line for the error if nothing matches.
+        advice: returns a line for the error if nothing matches.
 
     Raises:
         TargetError: nothing matches, or `target_modules` is null.
@@ -227,10 +227,10 @@ def select_names(
             "target_modules: expected names or an expression, found null, and PEFT has no default for this model; list"
             f" the modules. Available are {errors.describe_available(names)}"
         )
-    raise errors.TargetError("\n  ".join(filter(None, (_no_match_message(resolved, names), advice))))
+    raise errors.TargetError("\n  ".join(filter(None, (_no_match_message(resolved, names), advice()))))
 
 
-def _excluded(config: Config, name: str) -> bool:
+def is_excluded(config: Config, name: str) -> bool:
     """Return True if `exclude_modules` or `modules_to_save` excludes a module from the targets."""
     excluded: str | tuple[str, ...] | None = config.get("exclude_modules")
     if isinstance(excluded, str):

@@ -304,12 +304,11 @@ _STORED = {"complete": "whole", "expert_modules": "each", "per_expert": "single"
 
 def to_data(keymap: KeyMap) -> dict[str, Any]:
     """Return a keymap as plain JSON values; `from_data` is the inverse."""
-    rest = {
+    return {
         _STORED.get(f.name, f.name): getattr(keymap, f.name)
         for f in dataclasses.fields(keymap)
-        if f.name != "weights" and (f.name != "relative_positions" or keymap.relative_positions)
-    }
-    return {**rest, "weights": [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]}
+        if f.name != "relative_positions" or keymap.relative_positions
+    } | {"weights": [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]}
 
 
 def from_data(data: Mapping[str, Any]) -> KeyMap:
@@ -399,6 +398,26 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
     yield from (f"{leaf}: missing" for leaf in keymap.needs if leaf not in matched_leaves)
     if not identified:
         yield "no leaf is a layer's matrix"
+
+
+def leaves_left_out(keymap: KeyMap, shapes: Iterable[str], adapted: Iterable[str]) -> list[str]:
+    """Return the leaves without an entry that have the last two names of an adapted leaf, for a complete keymap.
+
+    They are of layers beside those that the keymap knows: a stacked model may have further layers for a remainder.
+    """
+    ends = {(*leaf.split(".")[-2:],) for leaf in adapted}
+    known = {_first_name(w.leaf) for w in keymap.weights} if keymap.complete else set[str]()
+    return [
+        leaf
+        for leaf in shapes
+        if (*leaf.split(".")[-2:],) in ends and _first_name(leaf) in known and keymap.match(leaf) is None
+    ]
+
+
+def advise_stacked(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the advice to name the form of a keymap for stacked layers, if a model has the leaves of that form."""
+    others = (form for form in map(keymap.scanned, range(3)) if form.weights != keymap.weights)
+    return next((f"the model's layers are stacked: pass keymap={t.name!r}" for t in others if coverage(t, shapes)), "")
 
 
 @functools.lru_cache(maxsize=512)

@@ -119,6 +119,14 @@ def test_the_places_of_a_block_stand_beside_its_number(leaf, key, pattern):
         Weight(leaf, key, pattern, layers=(6, 0), place=5)
 
 
+@pytest.mark.parametrize(("leaf", "pattern"), [("a_{l}.b_{place}.x", "d f -> f d"), ("a.x", "{l} {place} d f -> f d")])
+def test_a_block_without_the_number_of_its_places_names_the_option(leaf, pattern):
+    with pytest.raises(KeyMapError, match=r"\{place\} must appear in the key.*pass their number, as in place=5$"):
+        Weight(leaf, "m.{l}.weight", pattern, layers=(6, 0))
+    named = Weight("a_{place}.x", "m.{place}.weight", "d f -> f d")  # a hole as any other
+    assert named.match_key("m.3.weight") == {"place": "3"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -107,8 +107,8 @@ def layer_norms(layer: str, names: Names, axis: str = "d", leaf: str = "scale") 
 
 
 def with_options(entries: Iterable[Weight], **options: Any) -> tuple[Weight, ...]:
-    """Return the entries with other options, such as `layers`."""
-    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, **options}) for w in entries)
+    """Return the entries with other options, such as `layers`; "#" in a leaf becomes `{place}`."""
+    return tuple(Weight(w.leaf.replace("#", "{place}"), w.key, w.pattern, **{**w.options, **options}) for w in entries)
 
 
 def router_kernel(module: str) -> Weight:

@@ -95,7 +95,7 @@ GEMMA4 = _keymap("gemma4", _layer("decoder.layers_{l}."))
 GEMMA4_BLOCKS = _keymap(
     "gemma4-blocks",
     (
-        *_layer("decoder.scanned_blocks_{l}.local_layers_{place}.", layers=(6, 0), place=5),
+        *_layer("decoder.scanned_blocks_{l}.local_layers_#.", layers=(6, 0), place=5),
         *_layer("decoder.scanned_blocks_{l}.global_layer.", layers=(6, 5)),
     ),
 )

@@ -73,7 +73,7 @@ QWEN3_NEXT, QWEN3_5 = (
 )
 QWEN3_NEXT_BLOCKS = _keymap(
     "qwen3_next-blocks",
-    _layer("decoder.layers_{l}.local_layers_{place}.", False, (4, 0), place=3),
+    _layer("decoder.layers_{l}.local_layers_#.", False, (4, 0), place=3),
     _layer("decoder.layers_{l}.global_layer.", False, (4, 3)),
 )
 QWEN3_5_BLOCKS = _keymap(
