@@ -18,7 +18,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from jaxadapt.core.errors import MismatchError, warn
 from jaxadapt.core.lazy import jax, np
@@ -48,8 +48,8 @@ def choose_modules(modules: Iterable[str]) -> list[str]:
     >>> choose_modules(["q", "k", "lm_head"]) == choose_modules(["k", "q"])
     True
     """
-    names = {name for name in modules if name.rpartition(".")[2] not in _HEADS}
-    return sorted(sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))[:MODULES])
+    names = sorted({*modules}, key=lambda name: (zlib.crc32(name.encode()), name))
+    return sorted([name for name in names if name.rpartition(".")[2] not in _HEADS][:MODULES])
 
 
 def positions(key: str, shape: Sequence[int]) -> list[tuple[int, ...]]:
@@ -71,30 +71,28 @@ def positions(key: str, shape: Sequence[int]) -> list[tuple[int, ...]]:
 def of_base(
     leaves: Callable[[Collection[str]], Mapping[str, Any]],
     keymap: KeyMap,
-    sites: Iterable[Site],
+    adapted: Mapping[str, str],
     keys: Iterable[str] | None = None,
 ) -> Fingerprint | None:
     """Return the fingerprint of a model's base, as far as this process holds its values; None if the base has none.
 
     Args:
-        leaves: returns the base parameters at some paths.
+        leaves: returns the base parameters at some paths; those that the base lacks are missing.
         keymap: the keymap that names them.
-        sites: the adapted weights.
+        adapted: the adapted weights, `{module: leaf}`.
         keys: the weights to take, in place of the chosen ones; None is returned unless all of them are there.
     """
     from jaxadapt.keymaps import plan
 
-    by_module = {module: site for site in sites if not site.method.copies for module in site.modules}
-    modules = choose_modules(by_module) if keys is None else [key.removesuffix(".weight") for key in keys]
-    if any(module not in by_module for module in modules):
+    modules = choose_modules(adapted) if keys is None else [key.removesuffix(".weight") for key in keys]
+    if any(module not in adapted for module in modules):
         return None
     requests: dict[str, _Request] = {}
-    arrays = leaves({by_module[module].leaf for module in modules})
+    arrays = leaves({adapted[module] for module in modules})
     for module in modules:
-        leaf = by_module[module].leaf
-        array, key = arrays[leaf], f"{module}.weight"
-        entry = plan.base_plan_entry(keymap, leaf, tuple(array.shape))
-        if entry is None or not _has_values(array):
+        array, key = arrays.get(adapted[module]), f"{module}.weight"
+        entry = plan.base_plan_entry(keymap, adapted[module], tuple(array.shape)) if _has_values(array) else None
+        if entry is None:
             return None
         members = [i for i, name in enumerate(entry.keys) if plan.file_key(name) == key]
         if len(members) != 1 or entry.keys[members[0]] != key:
@@ -106,6 +104,11 @@ def of_base(
         return None
     digits = _take(requests)
     return {key: {"shape": list(form.file_shape), "bf16": digits[key]} for key, (_, _, form) in requests.items()}
+
+
+def adapted_leaves(sites: Iterable[Site]) -> dict[str, str]:
+    """Return `{module: leaf}` of the weights that sites adapt."""
+    return {module: site.leaf for site in sites if not site.method.copies for module in site.modules}
 
 
 def is_complete(found: Fingerprint) -> bool:
@@ -221,11 +224,15 @@ def parse(value: Any) -> Fingerprint | None:
 # ---------------------------------------------------------------- values
 
 
-def _has_values(array: Any) -> bool:
+def _has_values(array: Any) -> TypeGuard[Any]:
     """Return True for arrays of floating-point numbers that can be read here."""
     if isinstance(array, jax.Array) and (isinstance(array, jax.core.Tracer) or array.is_deleted()):  # pyright: ignore[reportAttributeAccessIssue]
         return False
-    return isinstance(array, jax.Array | np.ndarray) and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
+    return (
+        isinstance(array, jax.Array | np.ndarray)
+        and array.dtype.itemsize > 1  # floats of 8 bits may have a scale
+        and bool(jax.numpy.issubdtype(array.dtype, jax.numpy.floating))
+    )
 
 
 _Request = tuple[Any, list[tuple[int, ...]], Any]
@@ -241,8 +248,8 @@ def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
     found = {key: dict.fromkeys(range(len(indices)), _ELSEWHERE) for key, (_, indices, _) in requests.items()}
     for (key, numbers, _), values in zip(parts, jax.device_get([values for _, _, values in parts]), strict=True):
         form = requests[key][2]
-        in_file = to_file_scale(values[: len(numbers)], form.factor, form.shift)
-        found[key] |= zip(numbers, _split(_hex(in_file)), strict=True)
+        in_file = _hex(to_file_scale(values[: len(numbers)], form.factor, form.shift))
+        found[key] |= zip(numbers, _split(in_file), strict=True)
     return {key: "".join(digits.values()) for key, digits in found.items()}
 
 

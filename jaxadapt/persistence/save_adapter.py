@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -291,10 +291,20 @@ def encode_tree(
         require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
         tensors, known = foreign.read_tree(held.foreign, keymap)
         sites.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
-        if not isinstance(tensors.tensors, plans.Encoded):
-            return tensors
-        repeated = _repeat_for_heads(tensors.tensors, tensors.config, known.own_keymap, None)
-        return dataclasses.replace(tensors, tensors=repeated)
+        if isinstance(tensors.tensors, plans.Encoded):
+            encoded = _repeat_for_heads(tensors.tensors, tensors.config, known.own_keymap, None)
+            tensors = dataclasses.replace(tensors, tensors=encoded)
+        return dataclasses.replace(
+            tensors,
+            fingerprint=_fingerprint(
+                None if in_memory else lambda _, arrays=held.foreign.arrays: arrays,
+                tensors.config,
+                known.own_keymap,
+                {module: site.match.leaf for module, site in known.site_of.items()},
+                False,
+                timeout,
+            ),
+        )
     adapter = take_adapter(held, name, keymap, in_memory=in_memory)
     if adapter.shared and (stored := get_method(adapter.config).stored(adapter.config, adapter.shared)):
         adapter = dataclasses.replace(adapter, params={**adapter.params, SHARED_NODE: stored})
@@ -308,21 +318,33 @@ def encode_tree(
     if own_keymap.tied:
         encoded = _repeat_for_heads(encoded, config, own_keymap, base)
     config, tensors = _split_or_join(encoded, config, own_keymap, adapter_sites, held.given.on_shared)
-    found = None if in_memory else _fingerprint(held, adapter, adapter_sites, is_distributed(leaves.values()), timeout)
+    found = _fingerprint(
+        held.leaves if held.has_base and not in_memory else None,
+        adapter.config,
+        adapter.keymap,
+        fingerprint.adapted_leaves(adapter_sites),
+        is_distributed(leaves.values()),
+        timeout,
+    )
     return PeftTensors(config, tensors, "this adapter", found)
 
 
 def _fingerprint(
-    held: Carrier, adapter: Adapter, adapter_sites: sites.Sites, spread: bool, timeout: float
+    base: Callable[[Collection[str]], Mapping[str, Any]] | None,
+    config: Config,
+    keymap: KeyMap,
+    leaf_of: Mapping[str, str],
+    spread: bool,
+    timeout: float,
 ) -> fingerprint.Fingerprint | None:
-    """Return the fingerprint of the tree's base; None without one, or if the adapter changed it.
+    """Return the fingerprint of a base, as `fingerprint.of_base`; None without one, or if the adapter changed it.
 
     If the adapter is spread over several processes, their values are joined. A base that is spread although its adapter
     is not has no fingerprint: only one of the processes may be saving.
     """
-    if not held.has_base or lora.changes_base(adapter.config):
+    if base is None or lora.changes_base(config):
         return None
-    found = fingerprint.of_base(held.leaves, adapter.keymap, adapter_sites)
+    found = fingerprint.of_base(base, keymap, leaf_of)
     if spread:
         return combine_values("the fingerprint of the base", found, fingerprint.merge, timeout)
     return found if found is None or fingerprint.is_complete(found) else None

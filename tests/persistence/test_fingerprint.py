@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
+from jaxadapt.core import paths
 from jaxadapt.demo import llama
 from jaxadapt.export import export_base
 from jaxadapt.export.merge_files import merge_folder
@@ -100,6 +101,45 @@ def test_one_base_has_one_fingerprint(tmp_path: Path):
     quantized = adapted(jaxadapt.models.quantize(nnx_model(), "int8", modules=["q_proj", "down_proj"]))
     assert saved(quantized, tmp_path / "q") is None
     assert saved(jaxadapt.extract(adapted(nnx_model())), tmp_path / "a") is None  # without its base
+
+
+def with_qwix_leaves(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with Qwix's LoRA leaves beside the kernels that `LORA` names."""
+    flat, rng = paths.flatten(params), np.random.default_rng(3)
+    for path, kernel in list(flat.items()):
+        if path.endswith(("q_proj.kernel", "down_proj.kernel")):
+            flat[f"{path}_lora_a"] = rng.standard_normal((kernel.shape[0], 2)).astype("float32")
+            flat[f"{path}_lora_b"] = rng.standard_normal((2, kernel.shape[1])).astype("float32")
+    return paths.unflatten(flat)
+
+
+def test_another_librarys_tree_has_the_fingerprint_of_its_base(tmp_path: Path):
+    """The same as an adapter of jaxadapt on that base, so that a load onto another base warns."""
+    params = llama.to_linen(CONFIG, weights())["params"]
+    expected = saved(linen_variables(), tmp_path / "own")
+    assert expected is not None
+    for name, tree in {"params": with_qwix_leaves(params), "vars": {"params": with_qwix_leaves(params)}}.items():
+        assert saved(jaxadapt.models.LoraTree(tree, lora_alpha=4), tmp_path / name) == expected
+    jaxadapt.load(tmp_path / "params", nnx_model(), strict="base")
+    with pytest.raises(jaxadapt.MismatchError, match="trained on another base"):
+        jaxadapt.load(tmp_path / "params", nnx_model(seed=1), strict="base")
+
+
+@pytest.mark.parametrize("change", ["no base", "int8", "float8_e4m3fn", "shapes"])
+def test_a_tree_without_values_of_its_base_has_none(change: str, tmp_path: Path):
+    """Only LoRA leaves, quantized weights (the scale is in another leaf), and shapes."""
+    flat = paths.flatten(with_qwix_leaves(llama.to_linen(CONFIG, weights())["params"]))
+    for path, kernel in list(flat.items()):
+        if path.endswith(("q_proj.kernel", "down_proj.kernel")):
+            del flat[path]
+            if change in ("int8", "float8_e4m3fn"):
+                flat[f"{path}.array.qvalue"] = np.asarray(kernel).astype(getattr(ml_dtypes, change, change))
+                flat[f"{path}.array.scale"] = np.ones((1, kernel.shape[1]), "float32")
+            elif change == "shapes":
+                flat[path] = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+    tree = jaxadapt.models.LoraTree(paths.unflatten(flat), lora_alpha=4)
+    jaxadapt.save(tree, tmp_path, keymap="llama")
+    assert jaxadapt.read(tmp_path).fingerprint is None
 
 
 def test_a_load_onto_another_base_warns(tmp_path: Path):

@@ -121,9 +121,14 @@ class ForeignSites:
         return plan.make_plan(self.arrays)
 
     @functools.cached_property
+    def site_of(self) -> dict[str, ForeignSite]:
+        """`{module: its site}` of every PyTorch module that the tree adapts."""
+        return {m: site for site in self.sites for m in site.a.modules}
+
+    @functools.cached_property
     def ranks(self) -> dict[str, int]:
-        """`{module: rank}` of every PyTorch module that the tree adapts."""
-        return {m: site.a.rank for site in self.sites for m in site.a.modules}
+        """`{module: rank}` of the same modules."""
+        return {m: site.a.rank for m, site in self.site_of.items()}
 
     @property
     def lacks_alpha(self) -> bool:
@@ -547,10 +552,12 @@ def _why_known(dialect: Dialect) -> str:
 
 def _unsupported(config: LoraConfig, dialect: Dialect) -> list[str]:
     """Return the settings of a configuration for which no tree of the dialect has tensors."""
-    tokens = [f"{name}, but {dialect.name} adapts every token" for name in fields_set(config, "token")]
-    return tokens + [
-        f"{name}={value!r}, but {dialect.name} has no tensors for it"
-        for name, value in fields_set(config, "tensor", "copy").items()
+    return [
+        *(f"{name}, but {dialect.name} adapts every token" for name in fields_set(config, "token")),
+        *(
+            f"{name}={value!r}, but {dialect.name} has no tensors for it"
+            for name, value in fields_set(config, "tensor", "copy").items()
+        ),
     ]
 
 

@@ -272,6 +272,7 @@ class ForeignTree:
     """A tree with LoRA leaves of a known dialect: the leaves, a function that replaces them, and the base's shapes.
 
     Attributes:
+        arrays: the arrays of the base, if they are in the tree.
         stored: the alpha or scale of each base leaf, if the tree has it as a number and not as an array.
         sizes: the axis sizes that the caller passed.
         walked: the walk over an NNX model.
@@ -286,6 +287,7 @@ class ForeignTree:
     base: dict[str, tuple[int, ...]]
     stored: dict[str, Any]
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    arrays: Leaves = dataclasses.field(default_factory=dict[str, Any])
     walked: graph.ModelWalk | None = None
     unread: Sequence[str] = ()
     growth: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
@@ -314,10 +316,19 @@ def find_lora(given: LoraTree, walked: graph.ModelWalk | None = None) -> Foreign
         return None
     lora = dialect.owned(leaves)
     arrays = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, numbers.Real)}
-    base = {dialect.base(path): tuple(leaf.shape) for path, leaf in arrays.items() if path not in lora}
+    base = {dialect.base(path): leaf for path, leaf in arrays.items() if path not in lora}
     own = {path: leaf for path, leaf in arrays.items() if path in lora}
     stored, _ = forms.read_stored(dialect, own, {path: leaves[path] for path in leaves.keys() - arrays.keys()})
-    return ForeignTree(given, dialect, own, put, base, stored, walked=walked)
+    return ForeignTree(
+        given,
+        dialect,
+        own,
+        put,
+        {path: tuple(leaf.shape) for path, leaf in base.items()},
+        stored,
+        arrays=base,
+        walked=walked,
+    )
 
 
 def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
@@ -362,10 +373,17 @@ def survey_tree(
         bound_keymap = bound_keymap.with_entries(
             entry for entry in planning.class_entries(owners, shapes, bound_keymap) if entry.leaf in leaves
         )
-    tree = foreign_tree
-    shapes = {path: tuple(leaf.shape) for path, leaf in tree.leaves.items()}
-    known = survey.survey_sites(tree.dialect, bound_keymap, shapes, tree.base, tree.stored, tree.sizes, tree.growth)
-    return dataclasses.replace(known, real=None if bound_keymap is real else real, unread=tree.unread)
+    shapes = {path: tuple(leaf.shape) for path, leaf in foreign_tree.leaves.items()}
+    known = survey.survey_sites(
+        foreign_tree.dialect,
+        bound_keymap,
+        shapes,
+        foreign_tree.base,
+        foreign_tree.stored,
+        foreign_tree.sizes,
+        foreign_tree.growth,
+    )
+    return dataclasses.replace(known, real=None if bound_keymap is real else real, unread=foreign_tree.unread)
 
 
 def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> KeyMap:
@@ -492,8 +510,11 @@ def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
     tensors = make_file_plan(sites_of(adapter)).encode(
         leaves, host=not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     )
-    keymap = adapter.keymap if all(map(adapter.keymap.match, foreign_tree.claimed)) else None
-    return fill_tree(foreign_tree, PeftTensors(adapter.config, tensors, "this adapter"), keymap)
+    return fill_tree(
+        foreign_tree,
+        PeftTensors(adapter.config, tensors, "this adapter"),
+        adapter.keymap if all(map(adapter.keymap.match, foreign_tree.claimed)) else None,
+    )
 
 
 def _is_traced(sites: survey.ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
