@@ -62,8 +62,7 @@ def _keymap(name: str, *layers: tuple[Weight, ...]) -> KeyMap:
             *entries,
         ),
         complete=True,
-        needs=tuple(w.leaf for w in layers[0] if w.leaf.endswith(("in_proj_qkvz.kernel", "routed_experts.wi_0"))),
-        proved="qwen3_next" in name,
+        needs=tuple(w.leaf for w in layers[0] if w.key.endswith(("in_proj_qkvz.weight", "mlp.gate.weight"))),
         expert_modules=EACH_QWEN3,
     )
 

@@ -383,7 +383,7 @@ def _maxtext_more(specimen: Specimen) -> dict[str, Any]:
             "model_name": specimen.name.removeprefix("maxtext-")[: len("gemma4-31b")],
             "num_experts": found.get("num_experts", 1),
         }  # (one is none)
-    if model == "qwen3_next":
+    if model in ("qwen3_next", "qwen3_5"):
         found |= {"norm_topk_prob": True, "use_qk_norm": False, "inhomogeneous_layer_cycle_interval": 4}
         found |= {"gdn_conv_kernel_dim": 4, "gdn_value_head_dim": 6, "gdn_num_key_heads": 2, "gdn_num_value_heads": 4}
         found |= {"gdn_key_head_dim": specimen.config["linear_key_head_dim"], "gdn_chunk_size": 64}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,12 +38,29 @@ def base_leaves(specimen: Specimen, shapes: Shapes) -> dict[str, np.ndarray]:
         (added,), first, (count, width) = others, specimen.config["pad_token_id"] + 1, shapes[leaf]
         every = values(rows, (specimen.config["max_position_embeddings"], width))
         leaves[leaf] = every[first : first + count] + values(added, (1, width))
+    for leaf, layers in specimen.joined:
+        rows = [_joined_rows(specimen.config, keys, shapes[leaf]) for keys in layers]
+        leaves[leaf] = np.stack(rows, axis=1) if len(shapes[leaf]) == 3 else rows[0]
     return leaves
+
+
+def _joined_rows(config: Mapping[str, Any], keys: tuple[str, str], shape: tuple[int, ...]) -> np.ndarray:
+    """MaxText's `in_proj_qkvz` or `in_proj_ba`, (in, out): rows of two modules, side by side for each key head.
+
+    (maxtext 0.2.5, `QWEN3_5_MAXTEXT_TO_HF_PARAM_HOOK_FN`: q, k, v and z of a key head, or b and a.)
+    """
+    heads, width = config["linear_num_key_heads"], shape[0]
+    queries = heads * config["linear_key_head_dim"]
+    each = config["linear_num_value_heads"] * (config["linear_value_head_dim"] if "qkv" in keys[0] else 1)
+    first = values(keys[0], (shape[-1] - each, width))
+    parts = np.split(first, [queries, 2 * queries]) if "qkv" in keys[0] else [first]
+    rows = [x.reshape(heads, -1, width) for x in (*parts, values(keys[1], (each, width)))]
+    return np.concatenate(rows, axis=1).reshape(-1, width).T
 
 
 def base_plan(specimen: Specimen, shapes: Shapes) -> plan.Plan:
     """The plan of the leaves that have an entry."""
-    unmapped = dict(specimen.unmapped)
+    unmapped = dict((*specimen.unmapped, *specimen.joined))
     return plan.base_plan(
         families.get_family(specimen.table), {leaf: x for leaf, x in shapes.items() if leaf not in unmapped}
     )

@@ -43,6 +43,8 @@ class Specimen:
         rivals: the tables an error has to name, where names do not tell.
         unmapped: `(leaf, (key, key))` of leaves without an entry: rows of the first tensor, to which the library adds
             the second one; `(leaf, (key,))` of a number that is a tensor of one entry in PyTorch.
+        joined: `(leaf, ((key, key), …))` of leaves that hold rows of two modules in PyTorch, for each stacked layer: no
+            adapter can have them, and the check complains of them.
         double: True if PyTorch's logits are computed in float64, because those in float32 are rounded by about 1e-4.
         inputs: which of `INPUTS` the model takes; a "/" and what follows it belong to no name of PyTorch.
     """
@@ -60,6 +62,7 @@ class Specimen:
     inputs: tuple[str, ...] = ("input_ids",)
     parameters: tuple[str, ...] = ()
     unmapped: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    joined: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
     double: bool = False
 
     @property
@@ -317,6 +320,8 @@ def _maxtext_families() -> tuple[Specimen, ...]:
             (*_EXPERTS, "mlp.gate.weight"), blocks=scan is not None, rivals=rivals,
         )  # fmt: skip
         made.append(dataclasses.replace(next_, double=True))
+        rivals = ("maxtext:qwen3_next", "maxtext:qwen3_5") if scan is None else ()
+        made.append(_maxtext_qwen3_5({**_QWEN3_NEXT, **sizes}, scan, rivals))
     for scan in (None, 1):
         blocks = scan is not None
         two_blocks = {"num_hidden_layers": 8 if blocks else 4}
@@ -331,6 +336,22 @@ def _maxtext_families() -> tuple[Specimen, ...]:
     scout = {**_LLAMA4, "moe_layers": [0, 1, 2, 3], "use_qk_norm": True, "intermediate_size": F}
     made.append(_maxtext_of("llama4-scout", "Llama4ForCausalLM", scout, parameters=_EXPERTS))
     return tuple(made)
+
+
+def _maxtext_qwen3_5(config: Mapping[str, Any], scan: int | None, rivals: tuple[str, ...]) -> Specimen:
+    """Qwen 3.5, whose layers with a delta net have two leaves with rows of two modules each."""
+    made = _maxtext_of(
+        "qwen3_5", "Qwen3_5MoeForCausalLM", config, scan, (*PROJ, "out_proj", "shared_expert_gate"),
+        (*_EXPERTS, "mlp.gate.weight"), blocks=scan is not None, rivals=rivals,
+    )  # fmt: skip
+    layers, joined = config["num_hidden_layers"], list[tuple[str, tuple[tuple[str, str], ...]]]()
+    for at in (at for at in range(4) if at % 4 != 3):
+        leaf = f"decoder.layers_{at}." if scan is None else f"decoder.layers.layer_{at}."
+        numbers = (at,) if scan is None else range(at, layers, 4)
+        for name, parts in (("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")), ("in_proj_ba", ("in_proj_b", "in_proj_a"))):
+            keys = ((f"model.layers.{n}.linear_attn.{a}.weight" for a in parts) for n in numbers)
+            joined.append((f"{leaf}attention.{name}.kernel", tuple((one, two) for one, two in keys)))
+    return dataclasses.replace(made, double=True, joined=tuple(joined))
 
 
 _BERT = ("query", "key", "value", "dense")
