@@ -77,7 +77,7 @@ def main() -> None:
     specs = paths.unflatten({path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in shapes.items()})
     config = jaxadapt.LoraConfig(r=8, target_modules=[module.rpartition(".")[2] for module in MODULE.values()])
     adapter = jaxadapt.init(specs, config, keymap="llama")
-    adapted = fingerprint.adapted_leaves(sites.sites_of(adapter))
+    adapted = sites.sites_of(adapter)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     print(f"{len(shapes)} adapted weights, {count / 1e9:.2f}B parameters")
     first = timed("in memory", lambda: fingerprint.of_base(lambda _: base, adapter.keymap, adapted))

@@ -607,17 +607,19 @@ def make_recipe(
     if weights is not None:
         check_values(config, full, weights)
     selected = {site.leaf for site in sites}
-    raise_listed(
-        KeyMapError,
-        f"the keymap {keymap.name!r} has no entry for these weights, although it has one for adapted weights with the"
-        " same last names, as in a stacked model whose last layers fill no block. Build the model with unrolled layers,"
-        " or pass a KeyMap with an entry for each, or name their modules in exclude_modules:",
-        (
-            f"{leaf} {shapes[leaf]}"
-            for leaf in leaves_left_out(keymap, shapes, selected if found is None else ())
-            if not matching.is_excluded(config, name := leaf.rpartition(".")[0]) and matching.in_layers(config, name)
-        ),
-    )
+    if keymap.complete and found is None:
+        raise_listed(
+            KeyMapError,
+            f"the keymap {keymap.name!r} has no entry for these weights, although it has one for adapted weights with"
+            " the same last names, as in a stacked model whose last layers fill no block. Build the model with unrolled"
+            " layers, or pass a KeyMap with an entry for each, or name their modules in exclude_modules:",
+            (
+                f"{leaf} {shapes[leaf]}"
+                for leaf in leaves_left_out(keymap, shapes, selected)
+                if not matching.is_excluded(config, name := leaf.rpartition(".")[0])
+                and matching.in_layers(config, name)
+            ),
+        )
     used = keymap.with_entries(entry for entry in entries if entry.leaf in selected)
     copied = used.with_entries(  # entries for copies that the keymap lacks: an adapter is saved without its model
         site.match.weight

@@ -401,12 +401,12 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
 
 
 def leaves_left_out(keymap: KeyMap, shapes: Iterable[str], adapted: Iterable[str]) -> list[str]:
-    """Return the leaves without an entry that have the last two names of an adapted leaf, for a complete keymap.
+    """Return the leaves without an entry that have the last two names of an adapted leaf.
 
     They are of layers beside those that the keymap knows: a stacked model may have further layers for a remainder.
     """
     ends = {(*leaf.split(".")[-2:],) for leaf in adapted}
-    known = {_first_name(w.leaf) for w in keymap.weights} if keymap.complete else set[str]()
+    known = {_first_name(w.leaf) for w in keymap.weights}
     return [
         leaf
         for leaf in shapes

@@ -71,7 +71,7 @@ def positions(key: str, shape: Sequence[int]) -> list[tuple[int, ...]]:
 def of_base(
     leaves: Callable[[Collection[str]], Mapping[str, Any]],
     keymap: KeyMap,
-    adapted: Mapping[str, str],
+    adapted: Iterable[Site] | Mapping[str, str],
     keys: Iterable[str] | None = None,
 ) -> Fingerprint | None:
     """Return the fingerprint of a model's base, as far as this process holds its values; None if the base has none.
@@ -79,19 +79,24 @@ def of_base(
     Args:
         leaves: returns the base parameters at some paths; those that the base lacks are missing.
         keymap: the keymap that names them.
-        adapted: the adapted weights, `{module: leaf}`.
+        adapted: the adapted weights, as sites or as `{module: leaf}`.
         keys: the weights to take, in place of the chosen ones; None is returned unless all of them are there.
     """
     from jaxadapt.keymaps import plan
 
-    modules = choose_modules(adapted) if keys is None else [key.removesuffix(".weight") for key in keys]
-    if any(module not in adapted for module in modules):
+    leaf_of = (
+        adapted
+        if isinstance(adapted, Mapping)
+        else {module: site.leaf for site in adapted if not site.method.copies for module in site.modules}
+    )
+    modules = choose_modules(leaf_of) if keys is None else [key.removesuffix(".weight") for key in keys]
+    if any(module not in leaf_of for module in modules):
         return None
     requests: dict[str, _Request] = {}
-    arrays = leaves({adapted[module] for module in modules})
+    arrays = leaves({leaf_of[module] for module in modules})
     for module in modules:
-        array, key = arrays.get(adapted[module]), f"{module}.weight"
-        entry = plan.base_plan_entry(keymap, adapted[module], tuple(array.shape)) if _has_values(array) else None
+        array, key = arrays.get(leaf_of[module]), f"{module}.weight"
+        entry = plan.base_plan_entry(keymap, leaf_of[module], tuple(array.shape)) if _has_values(array) else None
         if entry is None:
             return None
         members = [i for i, name in enumerate(entry.keys) if plan.file_key(name) == key]
@@ -104,11 +109,6 @@ def of_base(
         return None
     digits = _take(requests)
     return {key: {"shape": list(form.file_shape), "bf16": digits[key]} for key, (_, _, form) in requests.items()}
-
-
-def adapted_leaves(sites: Iterable[Site]) -> dict[str, str]:
-    """Return `{module: leaf}` of the weights that sites adapt."""
-    return {module: site.leaf for site in sites if not site.method.copies for module in site.modules}
 
 
 def is_complete(found: Fingerprint) -> bool:

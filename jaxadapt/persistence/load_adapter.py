@@ -257,9 +257,7 @@ def _check_base(
     found = (
         None
         if stored is None
-        else fingerprint.of_base(
-            lambda _: parameters.leaves, adapter.keymap, fingerprint.adapted_leaves(adapter_sites), stored
-        )
+        else fingerprint.of_base(lambda _: parameters.leaves, adapter.keymap, adapter_sites, stored)
     )
     if strict and stored is not None and save_adapter.is_distributed(parameters.leaves.values()):
         found = save_adapter.combine_values(

@@ -322,7 +322,7 @@ def encode_tree(
         held.leaves if held.has_base and not in_memory else None,
         adapter.config,
         adapter.keymap,
-        fingerprint.adapted_leaves(adapter_sites),
+        adapter_sites,
         is_distributed(leaves.values()),
         timeout,
     )
@@ -333,7 +333,7 @@ def _fingerprint(
     base: Callable[[Collection[str]], Mapping[str, Any]] | None,
     config: Config,
     keymap: KeyMap,
-    leaf_of: Mapping[str, str],
+    adapted: Iterable[Site] | Mapping[str, str],
     spread: bool,
     timeout: float,
 ) -> fingerprint.Fingerprint | None:
@@ -344,7 +344,7 @@ def _fingerprint(
     """
     if base is None or lora.changes_base(config):
         return None
-    found = fingerprint.of_base(base, keymap, leaf_of)
+    found = fingerprint.of_base(base, keymap, adapted)
     if spread:
         return combine_values("the fingerprint of the base", found, fingerprint.merge, timeout)
     return found if found is None or fingerprint.is_complete(found) else None
