@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import click
 
 import jaxadapt
 from jaxadapt.cli import output
-from jaxadapt.core import errors, paths
+from jaxadapt.core import errors
 from jaxadapt.persistence import consumers
 from jaxadapt.storage import atomic, hf_model, location
 
@@ -441,7 +441,7 @@ def check_keymap_command(family: str, model: str | None, checkpoint: str | None,
     from jaxadapt.keymaps import check, families
 
     leaves = None if model is None else read_model_shapes(Path(model))
-    tensors = None if checkpoint is None else _read_checkpoint_shapes(Path(checkpoint))
+    tensors = None if checkpoint is None else hf_model.read_shapes(Path(checkpoint))
     is_custom = ".py:" in family
     keymap = _run_keymap_file(family) if is_custom else families.resolve_keymap(family, leaves or {})
     if leaves is not None and tensors is not None:
@@ -516,7 +516,7 @@ def _describe_unused(report: KeyMapReport) -> list[str]:
 
 def read_model_shapes(path: Path) -> Shapes:
     """Read `{leaf: shape}` of a model: an Orbax folder, a .safetensors file, or JSON under any other name."""
-    from jaxadapt.storage import orbax, safetensors
+    from jaxadapt.storage import orbax
 
     if location.is_dir(path):  # of a training run; if any leaf is below a key "params", only such leaves are the base
         shapes: Shapes = {}
@@ -525,28 +525,8 @@ def read_model_shapes(path: Path) -> Shapes:
             shapes |= {orbax.parameter_path(names): leaves[names][0] for names in chosen}
         return shapes
     if path.suffix == ".safetensors":
-        return {key.replace("/", "."): tuple(info.shape) for key, info in safetensors.read_header(path).tensors.items()}
-    try:
-        document: Any = json.loads(location.read_text_bytes(path, safetensors.MAX_HEADER).decode("utf-8"))
-        flat: Mapping[str, Any] = paths.flatten(document)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise jaxadapt.FormatError(
-            f"{path}: expected a JSON object of shapes such as {{leaf: [2, 3]}}, but reading failed: {error}"
-        ) from error
-    invalid = [
-        key for key, sizes in flat.items() if not isinstance(sizes, list) or not all(isinstance(n, int) for n in sizes)
-    ]
-    expected = "expected a shape such as [2, 3] for each leaf, found another value at"
-    errors.raise_listed(jaxadapt.FormatError, f"{path}: {expected}:", invalid)
-    return {key: tuple(shape) for key, shape in flat.items()}
-
-
-def _read_checkpoint_shapes(path: Path) -> Shapes:
-    """Read `{key: shape}` of a Hugging Face model from the headers of its files."""
-    from jaxadapt.storage import hf_model
-
-    with hf_model.open_model(path) as model:
-        return model.shapes
+        return {key.replace("/", "."): shape for key, shape in hf_model.read_shapes(path).items()}
+    return hf_model.read_json_shapes(path)
 
 
 # ---------------------------------------------------------------- methods

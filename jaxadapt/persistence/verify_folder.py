@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import operator
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,9 +28,9 @@ from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.persistence import fingerprint, folder, tensor_checks
 from jaxadapt.persistence.expert_keys import SINGLE
 from jaxadapt.persistence.formats import SEVERITIES, Finding, count, error, first, note, warning, with_subjects
-from jaxadapt.persistence.formats.peft_folder import StoredAdapter, parse_json
+from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.persistence.reading import Reading, apply_fixes, guess_method, open_stored, read_stored
-from jaxadapt.storage import hf_model, location, safetensors, torch_bin
+from jaxadapt.storage import hf_model, location, safetensors
 
 # ---------------------------------------------------------------- the base
 
@@ -70,7 +68,7 @@ def base_shapes(base: Any) -> tensor_checks.Shapes | KeyMap:
         return {key: tuple(value) if isinstance(value, list | tuple) else tuple(value.shape) for key, value in items}
     place = location.to_location(cast("str | os.PathLike[str]", base))
     if location.exists(place):
-        return _stored_shapes(place)
+        return hf_model.read_shapes(place)
     if isinstance(place, Path) and len(place.parts) == 1:
         from jaxadapt.keymaps import families
 
@@ -93,27 +91,10 @@ def base_family(base: Any, known: tensor_checks.Shapes | KeyMap | None) -> str:
     if not isinstance(base, str | os.PathLike):
         return ""
     place = location.to_location(cast("str | os.PathLike[str]", base))
-    path = (place if location.is_dir(place) else place.parent) / "config.json"
-    if not location.exists(path):
-        return ""
-    values = parse_json(location.read_text_bytes(path).decode("utf-8", "replace"))
-    return str((values or {}).get("model_type") or "")
-
-
-def _stored_shapes(place: location.Location) -> tensor_checks.Shapes:
-    """Return the shapes in a folder of weights, or in one file."""
-    if location.is_dir(place):
-        main = hf_model.main_file(place)
-        files = dict.fromkeys(hf_model.read_index(main).values()) if main.suffix == ".json" else (main.name,)
-        return {key: shape for file in files for key, shape in _stored_shapes(place / file).items()}
-    if place.suffix == ".safetensors":
-        return {key: info.shape for key, info in safetensors.read_header(place).tensors.items()}
-    if place.suffix != ".json":
-        return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(place).items()}
-    expected = f"{place}: expected a JSON object {{key: [size, …]}}, found another value"
-    with errors.raise_as(errors.FormatError, expected, ValueError, TypeError, AttributeError, RecursionError):
-        values: Any = json.loads(location.read_text_bytes(place))
-        return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
+    with contextlib.suppress(errors.FormatError):  # the shapes may be sound without it
+        config = hf_model.read_model_config(place if location.is_dir(place) else place.parent)
+        return str((config or {}).get("model_type") or "")
+    return ""
 
 
 # ---------------------------------------------------------------- findings about the base

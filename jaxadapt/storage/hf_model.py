@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, numpy_dtype
-from jaxadapt.core.errors import FileError, FormatError, bullets, problems_text, raise_as
+from jaxadapt.core.errors import FileError, FormatError, bullets, problems_text, raise_as, raise_listed
 from jaxadapt.core.lazy import np
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 
@@ -82,6 +82,31 @@ def main_file(folder: location.Location) -> location.Location:
     if found is None:
         raise FileError(f"{folder}: expected {SINGLE_FILE}, {INDEX} or {BIN}, found none of them; check the path")
     return found
+
+
+def read_shapes(path: location.Location) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's folder, or of one file: of weights, or of shapes (.json). Reads no tensor."""
+    if path.suffix == ".json":
+        return read_json_shapes(path)
+    if location.is_dir(path):
+        main = main_file(path)
+        files = dict.fromkeys(read_index(main).values()) if main.suffix == ".json" else (main.name,)
+        return {key: shape for file in files for key, shape in read_shapes(path / file).items()}
+    if path.suffix == ".safetensors":
+        return {key: info.shape for key, info in safetensors.read_header(path).tensors.items()}
+    return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(path).items()}
+
+
+def read_json_shapes(path: location.Location) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that a JSON object {name: shape} states."""
+    document: Any = location.read_json(path, safetensors.MAX_HEADER)
+    shapes = cast("dict[str, Any]", document if isinstance(document, dict) else {"the whole file": None})
+    raise_listed(
+        FormatError,
+        f"{path}: expected a JSON object of shapes such as {{name: [2, 3]}}, found another value at:",
+        [name for name, shape in shapes.items() if safetensors.naturals(shape) is None],
+    )
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def _disagreements(index: Mapping[str, str], parts: Mapping[str, TensorSource]) -> list[str]:

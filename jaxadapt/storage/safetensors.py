@@ -79,7 +79,7 @@ def _show(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def _naturals(value: object) -> tuple[int, ...] | None:
+def naturals(value: object) -> tuple[int, ...] | None:
     """Return the values of a list or tuple if all are integers of at least 0; else None."""
     items = cast("Sequence[object]", value) if type(value) in (list, tuple) else (None,)
     # bool is a subclass of int in Python, but `true` is not a number in JSON.
@@ -118,7 +118,7 @@ def _byte_size(dtype: object, shape: object) -> int:
     """Return the number of bytes of a tensor. Raises `ValueError` with the problem of its dtype or its shape."""
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"expected a dtype of the format (F32, BF16, …), found {_show(dtype)}")
-    sizes = _naturals(shape)
+    sizes = naturals(shape)
     if sizes is None:
         raise ValueError(f"expected a shape of integers >= 0, found {_show(shape)}")
     if len(sizes) > _MAX_AXES:  # checked first: the product of many axes is slow
@@ -142,7 +142,7 @@ def _parse_info(value: object) -> TensorInfo:
         found = f"data_offsets {_show(entry['data_offsets'])}" if entry.keys() == _FIELDS else _show([*entry])
         raise ValueError(f"expected the fields dtype, shape and data_offsets [start, stop], found {found}")
     dtype, shape, found = entry["dtype"], entry["shape"], entry["data_offsets"]
-    expected, offsets = _byte_size(dtype, shape), _naturals(found)
+    expected, offsets = _byte_size(dtype, shape), naturals(found)
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"expected data_offsets [start, stop] with 0 <= start <= stop, found {_show(found)}")
     start, stop = offsets
