@@ -189,7 +189,8 @@ class ExpertParameter:
 
     def keys(self, side: str) -> list[str]:
         """Return the suffix of A's or B's key for each part; no suffix for the only one."""
-        parts = [part_key("", None if side == "A" else 0, part) for part in self.parts]
+        shared, axis = ("B", 1) if self.turned else ("A", 0)
+        parts = [part_key("", None if side == shared else axis, part) for part in self.parts]
         return parts if len(parts) > 1 else [""]
 
     @property

@@ -137,10 +137,8 @@ def to_form(tensors: PeftTensors, program: str, base: str | os.PathLike[str] | N
     if kind == "gpt_oss":
         changed, arrays = _with_both(config, arrays)
         return dataclasses.replace(tensors, config=changed, tensors=arrays)
-    if kind == "llama4_text":
-        arrays = _exchanged(config, arrays)
-    # A layout without entries: each parameter is (expert, out, in), with gate before up.
-    single, arrays = experts.split_experts(config, arrays, keymap, KeyMap("vLLM", ()))
+    # Each parameter as PyTorch has it, with gate before up.
+    single, arrays = experts.split_experts(config, arrays, keymap, FAMILIES[kind.removesuffix("_text")].keymap)
     assert isinstance(single, LoraConfig)
     single, arrays = _with_zeros(single, arrays)
     return dataclasses.replace(tensors, config=single, tensors=arrays)
@@ -209,23 +207,6 @@ def _find_parameters(config: LoraConfig, arrays: Mapping[str, Any]) -> dict[str,
         # PEFT wraps the first parameter innermost.
         found.setdefault(owner, {})[adapted[0 if match["inner"] else -1]] = match[0].removesuffix("A.weight")
     return found
-
-
-def _exchanged(config: LoraConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Llama 4's tensors with A on the inputs and B on the outputs.
-
-    PEFT has A on the outputs: the parameters are (expert, in, out), and PEFT takes the last axis for the inputs.
-    A's rows are in the order (expert, rank), B's columns in the order (rank, expert).
-    """
-    result = dict(arrays)
-    for owner, stems in _find_parameters(config, arrays).items():
-        for parameter, stem in stems.items():
-            a, b = (np.asarray(arrays[f"{stem}{side}.weight"]) for side in "AB")
-            rank = config.rank_of(f"{owner}.{parameter}")
-            count = a.shape[0] // rank
-            result[f"{stem}A.weight"] = b.reshape(-1, rank, count).transpose(2, 1, 0).reshape(count * rank, -1)
-            result[f"{stem}B.weight"] = a.reshape(count, rank, -1).transpose(2, 1, 0).reshape(-1, rank * count)
-    return result
 
 
 def _with_both(config: LoraConfig, arrays: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
