@@ -436,11 +436,15 @@ def count_lost(before: Any, after: Any) -> int:
 
 
 def cast_tree(tree: Any, dtype: Any, source: str) -> Any:
-    """Return a tree with its arrays of floats in another dtype. Raises `MismatchError` as `overflow_error` does."""
+    """Return a tree with its arrays of floats (or of integers) in another dtype of floats (or of integers).
+
+    Raises `MismatchError` as `overflow_error` does.
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     arrays = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    floats = jnp.issubdtype(dtype, jnp.floating)
     with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
-        cast = {k: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for k, x in arrays.items()}
+        cast = {k: x.astype(dtype) if floats == jnp.issubdtype(x.dtype, jnp.floating) else x for k, x in arrays.items()}
     lost = {name: count_lost(arrays[name], cast[name]) for name in names_not_finite(cast)}
     if any(lost.values()):
         raise overflow_error(lost, dtype, source)

@@ -535,9 +535,8 @@ def _load_leaves(
     shardings = {path: leaf.sharding for path, leaf in leaves.items() if isinstance(leaf, jax.Array)} | {
         p: regions.concrete_sharding(sharding) for p, sharding in base_shardings.items() if sharding is not None
     }
-    file_dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}
-    dtypes = {e.path: leaves[e.path].dtype for e in entries}
-    arrays = rules.load_arrays(plan.Plan(tuple(entries)), tensors, file_dtypes, dtypes, shardings, report, "import")
+    dtypes = {key: leaves[e.path].dtype for e in entries for key in e.keys}
+    arrays = rules.load_arrays(plan.Plan(tuple(entries)), tensors, dtypes, shardings, report, "import")
     return {path: np.array(x) if isinstance(leaves[path], np.ndarray) else x for path, x in arrays.items()}
 
 

@@ -379,15 +379,10 @@ def adapter_from_tensors(
     own = {key: spec.dtype for key, spec in source.specs.items()}
     if options.dtype is None and np.dtype("float64") in own.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, because jax_enable_x64 is off")
-    dtype = None if options.dtype == AUTOCAST else options.dtype
     dtypes = _memory_dtypes(own, options.dtype, adapter_sites)
     placement = adapter_placement(options.shardings, base, adapter_sites)
     arrays = dict(source) if expected.on_device else source
-    leaves = rules.load_arrays(
-        expected.plan, arrays, dtypes, dtype, placement, report, name=tensors.source, check=check
-    )
-    if dtype is None and expected.on_device and dtypes != own:  # arrays in memory keep their own dtypes
-        leaves |= {e.path: leaves[e.path].astype(e.dtype(dtypes)) for e in expected.plan.entries}
+    leaves = rules.load_arrays(expected.plan, arrays, dtypes, placement, report, name=tensors.source, check=check)
     if not adapter_sites.all_in_file:
         leaves = initial_values.init_values(
             recipe.config, adapter_sites, jax.random.key(0), base=base.leaves, base_shardings=base.shardings,
@@ -488,9 +483,9 @@ def _warn_of_newer_peft(tensors: PeftTensors, adapter_sites: Sites) -> None:
 
 
 def _memory_dtypes(own: Mapping[str, Any], requested: Any, adapter_sites: Sites) -> dict[str, Any]:
-    """Return the dtypes in memory by key, from a file's: copies keep theirs, and integers have the method's."""
+    """Return the dtypes in memory by key, from a file's: copies keep theirs by default; integers have the method's."""
     new = {dtype: memory_dtype(dtype, requested) for dtype in set(own.values())}
-    copied = adapter_sites.copied_keys
+    copied = adapter_sites.copied_keys if requested in (None, AUTOCAST) else ()
     return {key: dtype if key in copied else new[dtype] for key, dtype in own.items()} | adapter_sites.integers
 
 

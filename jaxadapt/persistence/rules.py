@@ -463,7 +463,6 @@ def load_arrays(
     plan: plans.Plan,
     tensors: Mapping[str, Any],
     dtypes: Mapping[str, Any],
-    dtype: Any = None,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     report: Report = no_report,
     stage: str = "load",
@@ -475,8 +474,7 @@ def load_arrays(
     Args:
         plan: the leaves and their tensors.
         tensors: a `TensorSource`, or arrays in memory (traced ones inside jit). They are copied, never shared.
-        dtypes: the tensors' dtypes, by key.
-        dtype: the arrays' dtype, one or, for a `TensorSource`, `{path: dtype}`; by default that of each leaf's tensors.
+        dtypes: the dtypes that the tensors have in their arrays, by key.
         shardings: the arrays' shardings, by path; arrays without one go to the default device. Reads from a file only
             the bytes that devices of this process need (those of replicas once), and gaps between them.
         report: called with (stage, bytes done, bytes in all) as arrays are created.
@@ -489,13 +487,11 @@ def load_arrays(
     """
     shardings = {path: regions.concrete_sharding(place) for path, place in (shardings or {}).items()}
     if not isinstance(tensors, TensorSource) and any(isinstance(x, jax.Array) for x in tensors.values()):
-        return _decode_in_memory(plan, tensors, dtype, shardings, name)
+        return _decode_in_memory(plan, tensors, dtypes, shardings, name)
     source = as_source(tensors)
 
     def leaf_of(entry: plans.PlanEntry) -> _Leaf:
-        wanted = dtype[entry.path] if isinstance(dtype, Mapping) else dtype
-        new = entry.dtype(dtypes) if wanted is None else np.dtype(wanted)
-        place = shardings.get(entry.path)
+        new, place = entry.dtype(dtypes), shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
         is_cast = {source.specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
         is_copy = place is None and not is_cast and entry.form.is_identity
@@ -519,11 +515,17 @@ def load_arrays(
 
 
 def _decode_in_memory(
-    plan: plans.Plan, tensors: Mapping[str, Any], dtype: Any, shardings: Mapping[str, jax.sharding.Sharding], name: str
+    plan: plans.Plan,
+    tensors: Mapping[str, Any],
+    dtypes: Mapping[str, Any],
+    shardings: Mapping[str, jax.sharding.Sharding],
+    name: str,
 ) -> dict[str, Any]:
     """Return `{path: array}` of JAX arrays, which may be traced."""
     leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
-    leaves = leaves if dtype is None else cast_tree(leaves, dtype, name)
+    wanted = {entry.path: jax.dtypes.canonicalize_dtype(entry.dtype(dtypes)) for entry in plan.entries}
+    for dtype in {new for path, new in wanted.items() if leaves[path].dtype != new}:
+        leaves |= cast_tree({path: leaves[path] for path, new in wanted.items() if new == dtype}, dtype, name)
     return {path: regions.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
 
 

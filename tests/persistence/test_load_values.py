@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 import jaxadapt
 from jaxadapt.models import LoraTree
@@ -117,3 +118,18 @@ def test_fields_of_a_newer_peft_are_a_warning(tmp_path: Path, value: object, ver
     newer = dataclasses.replace(tensors, config=config)
     with pytest.warns(UserWarning, match=r"PEFT 9\.0\.0.*ignores: new_field") if warns else contextlib.nullcontext():
         jaxadapt.load(newer, small.net())
+
+
+def test_indices_stay_integers_in_another_dtype(tmp_path: Path):
+    base = {"q": {"kernel": jax.numpy.ones((700, 40))}}
+    config = jaxadapt.ShiraConfig(r=2, target_modules=["q"])
+    jaxadapt.save(jaxadapt.init(base, config, key=jax.random.key(0)), tmp_path)
+    key, stored = "base_model.model.q.shira_indices", load_file(tmp_path / "adapter_model.safetensors")
+    assert stored[key].max() > 256  # which bfloat16 would round
+    read = jaxadapt.read(tmp_path)
+    on_device = dataclasses.replace(read, tensors={name: jax.numpy.asarray(x) for name, x in read.tensors.items()})
+    for tensors in (read, on_device):
+        again = jaxadapt.to_peft(jaxadapt.from_peft(tensors, base, dtype="bfloat16")).tensors
+        assert again["base_model.model.q.shira_weight"].dtype == "bfloat16"
+        assert again[key].dtype == stored[key].dtype
+        np.testing.assert_array_equal(again[key], stored[key])
