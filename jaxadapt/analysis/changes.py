@@ -288,10 +288,10 @@ def draw_maps(grid: Grid[Any], maps: Sequence[HeatMap], title: str) -> bytes:
 
     Raises `AdapterError` if matplotlib is missing.
     """
-    try:
+    with errors.raise_as(
+        AdapterError, "cannot draw without matplotlib", ImportError, advice="; run pip install 'jaxadapt[plot]'"
+    ):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise AdapterError("cannot draw: matplotlib is not installed; run pip install 'jaxadapt[plot]'") from error
     width, height = max(0.62 * len(grid.columns) + 1.9, 3.4), min(max(0.24 * len(grid.rows), 1.2), 14)
     columns = len(maps) if width * len(maps) <= _MAX_WIDTH else 1
     rows = len(maps) // columns

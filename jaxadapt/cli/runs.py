@@ -10,7 +10,7 @@ import click
 
 import jaxadapt
 from jaxadapt.cli import output, reports
-from jaxadapt.core.errors import escape_text
+from jaxadapt.core.errors import escape_text, raise_as, warn
 from jaxadapt.persistence import consumers
 from jaxadapt.storage import atomic, location
 
@@ -204,15 +204,12 @@ def serve_command(
     Then, with OpenAI's client: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-").completions.create(model="fr",
     prompt="Bonjour", max_tokens=20). With --json, the address is printed as JSON when the server answers.
     """
-    from jaxadapt.core.errors import warn
-
-    try:
+    with raise_as(
+        jaxadapt.FileError, "the server needs another package", ModuleNotFoundError,
+        advice="; run: pip install 'jaxadapt[serve]'",
+    ):  # fmt: skip
         from jaxadapt.server import app
         from jaxadapt.server.engine import open_base
-    except ModuleNotFoundError as error:
-        raise jaxadapt.FileError(
-            f"the server needs {error.name}, which is not installed; run: pip install 'jaxadapt[serve]'"
-        ) from error
     server = app.make_server(open_base(base), adapters, rows=rows, slots=slots, length=length, rank=rank, queue=queue)
     if not app.is_loopback(host):
         warn(f"{host} can be reached from other machines, and the server has no authentication")

@@ -139,8 +139,10 @@ def raise_listed(
 
 
 @contextlib.contextmanager
-def raise_as(error: type[Exception], text: str, *kinds: type[Exception]) -> Generator[None]:
+def raise_as(error: type[Exception], text: str, *kinds: type[Exception], advice: str = "") -> Generator[None]:
     """Raise errors of these kinds within a context as one of another class, with a text and a colon before theirs.
+
+    `advice` is the end of the message.
 
     >>> with raise_as(FormatError, "a.json: expected a number", ValueError):
     ...     int("x")
@@ -151,7 +153,7 @@ def raise_as(error: type[Exception], text: str, *kinds: type[Exception]) -> Gene
     try:
         yield
     except kinds as problem:
-        raise error(f"{text}: {problem}") from problem
+        raise error(f"{text}: {problem}{advice}") from problem
 
 
 def warn(message: str) -> None:

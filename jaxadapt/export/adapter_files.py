@@ -51,6 +51,7 @@ from jaxadapt.persistence import (
     save_adapter,
     tensor_checks,
 )
+from jaxadapt.persistence.formats import orbax_folder
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.storage import atomic, hf_model, location, orbax
 
@@ -231,10 +232,11 @@ def extract_files(
     """
     settings = None if config is None else folder.read_config(config)
     with reporter(progress) as report, contextlib.ExitStack() as stack:
-        if orbax.is_checkpoint(checkpoint):
+        place = formats.look(checkpoint, report)
+        if orbax_folder.recognizes(place):
             tensors = _from_orbax(checkpoint, name, settings, keymap, lora_alpha)
-        elif location.is_file(location.to_location(checkpoint)):
-            stored = reading.open_stored(checkpoint, stack, report)
+        elif place.names is None:
+            stored = reading.open_stored(place, stack, report)
             if any(found.code == "image-file" for found in stored.findings):
                 raise FileError(
                     f"{stored.source}: the file is one image adapter; `jaxadapt convert` writes PEFT's folders"
@@ -293,7 +295,6 @@ def _from_orbax(
 ) -> PeftTensors:
     from jaxadapt.models.attachment import init
     from jaxadapt.models.foreign import tree as foreign
-    from jaxadapt.persistence.formats import orbax_folder
 
     if orbax_folder.read_recipe(path) is not None:
         with folder.open_adapter(path) as tensors:

@@ -43,6 +43,7 @@ from jaxadapt.core.errors import (
     MismatchError,
     Report,
     byte_counter,
+    raise_as,
     raise_listed,
 )
 from jaxadapt.merging.pairs import lora_pairs
@@ -68,10 +69,8 @@ class Field(NamedTuple):
 
 
 def _gguf() -> Any:
-    try:
+    with raise_as(FileError, "GGUF files need the package gguf", ModuleNotFoundError, advice=f"; run: {INSTALL}"):
         return importlib.import_module("gguf")
-    except ModuleNotFoundError as error:
-        raise FileError(f"GGUF files need the package gguf, which is not installed; run: {INSTALL}") from error
 
 
 def tensor_names(architecture: str, layers: int) -> Callable[[str], tuple[str, str] | None]:
@@ -258,11 +257,8 @@ class File:
         """Return a tensor in float32. Raises `FormatError` for a type that the package cannot read."""
         gguf, tensor = _gguf(), self.tensors[name]
         rows = np.frombuffer(self._data, "uint8", tensor.nbytes, tensor.start).reshape(*tensor.shape[:-1], -1)
-        try:
-            values: np.ndarray = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind])
-        except NotImplementedError as error:
-            raise FormatError(f"{self.path}: {name}: cannot read the type {tensor.kind}") from error
-        return values.reshape(tensor.shape)
+        with raise_as(FormatError, f"{self.path}: {name}: cannot read the type {tensor.kind}", NotImplementedError):
+            return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
 
     def _read_header(self, gguf: Any) -> None:
         """Read the fields and the tensors. Raises `ValueError` if the header is damaged."""

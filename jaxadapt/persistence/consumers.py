@@ -24,7 +24,7 @@ from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.table import FACTS
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import ConfigError, raise_as
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import expert_keys
 from jaxadapt.storage.location import HubAddress
@@ -680,10 +680,8 @@ def _plain_number(name: str, value: Any) -> Any:
     """Return a metric as a JSON value; convert a numpy or JAX array of one number to that number."""
     if value is None or isinstance(value, str | int | float | list | tuple | dict):
         return cast("Any", value)
-    try:
+    with raise_as(ConfigError, f"metrics: {name}: expected a number or text", TypeError, ValueError):
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"metrics: {name}: expected a number or text, found {type(value).__name__}") from error
 
 
 def _value(value: Any) -> str:

@@ -25,7 +25,6 @@ from jaxadapt.core.errors import (
     AdapterError,
     AttachError,
     FileError,
-    FormatError,
     MismatchError,
     Progress,
     Report,
@@ -353,7 +352,7 @@ def _push(
         files[PICTURE] = image
     new = consumers.card_text(info.config, info.tensors, info.file_bytes, page, place, PICTURE if image else None)
     path = source / location.CARD
-    card = _read_card(path) if location.exists(path) else None
+    card = formats.read_text(path) if location.exists(path) else None  # unreadable: another would be uploaded instead
     if card is None or not consumers.is_edited(card):
         card = hub.fetch_text(place, location.CARD, commit["token"])
         if card is not None and consumers.is_edited(card):
@@ -361,19 +360,6 @@ def _push(
     files[location.CARD] = consumers.merge_card(card, new).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
     return hub.upload(place, files, **commit, stale=sorted({*location.WEIGHTS} - {weights}), progress=progress)
-
-
-def _read_card(path: location.Location) -> str:
-    """Return the card of a folder. `write` only warns of an unreadable one; here another would be uploaded instead."""
-    try:
-        return location.read_text_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(
-            f"{path}: expected text in UTF-8, found byte 0x{error.object[error.start]:02x} at {error.start}; save it as"
-            " UTF-8, or delete it to have a new one written"
-        ) from error
-    except FileError as error:
-        raise FileError(f"{error}; delete it to have a new card written") from error
 
 
 def _picture(source: location.Location, info: Info, wanted: bool | None) -> bytes | None:

@@ -180,10 +180,8 @@ def make_record(
     """
     floats: dict[str, float] = {}
     for name, value in metrics.items():
-        try:
+        with raise_as(ConfigError, f"metrics: {name}: expected a number", TypeError, ValueError, OverflowError):
             floats[str(name)] = float(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"metrics: {name}: expected a number, found {value!r}") from error
     values = {} if best is None else {int(best[0]): float(best[1])}
     for mode, metric in objective.items():
         values = _rank_values({**values, step: floats.get(metric, math.nan)}, mode)
@@ -199,13 +197,11 @@ def _rank_values(values: Mapping[int, float], mode: str) -> dict[int, float]:
 
 def step_number(step: Any) -> int:
     """Return a step as an int. Raises `ConfigError` if it is not a nonnegative integer."""
-    try:
+    with raise_as(
+        ConfigError, "step: expected an integer, or 'best' or 'latest' to restore", TypeError,
+        advice="; call save(step, model) or restore(model, step)",
+    ):  # fmt: skip
         number = operator.index(step)
-    except TypeError:
-        raise ConfigError(
-            f"step: expected an integer, or 'best' or 'latest' to restore, found {type(step).__name__}; call save(step,"
-            " model) or restore(model, step)"
-        ) from None
     if not 0 <= number < 10**18:
         raise ConfigError(f"step: expected 0 or more, found {number}")
     return number

@@ -72,10 +72,8 @@ def base_shapes(base: Any) -> tensor_checks.Shapes | KeyMap:
     if isinstance(place, Path) and len(place.parts) == 1:
         from jaxadapt.keymaps import families
 
-        try:
+        with errors.raise_as(errors.FileError, f"{base}: no such folder or file", errors.KeyMapError):
             return families.get_family(str(base))
-        except errors.KeyMapError as problem:
-            raise errors.FileError(f"{base}: no such folder or file, and {problem}") from problem
     raise errors.FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
 
 

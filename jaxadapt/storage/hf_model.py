@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, numpy_dtype
-from jaxadapt.core.errors import FileError, FormatError, bullets, problems_text, raise_as, raise_listed
+from jaxadapt.core.errors import FileError, FormatError, raise_as, raise_listed
 from jaxadapt.core.lazy import np
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 
@@ -32,8 +32,8 @@ def read_index(path: location.Location) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{path}: expected an object weight_map of file names, found {str(weight_map)[:80]}")
     names = cast("dict[str, str]", weight_map)
-    if outside := sorted({name for name in names.values() if Path(name).name != name or name in ("", ".", "..")}):
-        raise FormatError(f"{path}: expected names of files beside it, found {problems_text(outside)}")
+    outside = sorted({name for name in names.values() if Path(name).name != name or name in ("", ".", "..")})
+    raise_listed(FormatError, f"{path}: expected names of files beside it, found:", outside)
     return names
 
 
@@ -66,13 +66,13 @@ def open_model(path: location.Location) -> Generator[TensorSource]:
             return
         index = read_index(main)
         names = dict.fromkeys(index.values())
-        if missing := [name for name in names if not location.exists(path / name)]:
-            raise FileError(
-                f"{path}: {main.name} names files that do not exist: {problems_text(missing)}; fetch them again"
-            )
+        raise_listed(
+            FileError,
+            f"{path}: {main.name} names files that do not exist; fetch them again:",
+            [name for name in names if not location.exists(path / name)],
+        )
         parts = {name: open_part(path / name) for name in names}
-        if wrong := _disagreements(index, parts):
-            raise FormatError(f"{main}: index and files disagree: {problems_text(wrong)}; fetch them again")
+        raise_listed(FormatError, f"{main}: index and files disagree; fetch them again:", _disagreements(index, parts))
         yield combine(str(path), list(parts.values()))
 
 
@@ -131,15 +131,13 @@ _QUANTIZED_SUFFIXES = {
 
 def refuse_packed(tensors: TensorSource) -> None:
     """Raise `FormatError` if the weights are quantized: their codes must not be taken for weights."""
-    keys_by_suffix = {suffix: [key for key in tensors.specs if key.endswith(suffix)] for suffix in _QUANTIZED_SUFFIXES}
-    suffix = next((suffix for suffix, keys in keys_by_suffix.items() if keys), None)
-    if suffix is not None:
-        raise FormatError(
-            f"{tensors.source}: its weights are quantized ({_QUANTIZED_SUFFIXES[suffix]}), and only dense"
-            " weights can be read:\n"
-            + bullets(keys_by_suffix[suffix])
-            + "\nDequantize them first (transformers: model.dequantize(), save_pretrained) and read the result."
-            " jaxadapt.models.quantize quantizes the result again; its nf4 values equal those of bitsandbytes"
+    for suffix, name in _QUANTIZED_SUFFIXES.items():
+        raise_listed(
+            FormatError,
+            f"{tensors.source}: its weights are quantized ({name}), and only dense weights can be read:",
+            [key for key in tensors.specs if key.endswith(suffix)],
+            "\nDequantize them first (transformers: model.dequantize(), save_pretrained) and read the result."
+            " jaxadapt.models.quantize quantizes the result again; its nf4 values equal those of bitsandbytes",
         )
 
 
@@ -191,11 +189,12 @@ def write_model(
             (folder / name).unlink(missing_ok=True)
         except (OSError, FileError) as error:
             remaining.append(f"{name} ({error})")
-    if remaining:
-        raise FileError(
-            f"{folder}: the new weights are in place, but these files of the old ones could not be deleted, and readers"
-            f" may take them instead; delete them yourself: {problems_text(remaining)}"
-        )
+    raise_listed(
+        FileError,
+        f"{folder}: the new weights are in place, but these files of the old ones could not be deleted, and readers may"
+        " take them instead; delete them yourself:",
+        remaining,
+    )
 
 
 def _current_files(folder: location.Location) -> set[str]:

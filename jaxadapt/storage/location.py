@@ -252,12 +252,11 @@ class Address(os.PathLike[str]):
                     fs.rm_file(temporary)
                 raise
 
-        try:
+        with raise_as(
+            FileError, f"{self._text}: cannot write: there is no such bucket or folder", FileNotFoundError,
+            advice="; create it first",
+        ):  # fmt: skip
             self.run("write", upload)
-        except FileNotFoundError as error:
-            raise FileError(
-                f"{self._text}: cannot write: there is no such bucket or folder; create it first"
-            ) from error
 
 
 Location = Path | Address
@@ -402,9 +401,9 @@ def is_same(one: Location, other: Location) -> bool:
         return one.samefile(other)
 
 
-def exists(place: Location, shown: Location | None = None) -> bool:
-    """Return True if a location exists, following links. Raises `FileError`, naming `shown`, if that is unknown."""
-    return _kind(place, shown) is not None
+def exists(place: Location) -> bool:
+    """Return True if a location exists, following links. Raises `FileError` if that is unknown."""
+    return _kind(place) is not None
 
 
 def is_dir(place: Location) -> bool:
@@ -417,7 +416,7 @@ def is_file(place: Location) -> bool:
     return _kind(place) == "file"
 
 
-def _kind(place: Location, shown: Location | None = None) -> str | None:
+def _kind(place: Location) -> str | None:
     """Return "file", "directory" or "other"; None if there is none. (`Path.exists` differs by version.)"""
     if isinstance(place, Address):
         return place.kind()
@@ -426,7 +425,7 @@ def _kind(place: Location, shown: Location | None = None) -> str | None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
-        raise file_error("read", str(place if shown is None else shown), error) from error
+        raise file_error("read", str(place), error) from error
     return {stat.S_IFDIR: "directory", stat.S_IFREG: "file"}.get(stat.S_IFMT(mode), "other")
 
 
@@ -539,10 +538,8 @@ class RemoteObject(ByteSource):
 
     def _fetch(self, start: int, stop: int) -> bytes:
         self._fetched = self._fetched or start > 0 or stop < self.size
-        try:
+        with raise_as(FileError, f"{self.path}: the object was deleted while it was read", FileNotFoundError):
             data = self._address.run("read", lambda fs, inner: fs.cat_file(inner, start=start, end=stop))
-        except FileNotFoundError as error:
-            raise FileError(f"{self.path}: the object was deleted while it was read") from error
         if len(data) != stop - start:
             raise FormatError(f"{self.path}: expected {stop - start} bytes at offset {start}, found {len(data)}")
         return data

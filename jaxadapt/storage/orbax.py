@@ -24,7 +24,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,18 +60,10 @@ def _resolve_location(path: str | os.PathLike[str]) -> location.Location:
     return place
 
 
-def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Return True if a path holds a complete Orbax checkpoint."""
-    place = location.to_location(path)
-    if isinstance(place, Path):
-        return any(location.exists(place / marker, shown=place) for marker in location.ORBAX_MARKERS)
-    if place.scheme == "hf":  # adapters of the Hub are recognized in its cache
-        return False
-    try:
-        names = {entry.name for entry in place.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return bool(names & set(location.ORBAX_MARKERS)) and COMMITTED in names
+def is_checkpoint(place: location.Location, names: Collection[str]) -> bool:
+    """Return True if a folder with these names holds a complete Orbax checkpoint."""
+    is_complete = not isinstance(place, location.Address) or COMMITTED in names
+    return is_complete and not frozenset(location.ORBAX_MARKERS).isdisjoint(names)
 
 
 def read_json(path: str | os.PathLike[str], item: str) -> Any:
@@ -189,15 +181,16 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
     The item of a checkpoint that is one bare tree (as v0 writes it) is "". Raises `FileError`, `FormatError`.
     """
     place = _resolve_location(path)
-    if not is_checkpoint(place):
+    with read_errors(place):
+        names = sorted(entry.name for entry in place.iterdir())
+    if not is_checkpoint(place, names):
         raise FileError(
             f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(location.ORBAX_MARKERS)}"
         )
-    with read_errors(place):
-        names = sorted(p.name for p in place.iterdir() if location.exists(p / "_METADATA"))
-    items = [item for item in names if not location.exists(place / item / _JSON)]
+    trees = [item for item in names if location.exists(place / item / "_METADATA")]
+    items = [item for item in trees if not location.exists(place / item / _JSON)]
     with _translate_errors(place), _context():
-        if location.exists(place / "_METADATA"):
+        if "_METADATA" in names:
             return {_ROOT_ITEM: _array_specs(ocp.v1.metadata(str(place), checkpointable_name=None).metadata)}
         return {item: _array_specs(ocp.v1.metadata(str(place), checkpointable_name=item).metadata) for item in items}
 

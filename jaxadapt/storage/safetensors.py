@@ -21,7 +21,14 @@ from types import TracebackType
 from typing import NamedTuple, cast
 
 from jaxadapt.arrays.tensor_source import NAMES, TensorSource, TensorSpec, aligned_empty, dtype_name, numpy_dtype
-from jaxadapt.core.errors import FileError, FormatError, MismatchError, problems_text, repeated
+from jaxadapt.core.errors import (
+    FileError,
+    FormatError,
+    MismatchError,
+    problems_text,
+    raise_listed,
+    repeated,
+)
 from jaxadapt.core.lazy import np, npt
 from jaxadapt.storage import atomic, local_files, location
 
@@ -334,9 +341,7 @@ def encode(
             sizes[key] = _byte_size(dtype, shape)
         except ValueError as error:
             problems.append(f"tensor {_show(key)}: {error}")
-    if problems:
-        raise FileError(f"{path}: cannot write: {problems_text(problems)}")
-
+    raise_listed(FileError, f"{path}: cannot write:", problems)
     tensors: dict[str, TensorInfo] = {}
     sorted_metadata = dict(sorted(metadata.items()))
     # Format the text directly: an object a tensor for `json` would cost more than all the rest.

@@ -30,7 +30,7 @@ from typing import IO, TypeVar, cast
 
 from jaxadapt.arrays.tensor_source import NAMES, Whole, aligned_empty, numpy_dtype
 from jaxadapt.core import paths
-from jaxadapt.core.errors import FormatError, problems_text
+from jaxadapt.core.errors import FormatError, raise_as, raise_listed
 from jaxadapt.core.lazy import np, npt
 from jaxadapt.storage import atomic, location, safetensors
 from jaxadapt.storage.local_files import LocalFile, file_error, flat_bytes
@@ -321,11 +321,12 @@ def _check_state_dict(value: object, path: str, size: int) -> dict[str, _Tensor]
             problems.append(f"{key!r}: expected a tensor, found {_describe(item)}")
         else:
             tensors[key] = item
-    if problems:
-        raise FormatError(
-            f"{path}: expected a state dict of tensors only: {problems_text(problems)}; save only "
-            "the state dict of a training checkpoint"
-        )
+    raise_listed(
+        FormatError,
+        f"{path}: expected a state dict of tensors only:",
+        problems,
+        "\nSave only the state dict of a training checkpoint",
+    )
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > _MAX_GROWTH * size + _FREE_GROWTH:
         raise FormatError(f"{path}: the tensors claim {total} bytes, more than a file of {size} bytes can hold")
@@ -356,10 +357,8 @@ class _Zip:
         self.state = load(io.BytesIO(self._record("data.pkl")), _parse_storage)
 
     def _record(self, name: str) -> bytes:
-        try:
+        with raise_as(zipfile.BadZipFile, "a record is missing", KeyError):
             info = self._zip.getinfo(self._root + name)
-        except KeyError:
-            raise zipfile.BadZipFile(f"record {name!r} is missing") from None
         # torch stores records uncompressed; a compressed record could unpack to any size.
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > self._size:
             raise zipfile.BadZipFile(f"record {name!r} is compressed, or claims more bytes than the file has")

@@ -94,7 +94,8 @@ def latest(kind: str, folder: Path) -> int:
             assert version is not None
             found = manager.adapter()
         case "orbax":
-            version = max(int(p.name) for p in folder.iterdir() if p.name.isdigit() and orbax.is_checkpoint(p))
+            steps = [p for p in folder.iterdir() if p.name.isdigit()]
+            version = max(int(p.name) for p in steps if orbax.is_checkpoint(p, {each.name for each in p.iterdir()}))
             found = _read(folder / str(version))
         case _:
             found = _read(folder)

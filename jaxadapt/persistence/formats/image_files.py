@@ -27,7 +27,7 @@ from jaxadapt.arrays.tensor_source import TensorSource, View, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, Report, byte_counter, raise_listed
+from jaxadapt.core.errors import AdapterError, FormatError, MismatchError, Report, byte_counter, raise_as, raise_listed
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence.formats import OPAQUE, Finding, Format, Opened, Place, Wanted, note
@@ -240,10 +240,11 @@ def _stated_alphas(
     if METADATA not in metadata or (layout.style, layout.method) != (DIFFUSERS, "LORA"):
         return {}
     place = f"{source}: {METADATA} of the header"
-    try:
+    with raise_as(
+        FormatError, f"{place}: expected a JSON object", ValueError, AttributeError, RecursionError,
+        advice="; save the file again with diffusers",
+    ):  # fmt: skip
         fields = dict(json.loads(metadata[METADATA]).items())
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{place}: expected a JSON object: {error}; save the file again with diffusers") from error
     by_model = {
         model: {key.removeprefix(f"{model}."): x for key, x in fields.items() if key.startswith(f"{model}.")}
         for model in layout.models

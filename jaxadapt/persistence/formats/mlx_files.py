@@ -28,6 +28,7 @@ from jaxadapt.core.errors import (
     MismatchError,
     Report,
     byte_counter,
+    raise_as,
     raise_listed,
     repeated,
 )
@@ -92,10 +93,10 @@ def parse_settings(text: str, source: str) -> lora.LoraConfig:
 
     Raises `ConfigError` for a full fine-tune, for missing or invalid numbers, and for a scale with two meanings.
     """
-    try:
+    with raise_as(
+        ConfigError, f"{source}: expected JSON, found", ValueError, RecursionError, advice="; write it again"
+    ):
         values: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: expected a JSON object, found invalid JSON ({error}); write it again") from error
     if not isinstance(values, dict) or not mlx_keys(values):
         raise ConfigError(
             f"{source}: expected mlx-lm's configuration with lora_parameters beside its weights; pass the folder that"

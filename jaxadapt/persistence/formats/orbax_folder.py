@@ -189,9 +189,7 @@ def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
 
 def recognizes(place: Place) -> bool:
     """Return True for a complete Orbax checkpoint."""
-    names = place.names or frozenset()
-    is_complete = not isinstance(place.at, location.Address) or orbax.COMMITTED in names
-    return is_complete and not names.isdisjoint(location.ORBAX_MARKERS)
+    return place.names is not None and orbax.is_checkpoint(place.at, place.names)
 
 
 @contextlib.contextmanager
@@ -246,13 +244,13 @@ def write_tensors(tensors: PeftTensors, target: location.Location, wanted: Wante
     from jaxadapt.persistence import load_adapter  # imports Flax, which a reader does not need
 
     arrays = dataclasses.replace(tensors, tensors={key: np.asarray(tensors.tensors[key]) for key in tensors.tensors})
-    try:
+    with raise_as(
+        MismatchError,
+        f"{tensors.source}: only a model has places for all tensors of this adapter in an Orbax checkpoint; load it"
+        " into its model, and call jaxadapt.save(model, path, format='orbax')",
+        AdapterError,
+    ):
         adapter = load_adapter.with_pytorch_names(arrays)
-    except AdapterError as error:
-        raise MismatchError(
-            f"{tensors.source}: only a model has places for all tensors of this adapter in an Orbax checkpoint; load it"
-            f" into its model, and call jaxadapt.save(model, path, format='orbax'). {error}"
-        ) from error
     write(adapter, target, report)
     return len(tensors.tensors)
 

@@ -39,6 +39,7 @@ from jaxadapt.core.errors import (
     Report,
     bullets,
     byte_counter,
+    raise_as,
     raise_listed,
     reporter,
     warn,
@@ -126,13 +127,13 @@ def _has_text(raw: str, text: str) -> bool:
 
 def parse_copy(raw: str, weights: location.Location) -> tuple[Config, object]:
     """Parse a header's copy: return the configuration, and the digest of the JSON that its save replaces."""
-    try:
+    with raise_as(
+        FormatError, f"{weights}: the metadata {META!r} of its header is damaged",
+        ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError,
+        advice="; save or fetch it again",
+    ):  # fmt: skip
         document = json.loads(raw)
         return Config.from_dict(document["config"], "its configuration"), document.get("replaces")
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError) as error:
-        raise FormatError(
-            f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
-        ) from error
 
 
 def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
