@@ -228,7 +228,6 @@ def print_finding(found: Finding) -> None:
 # ---------------------------------------------------------------- diff
 
 
-_STEP = re.compile(r"step-(\d+)\.safetensors")
 _MAX_DIFFERENCES = 8
 
 
@@ -274,13 +273,13 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
 
 def _open(path: str) -> contextlib.AbstractContextManager[jaxadapt.PeftTensors]:
     """Open an adapter, or the only adapter of a run's step."""
-    from jaxadapt.persistence import folder
+    from jaxadapt.persistence import folder, run_folder
 
     place = location.to_location(path)
-    step = _STEP.fullmatch(place.name)
+    step = run_folder.number_in(place.name)
     if step is None:
         return folder.open_adapter(path)
-    tensors = jaxadapt.to_peft(jaxadapt.CheckpointManager(place.parent).adapter(int(step[1])))
+    tensors = jaxadapt.to_peft(jaxadapt.CheckpointManager(place.parent).adapter(step))
     return contextlib.nullcontext(dataclasses.replace(tensors, source=path))
 
 

@@ -91,11 +91,9 @@ def checkpoints_command(
     if step is not None and out is None:
         raise click.UsageError("--step selects the step to export; add --export FOLDER")
     rows = {s: run.metrics(s) for s in run.steps}
-    if not rows and not location.exists(run.folder):
-        raise jaxadapt.FileError(f"{folder}: no such folder; pass the folder of a jaxadapt.CheckpointManager")
     if not rows:
-        raise jaxadapt.AdapterError(
-            f"{folder}: no checkpoint found; expected the step-….safetensors files of a CheckpointManager"
+        raise jaxadapt.FileError(
+            f"{folder}: no checkpoint found; pass the folder of a jaxadapt.CheckpointManager, with step-….safetensors"
         )
     objective = run.objective
     best = run.best if objective else None

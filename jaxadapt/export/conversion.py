@@ -126,9 +126,7 @@ def convert_format(
 
 
 def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Raise `FileError` for a target that would replace the source, or that is an address of the Hub."""
-    if location.is_hub_address(target):
-        raise FileError(f"{target}: expected a local folder or file; upload it with jaxadapt push")
+    """Raise `FileError` for a target that would replace the source."""
     if not location.is_hub_address(source) and location.is_same(*map(location.to_location, (source, target))):
         raise FileError(f"{os.fspath(target)}: the target is the source; choose another name")
 

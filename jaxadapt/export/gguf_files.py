@@ -470,27 +470,22 @@ def _find_architecture(name: object, known: Mapping[str, Architecture], source: 
     return known[str(name)]
 
 
-def interleave_rows(values: Array, heads: int | None) -> Array:
-    """Return the rows of queries or keys in llama.cpp's order: row i and row i + half of a head become neighbors.
+INTERLEAVED, HALVES = (2, -1), (-1, 2)
+"""The axes of a head's rows before they are exchanged for llama.cpp's order, and for transformers'."""
+
+
+def reorder_rows(values: Array, heads: int | None, axes: tuple[int, int]) -> Array:
+    """Return the rows of queries or keys in another order: row i and row i + half of a head are neighbors in llama.cpp.
 
     Without heads, the rows stay.
 
     >>> import numpy as np
-    >>> interleave_rows(np.array([[0], [1], [2], [3]]), heads=1).T
+    >>> reorder_rows(np.array([[0], [1], [2], [3]]), 1, INTERLEAVED).T
     array([[0, 2, 1, 3]])
-    """
-    turned = values if heads is None else values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2)
-    return turned.reshape(values.shape)
-
-
-def deinterleave_rows(values: Array, heads: int | None) -> Array:
-    """Return rows in transformers' order; the inverse of `interleave_rows`.
-
-    >>> import numpy as np
-    >>> deinterleave_rows(np.array([[0], [2], [1], [3]]), heads=1).T
+    >>> reorder_rows(np.array([[0], [2], [1], [3]]), 1, HALVES).T
     array([[0, 1, 2, 3]])
     """
-    turned = values if heads is None else values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2)
+    turned = values if heads is None else values.reshape(heads, *axes, *values.shape[1:]).swapaxes(1, 2)
     return turned.reshape(values.shape)
 
 
@@ -556,7 +551,7 @@ class GgufTensors(TensorSource):
         return 1.0 if self.base.architecture.shifted and key.endswith("norm.weight") else 0.0
 
     def read(self, key: str) -> np.ndarray:
-        values = deinterleave_rows(self._file.read(self.names[key]), self.base.head_count(self._kinds[key]))
+        values = reorder_rows(self._file.read(self.names[key]), self.base.head_count(self._kinds[key]), HALVES)
         values = values.T if self._is_turned(key) else values
         return np.ascontiguousarray(values - np.float32(self._shift(key)) if self._shift(key) else values)
 
@@ -567,7 +562,7 @@ class GgufTensors(TensorSource):
             return values  # a head of its own
         values = values + np.float32(self._shift(key)) if self._shift(key) else values
         values = values.T if self._is_turned(key) else values
-        return interleave_rows(values, self.base.head_count(self._kinds[key]))
+        return reorder_rows(values, self.base.head_count(self._kinds[key]), INTERLEAVED)
 
 
 def _candidates(base: Base, has_gate: bool) -> list[str]:
@@ -610,7 +605,7 @@ def write_adapter(
     def get(name: str) -> np.ndarray:
         key, heads, turned = plan[name]
         values = np.asarray(arrays[key])
-        return values.T if turned else interleave_rows(values, heads)
+        return values.T if turned else reorder_rows(values, heads, INTERLEAVED)
 
     write(path, base.architecture.name, fields, specs, get, report, "export", ahead=True)
     return len(specs)

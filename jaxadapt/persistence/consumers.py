@@ -24,6 +24,7 @@ from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs import lora
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.table import FACTS
+from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, raise_as
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.persistence import expert_keys
@@ -285,9 +286,8 @@ def grouped(readers: Iterable[Reader]) -> list[tuple[str, str, tuple[str, ...], 
 
     The worst come first.
     """
-    groups: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
-    for reader in (reader for verdict in WORDS for reader in readers if reader.verdict == verdict):
-        groups.setdefault((reader.verdict, reader.reasons, reader.remedy), []).append(reader.name)
+    wrong = (reader for verdict in WORDS for reader in readers if reader.verdict == verdict)
+    groups = paths.group(((reader.verdict, reader.reasons, reader.remedy), reader.name) for reader in wrong)
     return [(verdict, ", ".join(names), reasons, remedy) for (verdict, reasons, remedy), names in groups.items()]
 
 
@@ -349,12 +349,9 @@ def _key_properties(config: Config, keys: list[str], found: Mapping[str, str]) -
 
 def _partial_layers(keys: Iterable[str]) -> str:
     """Return the first module that some layers lack, as far as the keys show it; "" if no layer lacks one."""
-    layers: dict[str, set[int]] = {}
-    for key in keys:
-        match = _PAIR.fullmatch(key)
-        parts = re.fullmatch(r"(.+?)\.(\d{1,18})\.(.+)", match[1]) if match else None
-        if parts:
-            layers.setdefault(f"{parts[1]}.*.{parts[3]}", set()).add(int(parts[2]))
+    modules = dict.fromkeys(match[1] for match in map(_PAIR.fullmatch, keys) if match)
+    split = filter(None, (re.fullmatch(r"(.+?)\.(\d{1,18})\.(.+)", module) for module in modules))
+    layers = paths.group((f"{parts[1]}.*.{parts[3]}", int(parts[2])) for parts in split)
     most = max((max(numbers) for numbers in layers.values()), default=-1) + 1
     missing = [name.removeprefix(PEFT_PREFIX) for name, numbers in layers.items() if len(numbers) < most]
     return f"{missing[0]} of some layers" if missing else ""

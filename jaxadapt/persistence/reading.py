@@ -38,8 +38,7 @@ def open_stored(
     source, at = os.fspath(place.path), place.at
     if place.names is None and at.suffix == ".json":
         return peft_folder.StoredAdapter(source, lambda: formats.read_text(at))
-    if place.names is None and run_folder.NAME.fullmatch(at.name):
-        step = at.name.removeprefix("step-").partition(".")[0].lstrip("0") or "0"
+    if place.names is None and (step := run_folder.number_in(at.name)) is not None:
         finding = error(
             "training-run", (at.name,), f"{at.name} is a training checkpoint of jaxadapt, in the model's own layout",
             formats.EXPECTED, f"run: jaxadapt checkpoints {at.parent} --step {step} --export OUT",

@@ -469,8 +469,6 @@ def to_peft(
 
 def adapter_folder(path: str | os.PathLike[str], name: str) -> location.Location:
     """Return the folder of the adapter called `name`: a subfolder for all but "default", as in PEFT."""
-    if location.is_hub_address(path):
-        raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(model, 'org/name')")
     if name == "default":
         return location.to_location(path)
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):  # pyright: ignore[reportUnnecessaryIsInstance]

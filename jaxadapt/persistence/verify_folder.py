@@ -510,8 +510,6 @@ def repair(
     (('2 keys: the prefix base_model.model. added',), 'base_model.model.q.lora_A.weight')
     """
     target = _default_target(path) if out is None else out
-    if location.is_hub_address(target):
-        raise errors.FileError(f"{target}: expected a local folder; pass out=, then upload it with jaxadapt.push")
     with errors.reporter(progress) as report, contextlib.ExitStack() as stack:
         tensors, done = apply_fixes(open_stored(path, stack, report))
         if tensors is None:

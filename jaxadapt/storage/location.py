@@ -266,8 +266,8 @@ def _open_store(text: str) -> tuple[Any, str]:
     scheme = text.partition("://")[0]
     if is_hub_address(text):
         raise FileError(
-            f"{text}: this call takes no Hub address; read adapters with load, read or pull, upload them with push, and"
-            " download a base model with `hf download ORG/NAME --local-dir FOLDER`"
+            f"{text}: expected a local folder; upload to the Hub with jaxadapt.push, read adapters with load, read or"
+            " pull, and download a base model with `hf download ORG/NAME --local-dir FOLDER`"
         )
     try:
         import fsspec

@@ -472,7 +472,7 @@ def test_no_connection(fresh_s3: str):
 def test_addresses_that_nothing_knows(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(jaxadapt.FileError, match="nowhere://x/y: Protocol not known: nowhere; expected a path, or"):
         jaxadapt.read("nowhere://x/y")
-    with pytest.raises(jaxadapt.FileError, match="hf://org/name: this call takes no Hub address"):
+    with pytest.raises(jaxadapt.FileError, match="hf://org/name: expected a local folder; upload to the Hub"):
         jaxadapt.CheckpointManager("hf://org/name")
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)

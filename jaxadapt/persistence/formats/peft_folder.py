@@ -348,8 +348,6 @@ def write_folder(
             f"write: expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
             " write models, variables and Adapters with jaxadapt.save"
         )
-    if location.is_hub_address(path):
-        raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(tensors, 'org/name')")
     folder = location.to_location(path)
     kinds = _file_kinds(tensors, folder)
     made = atomic.make_folder(folder)
