@@ -158,16 +158,6 @@ def undo_start_command(adapter: str, first: str, out: str, as_json: bool) -> Non
 # ---------------------------------------------------------------- convert
 
 
-def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not equals or not name or not value.isdecimal() or int(value) < 1:
-            raise click.BadParameter(f"expected NAME=SIZE with a positive integer, found {text!r}")
-        sizes[name] = int(value)
-    return sizes
-
-
 @click.command("convert", short_help="Change the file format, dtype or library of an adapter.")
 @click.argument("sources", metavar="SOURCE…", nargs=-1, required=True, type=click.Path())
 @click.argument("target", type=click.Path())
@@ -179,7 +169,8 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 )
 @click.option("--lora-alpha", type=float, help="Alpha that a SOURCE tree was trained with.")
 @click.option("--like", type=click.Path(), help="A .safetensors file to read the model's shapes from.")
-@click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE", callback=_parse_sizes,
+@click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE",
+              callback=output.named_values("NAME=SIZE", click.IntRange(1)),
               help="Size of one axis of the model, instead of --like.")  # fmt: skip
 @click.option("--on-shared", type=click.Choice(["concat"]),
               help="If modules share one A in TARGET, concatenate their As.")  # fmt: skip

@@ -25,6 +25,18 @@ dtype: Callable[[Any], Any] = click.option(
 )
 
 
+def named_values(form: str, convert: Callable[[str], Any]) -> Callable[..., dict[str, Any]]:
+    """Return a callback of click that reads the texts NAME=VALUE of an option as `{name: convert(value)}`."""
+
+    def parse(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
+        split = {text: text.partition("=") for text in texts}
+        if wrong := [text for text, (name, equals, _) in split.items() if not name or not equals]:
+            raise click.BadParameter(f"expected {form}, found {wrong[0]!r}")
+        return {name: convert(value) for name, _, value in split.values()}
+
+    return parse
+
+
 _PIPE_WIDTH = 4096
 """Width without a terminal, unless COLUMNS is set: lines are not folded, so that grep finds whole lines."""
 

@@ -273,17 +273,11 @@ def export_command(
 # ---------------------------------------------------------------- push
 
 
-def _parse_metrics(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float | str]:
-    metrics: dict[str, float | str] = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise click.BadParameter(f"expected NAME=VALUE, found {text!r}")
-        try:
-            metrics[name] = float(value)
-        except ValueError:
-            metrics[name] = value
-    return metrics
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @click.command("push", short_help="Upload an adapter to the Hugging Face Hub.")
@@ -299,7 +293,7 @@ def _parse_metrics(ctx: click.Context, param: click.Parameter, values: tuple[str
     "metrics",
     multiple=True,
     metavar="NAME=VALUE",
-    callback=_parse_metrics,
+    callback=output.named_values("NAME=VALUE", _number_or_text),
     help="Result to show on the model card.",
 )
 @click.option(
