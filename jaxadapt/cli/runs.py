@@ -376,10 +376,9 @@ def _copy_adapter(source: Path, target: str) -> location.Location:
             f"{out}: cannot write {weights} here, because the folder already contains {stale[0]} and a reader could "
             "load that file instead; choose another folder"
         )
-    atomic.make_folder(out)
     # Replace the configuration right after the weights, as `folder.write` does.
     names = [name for name in (weights, location.CONFIG, location.CARD) if location.exists(source / name)]
-    with atomic.lock_directory(out), atomic.replacing_all([out / name for name in names]) as writers:
+    with atomic.open_folder(out), atomic.replacing_all([out / name for name in names]) as writers:
         for name, writer in zip(names, writers, strict=True):
             writer.write(memoryview((source / name).read_bytes()))
     return out

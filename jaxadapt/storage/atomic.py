@@ -51,17 +51,27 @@ def make_folder(folder: location.Location) -> list[Path]:
         return []
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in new:
-            # A writable folder need not be readable, and a folder that cannot be opened cannot be flushed.
-            with contextlib.suppress(PermissionError):
-                flush_directory(path.parent)
+        with _removed_if_failed(new):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in new:
+                # A writable folder need not be readable, and a folder that cannot be opened cannot be flushed.
+                with contextlib.suppress(PermissionError):
+                    flush_directory(path.parent)
     except (OSError, ValueError) as error:
-        for path in new:
-            with contextlib.suppress(OSError, ValueError):
-                path.rmdir()
         raise file_error("create the folder", str(folder), error, "choose another path") from error
     return new
+
+
+@contextlib.contextmanager
+def _removed_if_failed(folders: Sequence[Path]) -> Generator[None]:
+    """Remove the empty ones of these folders, innermost first, if the block raises an exception."""
+    try:
+        yield
+    except BaseException:
+        for folder in folders:
+            with contextlib.suppress(OSError, ValueError):
+                folder.rmdir()
+        raise
 
 
 def flush_tree(folder: Path, display_path: Path) -> None:
@@ -209,13 +219,8 @@ def clean_target(path: str | os.PathLike[str]) -> Generator[None]:
     remove_leftovers(target, ".+", folders=True)
     if remove_leftovers(target.parent, re.escape(target.name), folders=True):
         empty.append(target.parent)
-    try:
+    with _removed_if_failed(empty):
         yield
-    except BaseException:
-        for folder in empty:
-            with contextlib.suppress(OSError, ValueError):
-                folder.rmdir()
-        raise
 
 
 def cleans(argument: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -304,6 +309,13 @@ def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
                 fd = stack.enter_context(opened(directory, _FOLDER))
                 stack.callback(_unlock, fd)
                 lock(fd, wait=True)
+        yield
+
+
+@contextlib.contextmanager
+def open_folder(folder: location.Location) -> Generator[None]:
+    """Create a folder durably and hold its lock; if the block fails, remove the new folders that are empty."""
+    with _removed_if_failed(make_folder(folder)), lock_directory(folder):
         yield
 
 

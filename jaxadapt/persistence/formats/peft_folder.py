@@ -350,15 +350,8 @@ def write_folder(
         )
     folder = location.to_location(path)
     kinds = _file_kinds(tensors, folder)
-    made = atomic.make_folder(folder)
-    try:
-        with reporter(progress) as report, atomic.lock_directory(folder):
-            _replace(tensors, kinds, folder, wanted, report, put)
-    except BaseException:
-        for new in made:  # remove the empty folders that this call created
-            with contextlib.suppress(OSError):
-                new.rmdir()
-        raise
+    with atomic.open_folder(folder), reporter(progress) as report:
+        _replace(tensors, kinds, folder, wanted, report, put)
     return len(kinds)
 
 
