@@ -243,8 +243,7 @@ def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
     """Return the digits of the values at some indices of each array, in the file's scale."""
     from jaxadapt.arrays.layout import to_file_scale
 
-    gather = jax.jit(lambda array, where: array[where])
-    parts = [(key, *part) for key, (array, where, _) in requests.items() for part in _read_parts(gather, array, where)]
+    parts = [(key, *part) for key, (array, where, _) in requests.items() for part in _read_parts(array, where)]
     found = {key: dict.fromkeys(range(len(indices)), _ELSEWHERE) for key, (_, indices, _) in requests.items()}
     for (key, numbers, _), values in zip(parts, jax.device_get([values for _, _, values in parts]), strict=True):
         form = requests[key][2]
@@ -253,7 +252,7 @@ def _take(requests: Mapping[str, _Request]) -> dict[str, str]:
     return {key: "".join(digits.values()) for key, digits in found.items()}
 
 
-def _read_parts(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> list[tuple[list[int], Any]]:
+def _read_parts(array: Any, indices: list[tuple[int, ...]]) -> list[tuple[list[int], Any]]:
     """Return the values at some indices of an array in parts, each with the numbers of its indices.
 
     Arrays in the host's memory are read in place. The others are read on their devices, each shard on its own: on a
@@ -274,7 +273,7 @@ def _read_parts(gather: Any, array: Any, indices: list[tuple[int, ...]]) -> list
             local = [*where.values()]
             padded = local if is_on_host else [*local, *local[-1:] * (VALUES - len(local))]
             axes = tuple(np.asarray(axis, np.int32) for axis in zip(*padded, strict=True))
-            parts.append((list(where), np.asarray(shard.data)[axes] if is_on_host else gather(shard.data, axes)))
+            parts.append((list(where), (np.asarray(shard.data) if is_on_host else shard.data)[axes]))
             left = {number: index for number, index in left.items() if number not in where}
     return parts
 
