@@ -346,7 +346,6 @@ class Exported:
         return dataclasses.asdict(self)
 
 
-@atomic.cleans("path")
 def export_adapter(
     source: Any,
     path: Path,
@@ -411,7 +410,7 @@ def export_adapter(
         )
     facts = gguf_files.read_base(base) if chosen.style == "gguf" and base is not None else None
     tied = facts.tied if facts else hf_model.read_tied(None if base is None else location.to_location(base))
-    with reporter(progress) as report, _open(source, report) as tensors:
+    with atomic.clean_target(path), reporter(progress) as report, _open(source, report) as tensors:
         tensors, stacks = expert_files.split(tensors, chosen.style, base)
         tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
         tensors = expert_files.to_form(tensors, chosen.name, base)

@@ -108,7 +108,6 @@ def unknown_names_error(shapes: Mapping[str, tuple[int, ...]]) -> KeyMapError:
 SHARD = 5_000_000_000
 
 
-@atomic.cleans("path")
 def export_base(
     model: Any,
     path: str | os.PathLike[str],
@@ -198,7 +197,7 @@ def export_base(
     def not_finite_error(keys: list[str]) -> MismatchError:
         return MismatchError(f"{target}: {regions.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
 
-    with reporter(progress) as report, name_donated_arrays(leaves):
+    with atomic.clean_target(path), reporter(progress) as report, name_donated_arrays(leaves):
         total = write_folder(
             target, specs, read, not_finite_error if strict else None, max_shard_size, other_files, "export", report
         )

@@ -67,7 +67,6 @@ class Written(NamedTuple):
     lora_alpha: float | None
 
 
-@atomic.cleans("target")
 def convert_format(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -110,7 +109,7 @@ def convert_format(
         where = " for a file whose name ends in .safetensors" if is_single else " for a folder"
         formats.require_style(place, format, FILES if is_single else FOLDERS, where)
     refuse_same(source, target)
-    with reporter(progress) as report, _open_parts(source, report) as opened:
+    with atomic.clean_target(target), reporter(progress) as report, _open_parts(source, report) as opened:
         origin = next(iter(opened.values()))
         style = format or (origin.style if is_single else "safetensors")
         if not style:
@@ -268,7 +267,6 @@ class TreeOptions:
             )
 
 
-@atomic.cleans("target")
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -309,7 +307,8 @@ def convert(
             return done[0]._replace(path=str(target), tensors=sum(part.tensors for part in done))
     if dtype is not None:
         raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
-    return _convert_layout(source, target, options, from_tree, to_tree, format or "safetensors", progress)
+    with atomic.clean_target(target):
+        return _convert_layout(source, target, options, from_tree, to_tree, format or "safetensors", progress)
 
 
 def _is_adapter_file(path: str | os.PathLike[str]) -> bool:

@@ -345,7 +345,6 @@ def _is_headless(path: location.Location) -> bool:
 # ---------------------------------------------------------------- merge
 
 
-@atomic.cleans("out")
 def merge_folder(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -394,7 +393,7 @@ def merge_folder(
             ),
         },
     )
-    with reporter(progress) as report, hf_model.open_model(source) as base_tensors:
+    with atomic.clean_target(out), reporter(progress) as report, hf_model.open_model(source) as base_tensors:
         hf_model.refuse_packed(base_tensors)
         config = base_folder / hf_model.CONFIG
         plan = plan_merge(base_tensors, config, _read_adapter(adapter, base_tensors, allow_nan, report))
@@ -509,7 +508,6 @@ _FLOATS = {"F32", "F16", "BF16"}
 """The types whose values are those of the model; the others are quantized."""
 
 
-@atomic.cleans("out")
 def merge_gguf(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -550,7 +548,7 @@ def merge_gguf(
     file = gguf_files.File(source)
     tensors = gguf_files.GgufTensors(file, gguf_files.gguf_base(file))
     kind = _matrix_kind(file, dtype)
-    with reporter(progress) as report:
+    with atomic.clean_target(out), reporter(progress) as report:
         exact = tensors if {tensor.kind for tensor in file.tensors.values()} <= _FLOATS else None
         plan = plan_merge(tensors, source, _read_adapter(adapter, exact, allow_nan, report), tensors.base.tied)
         added = {"output.weight": "lm_head.weight"} if plan.is_untied else {}

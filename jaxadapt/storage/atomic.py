@@ -16,8 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
-import inspect
 import mmap
 import os
 import re
@@ -25,9 +23,8 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from jaxadapt.core.errors import FileError, raise_as
 from jaxadapt.storage import location
@@ -164,10 +161,6 @@ def opened(path: str | os.PathLike[str], flags: int) -> Generator[int]:
 # ---------------------------------------------------------------- leftovers
 
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
 def lock(fd: int, *, wait: bool) -> bool:
     """Lock an open file or folder; return False if another process holds the lock."""
     try:
@@ -221,22 +214,6 @@ def clean_target(path: str | os.PathLike[str]) -> Generator[None]:
         empty.append(target.parent)
     with _removed_if_failed(empty):
         yield
-
-
-def cleans(argument: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Return a decorator that runs a function in `clean_target` of the path in one of its arguments."""
-
-    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            with clean_target(signature.bind(*args, **kwargs).arguments[argument]):
-                return function(*args, **kwargs)
-
-        return run
-
-    return decorate
 
 
 # ---------------------------------------------------------------- atomic
