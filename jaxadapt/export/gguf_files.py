@@ -175,14 +175,10 @@ def _header(
             writer.add_key_value(name, field.value, gguf.GGUFValueType[field.type], item)
         for name, (kind, shape) in specs.items():
             writer.add_tensor_info(name, shape, np.dtype("float32"), sizes[name], gguf.GGMLQuantizationType[kind])
-        try:
+        with local_files.file_errors("write", target), contextlib.closing(writer):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-        except OSError as error:
-            raise FileError(f"{target}: cannot write: {error.strerror or error}") from error
-        finally:
-            writer.close()
         return path.read_bytes(), writer.data_alignment
 
 
@@ -240,14 +236,11 @@ class File:
         self.path: location.Location = location.to_location(path)
         if isinstance(self.path, location.Address) or not location.is_file(self.path):
             raise FileError(f"{self.path}: expected a local GGUF file, found none")
-        try:
+        expected = f"{self.path}: expected a GGUF file, found other bytes"
+        with local_files.read_errors(self.path), raise_as(FormatError, expected, ValueError, KeyError):
             with self.path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._read_header(gguf)
-        except OSError as error:
-            raise local_files.file_error("read", str(self.path), error) from error
-        except (ValueError, KeyError) as error:
-            raise FormatError(f"{self.path}: expected a GGUF file, found other bytes ({error})") from error
 
     def value(self, name: str, default: Any = None) -> Any:
         """Return the value of a field, or the default."""
