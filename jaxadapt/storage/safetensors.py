@@ -530,22 +530,10 @@ class TensorFile(TensorSource):
             self.close()
 
 
-def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Read all tensors of a file, or some, into memory that XLA's CPU client uses without a copy.
-
-    Raises:
-        FormatError, FileError: see `read_header`.
-        MismatchError: the file lacks some of `keys`; names all of them.
-    """
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Read all tensors of a file into memory that XLA's CPU client uses without a copy; see `read_header`."""
     with TensorFile(path) as file:
-        wanted = list(file) if keys is None else list(keys)
-        if missing := [key for key in wanted if key not in file]:
-            raise MismatchError(
-                f"{file.path}: expected tensors {problems_text([repr(key) for key in missing])}, "
-                f"but the file lacks them; it holds {problems_text([repr(key) for key in file])}"
-            )
-        tensors = file.read_many(wanted)
-        return {key: tensors[key] for key in wanted}
+        return file.read_many(file)
 
 
 def checked_bits(path: str, key: str, value: np.ndarray, dtype: str, shape: Sequence[int]) -> np.ndarray:

@@ -99,7 +99,6 @@ def test_output_does_not_depend_on_the_order_of_arguments(tmp_path: Path) -> Non
 def test_empty(tmp_path: Path) -> None:
     assert save(tmp_path / "f", {}) == struct.pack("<Q", 8) + b"{}      "
     assert codec.read(tmp_path / "f") == {}
-    assert codec.read(tmp_path / "f", []) == {}
 
 
 # --- layouts ------------------------------------------------------------------------------------------------
@@ -255,10 +254,11 @@ def test_a_tensor_is_released_before_the_next_one_is_computed(tmp_path: Path) ->
 def test_keys_and_lazy_file(tmp_path: Path) -> None:
     tensors = {key: filled((3, 2), np.dtype("f2"), seed) for seed, key in enumerate("abcd")}
     save(tmp_path / "f", tensors)
-    assert list(codec.read(tmp_path / "f", ["c", "a"])) == ["c", "a"]
-    with pytest.raises(MismatchError, match=r"f: expected tensors 'x'; 'y'.*it holds 'a'"):
-        codec.read(tmp_path / "f", ["a", "x", "y"])
     with codec.TensorFile(tmp_path / "f") as file:
+        assert file.read_many([]) == {}
+        assert file.read_many(["c", "a"]).keys() == {"a", "c"}
+        with pytest.raises(KeyError, match="x"):
+            file.read_many(["a", "x"])
         assert list(file) == list(tensors)
         assert len(file) == 4
         assert "a" in file
