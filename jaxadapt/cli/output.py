@@ -16,6 +16,7 @@ from jaxadapt.core.errors import escape_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 as_json: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dtype: Callable[[Any], Any] = click.option(
@@ -85,11 +86,16 @@ def print_indented(text: str) -> None:
     click.echo(_indent(text))
 
 
-def print_pairs(rows: Iterable[tuple[str, str | None]]) -> None:
-    """Print names and values, folded to the terminal's width; a value of None leaves its row out."""
+def _table(gap: int, **options: Any) -> Table:
+    """Return an empty table without lines, with a gap between its columns."""
     from rich.table import Table
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    return Table(box=None, padding=(0, gap, 0, 0), header_style="bold", **options)
+
+
+def print_pairs(rows: Iterable[tuple[str, str | None]]) -> None:
+    """Print names and values, folded to the terminal's width; a value of None leaves its row out."""
+    table = _table(2, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -100,14 +106,12 @@ def print_pairs(rows: Iterable[tuple[str, str | None]]) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
     """Print a table folded to the terminal's width, names at their dots; align the columns in `numbers` right."""
-    from rich.table import Table
-
     console = _console()
     numbers = [escape_text(name) for name in numbers]
     columns, *rows = [tuple(map(escape_text, row)) for row in (columns, *rows)]
     natural = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     widths = _fit_widths(natural, console.width - 2 * (len(columns) - 1))
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table = _table(2, pad_edge=False)
     for column, width in zip(columns, widths, strict=True):
         table.add_column(column, overflow="fold", width=width, justify="right" if column in numbers else "left")
     for row in rows:
@@ -176,7 +180,6 @@ def print_heat(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]
 ) -> None:
     """Print an empty line and a heat map: a table of numbers on shades of blue, or several if it is too wide."""
-    from rich.table import Table
     from rich.text import Text
 
     from jaxadapt.analysis.changes import number_text
@@ -187,7 +190,7 @@ def print_heat(
     high = max((v for row in values for v in row if v is not None and math.isfinite(v)), default=0.0) or 1.0
     label_width = max(len("layer"), *map(len, rows)) + 1
     for begin, end in _split_columns([max(len(c), 6) + 1 for c in columns], console.width - label_width):
-        table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+        table = _table(1)
         table.add_column("layer", justify="right", no_wrap=True)
         for column in columns[begin:end]:
             table.add_column(column, justify="right", overflow="fold")

@@ -414,7 +414,7 @@ def export_adapter(
         tensors, stacks = expert_files.split(tensors, chosen.style, base)
         tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
         tensors = expert_files.to_form(tensors, chosen.name, base)
-        plain = expert_files.stack(_plain(tensors, chosen, base, first, dtype), stacks)
+        plain = expert_files.stack_experts(_plain(tensors, chosen, base, first, dtype), stacks)
         plain = expert_files.name_shared(
             dataclasses.replace(plain, config=plain.config.replace(inference_mode=True)), chosen.name
         )

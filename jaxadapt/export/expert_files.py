@@ -23,7 +23,7 @@ mlx-lm and llama.cpp have one pair of stacks for all experts of a layer:
 
     PEFT's parameters     "…experts.base_layer.lora_A.weight" (e·r, in)  ──split──►  single experts, gate and up joint
     single experts        "…experts.3.up_proj.lora_A.weight" (r, in)
-        ──plain_lora──►  one rank  ──stack──►  "…experts.up_proj.lora_A.weight" (e, r, in), B (e, out, r)
+        ──plain_lora──►  one rank  ──stack_experts──►  "…experts.up_proj.lora_A.weight" (e, r, in), B (e, out, r)
 
 transformers 5 holds gate and up of all experts in one parameter, as halves of the outputs or interleaved (GPT-OSS).
 PEFT's A of Llama 4 reads the outputs, because this module lacks `is_transposed`. The programs hold gate, up and down
@@ -47,8 +47,7 @@ import numpy as np
 
 from jaxadapt.adapters import experts
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, cut, rename
-from jaxadapt.arrays.tensor_source import stack as stack_tensors
+from jaxadapt.arrays.tensor_source import TensorSource, as_source, combine, cut, rename, stack
 from jaxadapt.configs import matching
 from jaxadapt.configs.lora import LoraConfig, merge_advice
 from jaxadapt.core import paths
@@ -411,7 +410,7 @@ def split(tensors: PeftTensors, style: str, base: Any) -> tuple[PeftTensors, Sta
     return dataclasses.replace(tensors, config=config.replace(target_parameters=None), tensors=single), stacks
 
 
-def stack(tensors: PeftTensors, stacks: Stacks | None) -> PeftTensors:
+def stack_experts(tensors: PeftTensors, stacks: Stacks | None) -> PeftTensors:
     """Return an adapter of single experts in its plain form with stacks, under the program's names of modules.
 
     A is (expert, r, in) and B (expert, out, r). The other modules stay as they are.
@@ -434,7 +433,7 @@ def stack(tensors: PeftTensors, stacks: Stacks | None) -> PeftTensors:
         both = [f"{PEFT_PREFIX}{module}.lora_{side}.weight" for side in "AB"]
         rows |= {key: [[single[e][i]] for e in range(stacks.count)] for i, key in enumerate(both)}
         parts |= _place_parts(stacks, module, both, arrays.specs[single[0].b].shape[0])
-    stacked = cut(stack_tensors(arrays, rows, {}), parts)
+    stacked = cut(stack(arrays, rows, {}), parts)
     own = rename(arrays, {name: key for key, name in names.items() if key not in joined})
     return dataclasses.replace(
         tensors,

@@ -287,7 +287,7 @@ def grouped(readers: Iterable[Reader]) -> list[tuple[str, str, tuple[str, ...], 
     The worst come first.
     """
     wrong = (reader for verdict in WORDS for reader in readers if reader.verdict == verdict)
-    groups = paths.group(((reader.verdict, reader.reasons, reader.remedy), reader.name) for reader in wrong)
+    groups = paths.group([((reader.verdict, reader.reasons, reader.remedy), reader.name) for reader in wrong])
     return [(verdict, ", ".join(names), reasons, remedy) for (verdict, reasons, remedy), names in groups.items()]
 
 
@@ -351,7 +351,7 @@ def _partial_layers(keys: Iterable[str]) -> str:
     """Return the first module that some layers lack, as far as the keys show it; "" if no layer lacks one."""
     modules = dict.fromkeys(match[1] for match in map(_PAIR.fullmatch, keys) if match)
     split = filter(None, (re.fullmatch(r"(.+?)\.(\d{1,18})\.(.+)", module) for module in modules))
-    layers = paths.group((f"{parts[1]}.*.{parts[3]}", int(parts[2])) for parts in split)
+    layers = paths.group([(f"{parts[1]}.*.{parts[3]}", int(parts[2])) for parts in split])
     most = max((max(numbers) for numbers in layers.values()), default=-1) + 1
     missing = [name.removeprefix(PEFT_PREFIX) for name, numbers in layers.items() if len(numbers) < most]
     return f"{missing[0]} of some layers" if missing else ""

@@ -20,12 +20,12 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from jaxadapt.arrays.tensor_source import TensorSource, numpy_dtype
 from jaxadapt.core.errors import MismatchError, warn
 from jaxadapt.core.lazy import jax, np
 
 if TYPE_CHECKING:
     from jaxadapt.adapters.adapter import Site
-    from jaxadapt.arrays.tensor_source import TensorSource
     from jaxadapt.keymaps.keymap import KeyMap
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
@@ -280,10 +280,8 @@ def _read_parts(array: Any, indices: list[tuple[int, ...]]) -> list[tuple[list[i
 
 def _hex(values: Any) -> str:
     """Return values as bfloat16, in hexadecimal digits."""
-    import ml_dtypes
-
     with np.errstate(over="ignore", invalid="ignore"):
-        bits = np.asarray(values).astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+        bits = np.asarray(values).astype(np.float32).astype(numpy_dtype("BF16")).view(np.uint16)
     return "".join(f"{int(x):04x}" for x in bits.ravel())
 
 

@@ -185,15 +185,13 @@ def _open(
 
 def _find(path: str | os.PathLike[str], name: str, report: Report) -> formats.Place:
     """Return the place of the adapter called `name`: its subfolder if that holds an adapter, else the path itself."""
-    if location.is_hub_address(path):
-        from jaxadapt.storage import hub  # imports the client of the Hub
-
-        path = hub.fetch_folder(str(path), None if name == DEFAULT else name, report)
-    if name != DEFAULT and location.is_dir(subfolder := save_adapter.adapter_folder(path, name)):
+    if name == DEFAULT or location.is_hub_address(path):
+        return formats.look(path, report, None if name == DEFAULT else name)
+    if location.is_dir(subfolder := save_adapter.adapter_folder(path, name)):
         place = formats.look(subfolder)
         if formats.find(place) is not None or location.CONFIG in (place.names or ()):
             return place
-    return formats.look(location.to_location(path))
+    return formats.look(path)
 
 
 def _keep_dropout_and_start(

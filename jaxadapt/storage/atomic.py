@@ -26,7 +26,7 @@ import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from jaxadapt.core.errors import FileError, raise_as
+from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
 from jaxadapt.storage.local_files import MAX_CALL, close, file_error, file_errors
 
@@ -413,11 +413,13 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
     targets = [_check_target(path) for path in paths]
     directory = os.path.split(targets[0])[0] or "."
     with contextlib.ExitStack() as stack:
-        with write_errors(targets[0]), raise_as(
-            FileError, f"{targets[0]}: cannot write: the directory {directory} does not exist", FileNotFoundError,
-            advice="; create it first",
-        ):  # fmt: skip
-            stack.enter_context(opened(directory, _FOLDER))
+        with write_errors(targets[0]):
+            try:
+                stack.enter_context(opened(directory, _FOLDER))
+            except FileNotFoundError as error:
+                raise FileError(
+                    f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
+                ) from error
         writers = [stack.enter_context(_temporary(target)) for target in targets]
         yield writers
         for writer in writers:

@@ -25,15 +25,12 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from concurrent.futures import Future
+from typing import IO, Any, TypeVar
 
 from jaxadapt.arrays.tensor_source import aligned_empty
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.core.lazy import np
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
 
 # ---------------------------------------------------------------- local files
 
@@ -201,8 +198,6 @@ def start(function: Callable[[], _T]) -> Future[_T]:
     >>> start(lambda: 1 + 1).result()
     2
     """
-    from concurrent.futures import Future
-
     future: Future[_T] = Future()
 
     def run() -> None:

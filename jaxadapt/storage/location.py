@@ -21,15 +21,12 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from jaxadapt.core.errors import FileError, FormatError, raise_as
 from jaxadapt.storage.local_files import MAX_TEXT, ByteSource, LocalFile, file_error, file_errors, read_errors
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
 
 # ---------------------------------------------------------------- names of an adapter's files
 
@@ -520,8 +517,6 @@ class RemoteObject(ByteSource):
 
     def _block(self, number: int) -> bytes:
         """Return a block, fetched by the first thread that asks: no thread can be started while a program ends."""
-        from concurrent.futures import Future
-
         with self._lock:
             is_new = number not in self._blocks
             block = self._blocks.setdefault(number, Future())

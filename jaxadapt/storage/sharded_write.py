@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxadapt.core.errors import FileError, MismatchError, Report, byte_counter, raise_listed
-from jaxadapt.core.lazy import np
+from jaxadapt.core.lazy import jax, np
 from jaxadapt.storage import atomic, local_files, safetensors
 
 # ---------------------------------------------------------------- coordination
@@ -51,8 +51,6 @@ class Group:
         Raises:
             FileError: JAX's distributed service is not initialized.
         """
-        import jax
-
         # A private name: the client of `jax.distributed.initialize` has no public one, and device collectives, the
         # public alternative, wait without a timeout. Orbax uses the same name.
         from jax._src.distributed import global_state

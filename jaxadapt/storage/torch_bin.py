@@ -357,7 +357,7 @@ class _Zip:
         self.state = load(io.BytesIO(self._record("data.pkl")), _parse_storage)
 
     def _record(self, name: str) -> bytes:
-        with raise_as(zipfile.BadZipFile, "a record is missing", KeyError):
+        with raise_as(zipfile.BadZipFile, f"record {name!r} is missing", KeyError):
             info = self._zip.getinfo(self._root + name)
         # torch stores records uncompressed; a compressed record could unpack to any size.
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > self._size:

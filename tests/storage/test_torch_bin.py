@@ -169,11 +169,11 @@ def test_neither_torch_nor_numpy_is_needed_to_look(tmp_path: Path) -> None:
     [
         (
             {"a": torch.ones(1), "epoch": 3, "s": "x"},
-            "'epoch': expected a tensor, found a value of type int; 's'",
+            "'epoch': expected a tensor, found a value of type int\n  's'",
         ),
         (
             {"model": {"w": torch.ones(1)}},
-            "'model': expected a tensor, found a dict; save only the state dict",
+            "'model': expected a tensor, found a dict\nSave only the state dict",
         ),
         ({3: torch.ones(1)}, "3: expected a key of valid text"),
         ({(1, 2): torch.ones(1)}, "keys that are strings"),

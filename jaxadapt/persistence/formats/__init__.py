@@ -122,14 +122,17 @@ class Format:
     join: Callable[[Mapping[str, peft_tensors.PeftTensors], str], peft_tensors.PeftTensors] | None = None
 
 
-def look(path: str | os.PathLike[str] | Place, report: Report = no_report) -> Place:
-    """Return the content of a path; fetch an adapter on the Hub first. Raises `FileError` if nothing can be read."""
+def look(path: str | os.PathLike[str] | Place, report: Report = no_report, name: str | None = None) -> Place:
+    """Return the content of a path; fetch an adapter on the Hub first, of the subfolder `name` if it holds one.
+
+    Raises `FileError` if nothing can be read.
+    """
     if isinstance(path, Place):
         return path
     if location.is_hub_address(path):
         from jaxadapt.storage import hub  # imports the client of the Hub
 
-        at: location.Location = hub.fetch_folder(str(path), report=report)
+        at: location.Location = hub.fetch_folder(str(path), name, report)
     else:
         at = location.to_location(path)
     try:
