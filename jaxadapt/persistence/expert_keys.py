@@ -15,7 +15,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 
-SINGLE = re.compile(r"(?P<expert>.+\.experts\.\d+\.)(?P<name>\w+)")
+SINGLE = re.compile(r"(?P<expert>(?P<owner>.+\.experts)\.\d+\.)(?P<name>\w+)")
 """The module of a single expert."""
 _GATED = re.compile(r".+\.(mlp|block_sparse_moe|feed_forward)\.experts\.\d+\.")
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))

@@ -147,7 +147,7 @@ class RunFolder:
         try:
             return self._read_record(step, path)
         except FileError:
-            if path.exists():
+            if location.exists(path):
                 raise
             return None
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -51,7 +50,6 @@ _LEFT_OUT = frozenset(
 )  # fmt: skip
 _EMBEDDINGS = ("embed", "wte", "lm_head", "shared", "word_embeddings")  # parts of their names
 _IS_THE_BASE = "check that the adapter belongs to this base model"
-_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
 
 
 def base_shapes(base: Any) -> tensor_checks.Shapes | KeyMap:
@@ -153,7 +151,7 @@ def _explain_missing(
         )  # fmt: skip
     if names:
         return _explain_prefix(first, names, missing, source)
-    experts = [m for m in missing if (e := _EXPERT.match(m)) and any(key.startswith(f"{e[1]}.") for key in base)]
+    experts = [m for m in missing if (e := SINGLE.match(m)) and any(key.startswith(f"{e['owner']}.") for key in base)]
     if len(experts) == len(missing):
         return error(
             "renamed", missing, f"{source} stores its experts in joint tensors, and the adapter has one for each"

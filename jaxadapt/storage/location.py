@@ -209,9 +209,6 @@ class Address(os.PathLike[str]):
         except FileNotFoundError:
             return None
 
-    def exists(self) -> bool:
-        return self.kind() is not None
-
     def iterdir(self) -> Iterator[Address]:
         """Return the entries of a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
         entries = self.run("read", lambda fs, inner: fs.ls(inner, detail=True))

@@ -437,7 +437,7 @@ class CheckpointManager(run_folder.RunFolder):
         if last_save is None or not (is_running or is_multi_process(None)):
             return steps
         path = run_folder.step_path(self.folder, last_save.step)
-        if last_save.step not in steps and not is_running and not path.exists():
+        if last_save.step not in steps and not is_running and not location.exists(path):
             return steps
         return self._select_kept(dict(sorted({**steps, last_save.step: path}.items())))
 
