@@ -92,9 +92,8 @@ def checkpoints_command(
         raise click.UsageError("--step selects the step to export; add --export FOLDER")
     rows = {s: run.metrics(s) for s in run.steps}
     if not rows:
-        raise jaxadapt.FileError(
-            f"{folder}: no checkpoint found; pass the folder of a jaxadapt.CheckpointManager, with step-….safetensors"
-        )
+        found = "no checkpoint found" if location.exists(run.folder) else "no such folder"
+        raise jaxadapt.FileError(f"{folder}: {found}; pass the folder of a jaxadapt.CheckpointManager")
     objective = run.objective
     best = run.best if objective else None
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
