@@ -25,7 +25,6 @@ from jaxadapt.core.errors import MismatchError, warn
 from jaxadapt.core.lazy import jax, np
 
 if TYPE_CHECKING:
-    from jaxadapt.adapters.adapter import Site
     from jaxadapt.keymaps.keymap import KeyMap
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
@@ -71,7 +70,7 @@ def positions(key: str, shape: Sequence[int]) -> list[tuple[int, ...]]:
 def of_base(
     leaves: Callable[[Collection[str]], Mapping[str, Any]],
     keymap: KeyMap,
-    adapted: Iterable[Site] | Mapping[str, str],
+    adapted: Iterable[Any] | Mapping[str, str],
     keys: Iterable[str] | None = None,
 ) -> Fingerprint | None:
     """Return the fingerprint of a model's base, as far as this process holds its values; None if the base has none.

@@ -333,7 +333,7 @@ def _fingerprint(
     base: Callable[[Collection[str]], Mapping[str, Any]] | None,
     config: Config,
     keymap: KeyMap,
-    adapted: Iterable[Site] | Mapping[str, str],
+    adapted: Iterable[Any] | Mapping[str, str],
     spread: bool,
     timeout: float,
 ) -> fingerprint.Fingerprint | None:
