@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import traceback
 import types
 
 import numpy as np
@@ -25,6 +26,7 @@ sys.modules["vllm._custom_ops"].rotary_embedding = None
 # Without a GPU, PyTorch has no pinned memory.
 _tensor = torch.tensor
 torch.tensor = lambda *args, pin_memory=False, **more: _tensor(*args, **more)
+torch.Tensor.pin_memory = lambda self, *_: self
 
 from sglang.srt.configs.load_config import LoadConfig  # noqa: E402
 from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
@@ -72,14 +74,19 @@ def deltas(manager, layer: int, name: str, module, slot: int) -> list[np.ndarray
     return [scale * x for x in products(a[: r * len(rows)], b[:, :r], rows)]
 
 
-def place(config: ModelConfig, args: ServerArgs, folder: str, modules: list[str] | None) -> dict[str, np.ndarray]:
-    """Return `{module/slice: change}` of one adapter, in a new model."""
-    load_config = LoadConfig()
+def build(config: ModelConfig) -> torch.nn.Module:
+    """Return SGLang's own model of a type; an error here is none of an adapter."""
     with set_default_torch_dtype(torch.float32):
-        model = _initialize_model(config, load_config)
+        return _initialize_model(config, LoadConfig())
+
+
+def place(
+    model: torch.nn.Module, config: ModelConfig, args: ServerArgs, folder: str, modules: list[str] | None
+) -> dict[str, np.ndarray]:
+    """Return `{module/slice: change}` of one adapter, in a new model."""
     reference = LoRARef(lora_name="a", lora_path=folder, pinned=False)
     manager = LoRAManager(
-        model, config.hf_config, 2, load_config, torch.float32, args, args.lora_backend,
+        model, config.hf_config, 2, LoadConfig(), torch.float32, args, args.lora_backend,
         max_lora_rank=16 if modules else None, target_modules=set(modules) if modules else None, lora_paths=[reference],
     )  # fmt: skip
     manager.fetch_new_loras({reference.lora_id})
@@ -109,9 +116,11 @@ def main() -> None:
     config = ModelConfig.from_server_args(args)
     found: dict[str, np.ndarray] = {}
     for number, folder in enumerate(request["adapters"]):
+        model = build(config)
         try:
-            placed = place(config, args, folder, request["modules"])
+            placed = place(model, config, args, folder, request["modules"])
         except Exception as error:  # the outcome to record
+            traceback.print_exc()
             placed = {"refused": np.array(f"{type(error).__name__}: {error}")}
         found |= {f"{number}/{name}": value for name, value in placed.items()}
     np.savez(request["out"], **found)

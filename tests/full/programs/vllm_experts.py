@@ -134,11 +134,11 @@ def place_in_vllm(
         placed = found[int(number)]
         assert isinstance(placed, dict)
         module, _, slice_number = rest.rpartition("/")
-        placed |= _in_transformers(module, int(slice_number), value)
+        placed |= in_transformers(module, int(slice_number), value)
     return found
 
 
-def _in_transformers(module: str, number: int, delta: np.ndarray) -> dict[str, np.ndarray]:
+def in_transformers(module: str, number: int, delta: np.ndarray) -> dict[str, np.ndarray]:
     """Return `{name of a part of a weight: change}` of one slice of a layer in vLLM."""
     name = module.replace(".block_sparse_moe.", ".mlp.").replace(".attn.", ".self_attn.")
     if name.endswith(".experts"):
