@@ -1,11 +1,11 @@
 """What a command costs before it works: whole processes, interleaved, medians.
 
-    python -m benchmarks.imports [--runs 15]
+    python -m benchmarks.imports [--runs 15] [--busy]
 
 Rows: a bare interpreter, `import jaxadapt`, `import jax`, `import peft` (where installed), and the commands that need
 no JAX, on an adapter of 448 tensors, the shapes of a model of 225 weights, a run of 20 checkpoints; push and pull
-without a network, as far as they come. Prints the table that benchmarks/README.md holds, and
-exits with 1 if a target is missed.
+without a network, as far as they come. Prints the table that benchmarks/README.md holds, and exits with 1 if a target
+is missed: by the clock's seconds, or with `--busy` by the processor's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import judge, parsed
+from benchmarks.measure import judge, parsed, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
@@ -74,14 +75,15 @@ def run(folder: Path) -> None:
     once([sys.executable, "-c", script, str(folder)], folder.parent, 0)
 
 
-def once(command: list[str], cwd: Path, status: int) -> float:
+def once(command: list[str], cwd: Path, status: int) -> tuple[float, float]:
+    """Seconds of the clock and of the processor."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    began = time.perf_counter()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
-    taken = time.perf_counter() - began
+    taken, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != status:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return taken
+    return taken, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def versions(*names: str) -> str:
@@ -92,6 +94,7 @@ def versions(*names: str) -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description="whole-process timings of imports and of inspect")
     options.add_argument("--runs", type=int, default=15)
+    options.add_argument("--busy", action="store_true", help="judge the processor's seconds, not the clock's")
     given = parsed(options, runs=1)
     runs = given.runs
     with tempfile.TemporaryDirectory() as name:
@@ -109,20 +112,20 @@ def main() -> None:
         status = {row: COMMANDS.get(row.removeprefix("jaxadapt "), 0) for row in rows}
         for row, command in rows.items() if not given.smoke else ():
             once(command, folder, status[row])  # compiled files and the page cache
-        times: dict[str, list[float]] = {row: [] for row in rows}
+        times: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}
         for _ in range(runs):
             for row, command in rows.items():
                 times[row].append(once(command, folder, status[row]))
-    median = {row: statistics.median(values) for row, values in times.items()}
+    clock, processor = ({row: [one[i] for one in values] for row, values in times.items()} for i in range(2))
     print(f"{versions('jax', 'flax', 'peft', 'torch')}; {runs} interleaved runs\n")
-    print("| process | median s | min s | beside `import jax` | target s |")
-    print("|---|---|---|---|---|")
-    for row, value in median.items():
-        target = f"{TARGETS[row]:.1f}" if row in TARGETS else ""
-        ratio = value / median["import jax"]
-        print(f"| `{row}` | {value:.3f} | {min(times[row]):.3f} | {ratio:.2f} x | {target} |")
-    missed = [row for row, target in TARGETS.items() if median[row] > target]
-    judge(missed, given)
+    print("| process | median s | min s | CPU s | beside `import jax` | target s |")
+    print("|---|---|---|---|---|---|")
+    for row, values in clock.items():
+        target, beside = f"{TARGETS[row]:.1f}" if row in TARGETS else "", ratio(values, clock["import jax"])
+        seconds = (statistics.median(values), min(values), statistics.median(processor[row]))
+        print(f"| `{row}` | {' | '.join(f'{x:.3f}' for x in seconds)} | {beside:.2f} x | {target} |")
+    judged = processor if given.busy else clock
+    judge([row for row, target in TARGETS.items() if statistics.median(judged[row]) > target], given)
 
 
 if __name__ == "__main__":
