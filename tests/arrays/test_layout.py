@@ -94,3 +94,8 @@ def test_rows_of_activations_keep_an_explicit_sharding():
         assert (rows.sharding.spec, back.sharding.spec) == (PartitionSpec(*rows_spec), PartitionSpec(*spec))
         np.testing.assert_array_equal(back, x)
         np.testing.assert_array_equal(rows, form.rows_to_torch("out", letters, x, over))
+
+
+def test_the_only_tensor_of_an_array_may_have_a_smaller_rank():
+    form = FileLayout((4, 2), ("~r", "i"), (("~r",), ("i",)), (), ranks=(3,))
+    np.testing.assert_array_equal(form.encode(np.arange(8).reshape(4, 2), 0), [[0, 1], [2, 3], [4, 5]])

@@ -183,3 +183,11 @@ def test_a_repeat_gives_back_what_may_begin_the_next_part(kind: str, letter: str
 )
 def test_estimates(expression: str, slow: bool):
     assert validation.is_slow(expression) is slow
+
+
+def test_a_name_of_the_largest_length_is_matched():
+    longest = "a" * (validation.LONGEST - 2) + ".q"
+    config = LoraConfig(target_modules=r".*\.q")
+    assert matching.is_target(config, longest)
+    with pytest.raises(ConfigError, match="the limit is 512"):
+        matching.is_target(config, f"a{longest}")

@@ -100,3 +100,11 @@ def test_every_module_that_the_model_lacks_is_listed():
         {"emb.weight": (6, 4)}, lora("head", 6, (4,)), "it", _sizes, tied=(("head.weight", "emb.weight"),)
     )
     assert keymap.tied == (("head.weight", "emb.weight"),)
+
+
+@pytest.mark.parametrize(
+    ("targets", "warned"), [(["q_proj"], False), (["q_proj", "up_proj"], True), ("all-linear", True), (None, False)]
+)
+def test_only_targets_that_name_an_experts_matrices_or_all_layers_are_told_of(targets, warned):
+    config = LoraConfig(target_modules=targets)
+    assert bool(pytorch.routed_left_out(config, ["0.q_proj"], ["0.experts.down_proj"])) is warned

@@ -255,6 +255,19 @@ def test_every_layout_adds_the_bias_of_the_same_file(peft_type: str, i: int, nam
             hook.merged_bias(jnp.zeros(OUT), 1)
 
 
+def test_a_bias_is_turned_where_the_model_stores_a_multiple_of_the_weight():
+    """A bias that is added may not have the weight's factor; one that is multiplied needs none."""
+    found, _, values = adapted("ROAD", 0, LINES["scaled"])
+    plain_sites, _, plain_values = adapted("ROAD", 0, PLAIN)
+    file = dict(make_file_plan(found).encode(values))
+    plain = hook_of(plain_sites, {**plain_values, **make_file_plan(plain_sites).decode(file)})
+    bias = random((OUT,), 5)
+    want = plain.merged_bias(bias, 1)
+    assert float(abs(want - bias).max()) > 0.1
+    turned = hook_of(found, values).merged_bias(bias.reshape(4, 4), 1)
+    np.testing.assert_allclose(turned.reshape(-1), want, rtol=1e-5, atol=1e-6)
+
+
 def methods_layout(found: Any) -> Any:
     """PyTorch's layout of the weight, for methods that do not ask for it too."""
     return torch_layout(found[0])

@@ -437,3 +437,16 @@ def test_a_view_is_a_key_an_offset_and_a_count(view: object) -> None:
     identity = ("storage", torch_bin.Global("torch.FloatStorage"), "0", "cpu", 10, view)
     with pytest.raises(torch_bin.UnsupportedPickle, match="expected a view of integers >= 0, found another value"):
         torch_bin._parse_storage(identity)
+
+
+@pytest.mark.parametrize(
+    ("flags", "plain"), [({}, True), ({"conj": False}, True), ({"conj": False, "neg": True}, False)]
+)
+def test_a_tensor_is_plain_if_no_flag_changes_its_values(flags: dict[str, bool], plain: bool) -> None:
+    storage = torch_bin._Storage("0", "F32", 6, 0, 6)
+    arguments = (storage, 0, (2, 3), (3, 1), False, {}, flags)
+    if plain:
+        assert torch_bin._rebuild("torch._utils._rebuild_tensor_v2", arguments).shape == (2, 3)
+        return
+    with pytest.raises(torch_bin.UnsupportedPickle, match="lazily conjugated or negated"):
+        torch_bin._rebuild("torch._utils._rebuild_tensor_v2", arguments)
