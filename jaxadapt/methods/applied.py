@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +52,7 @@ class AppliedMethod:
     params: Params
     axes: Axes
     drop: Drop | None = None
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """The axes of the weight that stack layers: none, as in `Stacked` there may be."""
-        return ()
+    stack: ClassVar[tuple[int, ...]] = ()  # the axes of the weight that stack layers, which only `Stacked` has
 
     @classmethod
     def in_call(cls, site: Applicable, params: Params, drop: Drop | None) -> AppliedMethod:
@@ -206,17 +202,15 @@ class AppliedMethods:
     """
 
     hooks: tuple[AppliedMethod, ...]
+    stack: tuple[int, ...] = ()
 
     @property
     def axes(self) -> Axes:
+        """The roles of the axes of one layer's weight."""
         return self.hooks[0].axes
 
-    @property
-    def stack(self) -> tuple[int, ...]:
-        return ()
-
-    def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethods:
-        return AppliedMethods(tuple(function(hook) for hook in self.hooks))
+    def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> Self:
+        return dataclasses.replace(self, hooks=tuple(map(function, self.hooks)))
 
     @property
     def by_weight(self) -> bool:
@@ -267,8 +261,8 @@ class AppliedMethods:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stacked:
-    """Active adapters on a weight that stacks layers. A scan over the layers takes those of one layer at a time.
+class Stacked(AppliedMethods):
+    """Active adapters, or one, on a weight that stacks layers. A scan takes those of one layer at a time.
 
     Attributes:
         hooks: the adapters. Their tensors are stacked on the axes on which the weight is.
@@ -276,25 +270,7 @@ class Stacked:
         whole: of each adapter, the names of the tensors that all layers have in common.
     """
 
-    hooks: tuple[AppliedMethod, ...]
-    stack: tuple[int, ...]
-    whole: tuple[frozenset[str], ...]
-
-    @property
-    def axes(self) -> Axes:
-        """The roles of the axes of one layer's weight."""
-        return self.hooks[0].axes
-
-    @property
-    def by_weight(self) -> bool:
-        return together(self.hooks).by_weight
-
-    @property
-    def forward(self) -> bool:
-        return together(self.hooks).forward
-
-    def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> Stacked:
-        return dataclasses.replace(self, hooks=tuple(map(function, self.hooks)))
+    whole: tuple[frozenset[str], ...] = ()
 
     def weight(self, w: Array) -> Array:
         """Return the effective weight of all layers."""
@@ -322,7 +298,7 @@ class Stacked:
             for hook, whole in zip(self.hooks, self.whole, strict=True)
         ]
 
-    def layer(self, axis: int, tensors: Sequence[Params]) -> Hook | Stacked:
+    def layer(self, axis: int, tensors: Sequence[Params]) -> Hook:
         """Return the adapters of one step of a scan over an axis, with that step's slices of `tensors(axis)`."""
         hooks = self._with(tensors)
         rest = tuple(each - (each > axis) for each in self.stack if each != axis)
@@ -388,7 +364,7 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
     )
 
 
-def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods | Stacked], others: Mapping[str, Array]) -> None:
+def check_biases(hooks: Iterable[Hook], others: Mapping[str, Array]) -> None:
     """Raise `AttachError` if a custom layer may have a bias under another name than "bias", for methods that scale it.
 
     `others` are the layer's other parameters. One with the size of the output may be added to the output, and the

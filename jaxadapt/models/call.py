@@ -31,7 +31,6 @@ from jaxadapt.methods.applied import (
     AppliedMethod,
     Hook,
     Implementation,
-    Stacked,
     check_biases,
     split_rows,
 )
@@ -291,7 +290,7 @@ def _run_rewritten(
         return tracing.rewrite(run, {leaf: params[leaf] for leaf in hooks}, hooks, *args, forward=forward)
 
 
-def changed_bias(layer: str, hooks: Mapping[str, Hook | Stacked], params: Mapping[str, Any]) -> dict[str, Any]:
+def changed_bias(layer: str, hooks: Mapping[str, Hook], params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the bias that the layer of this name must use, if the adapters of its weights change it."""
     bias = params.get("bias")
     changed = {leaf: hook.bias(bias) for leaf, hook in hooks.items() if leaf != "bias" and bias is not None}

@@ -235,7 +235,7 @@ class AdaptedTree:
         forward = [leaf for leaf, hook in by_use.items() if hook.forward and fn is operator.call]
         return tracing.rewrite(run, {leaf: weights[leaf] for leaf in by_use}, by_use, args, kwargs, forward=forward)
 
-    def _hooks(self) -> dict[str, Hook | Stacked]:
+    def _hooks(self) -> dict[str, Hook]:
         """Return `{leaf: the active adapters on it}` with their tensors, and dropout if it is on."""
         found: dict[str, list[tuple[Site, AppliedMethod, frozenset[str]]]] = {}
         replacing: dict[str, dict[str, Method]] = {}
@@ -254,7 +254,7 @@ class AdaptedTree:
                 found.setdefault(site.leaf, []).append((site, hook, frozenset({*whole, CALL_KEY})))
         refuse_rivals(replacing)
         self._require_key(list(dropping))
-        hooks: dict[str, Hook | Stacked] = {}
+        hooks: dict[str, Hook] = {}
         for leaf, each in found.items():
             stacks = {site.match.stack for site, _, _ in each}
             if len(stacks) > 1:
@@ -284,7 +284,7 @@ class AdaptedTree:
             )
 
 
-def _changed_biases(hooks: Mapping[str, Hook | Stacked], weights: Mapping[str, Any]) -> dict[str, Any]:
+def _changed_biases(hooks: Mapping[str, Hook], weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the biases beside adapted weights that a call must use, if the adapters change them.
 
     Raises `AttachError` for another parameter of such a module that may be a bias, which the adapter should change.

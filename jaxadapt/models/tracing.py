@@ -38,7 +38,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialized, scan_sizes, trace
 
 if TYPE_CHECKING:
-    from jaxadapt.methods.applied import Hook, Stacked
+    from jaxadapt.methods.applied import Hook
 
 # ---------------------------------------------------------------- moves
 
@@ -264,7 +264,7 @@ WeightUse = Axes | OtherUse
 def rewrite(
     f: Callable[..., Any],
     weights: Mapping[str, jax.Array],
-    hooks: Mapping[str, Hook | Stacked],
+    hooks: Mapping[str, Hook],
     *args: Any,
     forward: Collection[str] = (),
 ) -> Any:
@@ -318,7 +318,7 @@ def require_cover(name: str, shape: tuple[int, ...], axes: Axes) -> None:
         )
 
 
-def _layer_shape(w: Any, hook: Hook | Stacked) -> tuple[int, ...]:
+def _layer_shape(w: Any, hook: Hook) -> tuple[int, ...]:
     """Return the shape of a weight, or of one of the layers that it stacks."""
     return tuple(size for axis, size in enumerate(jnp.shape(w)) if axis not in hook.stack)
 
@@ -391,7 +391,7 @@ class _Scope:
     of that trace) are not visible outside.
     """
 
-    hooks: Mapping[str, Hook | Stacked]
+    hooks: Mapping[str, Hook]
     weights: Mapping[str, Any]
     effective: ChainMap[str, Any]
     found: dict[str, list[WeightUse]]
