@@ -7,9 +7,6 @@ PEFT saves n, and so does jaxadapt; a file without it gets the norms of the base
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import jax.numpy as jnp
 
 from jaxadapt.configs.frozen import find_pattern_value
@@ -20,6 +17,7 @@ from jaxadapt.methods.matrix import (
     Examples,
     MatrixMethod,
     MethodTensor,
+    OwnHparams,
     Params,
     Start,
     Strings,
@@ -31,18 +29,10 @@ from jaxadapt.methods.matrix import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class DeloraHparams:
-    """The hyperparameters of a site: the rank, a number or a `PerEntry`; the dropout rate."""
-
-    rank: Any
-    dropout: float
-
-
 class Delora(MatrixMethod, peft_type="DELORA"):
     """A low-rank change of unit components, with one strength."""
 
-    row_numbers: frozenset[str] = frozenset({"rank"})
+    row_numbers: frozenset[str] = frozenset({"size"})
     row_padded: frozenset[str] = frozenset({"r"})
     scaled: frozenset[str] = frozenset({"delora_lambda"})
     roles: Strings = tensor_roles(A="delora_A", B="delora_B", vector="delora_lambda", frozen="delora_w_norm")
@@ -69,8 +59,8 @@ class Delora(MatrixMethod, peft_type="DELORA"):
             config.rank_of,
         )
 
-    def own(self, config: DeloraConfig, target: Target) -> DeloraHparams:
-        return DeloraHparams(target.value(config.rank_of), config.module_dropout)
+    def own(self, config: DeloraConfig, target: Target) -> OwnHparams:
+        return OwnHparams(size=target.value(config.rank_of), dropout=config.module_dropout)
 
     def init(self, config: DeloraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         match tensor.name:
@@ -85,18 +75,18 @@ class Delora(MatrixMethod, peft_type="DELORA"):
             case _:
                 return Draw.kaiming(start.shape[1])
 
-    def delta(self, own: DeloraHparams, params: Params, w: Array) -> Array:
+    def delta(self, own: OwnHparams, params: Params, w: Array) -> Array:
         change = (params["delora_B"] * _strengths(own, params)[None]) @ params["delora_A"]
         return change * params["delora_w_norm"][None]
 
-    def after(self, own: DeloraHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         a, b = params["delora_A"], params["delora_B"]
         h = jnp.einsum("...i,ri->...r", x.astype(a.dtype) * params["delora_w_norm"], a)
         return y + jnp.einsum("...r,or->...o", h * _strengths(own, params), b)
 
 
-def _strengths(own: DeloraHparams, params: Params) -> Array:
+def _strengths(own: OwnHparams, params: Params) -> Array:
     """Return λ / (r·‖a‖·‖b‖) of each component; below the least norm, the norms get no gradient."""
     a, b = params["delora_A"], params["delora_B"]
     norms = [jnp.sqrt(jnp.maximum((x * x).sum(axis), 1e-8)) for x, axis in ((a, 1), (b, 0))]
-    return params["delora_lambda"] / own.rank / (norms[0] * norms[1])
+    return params["delora_lambda"] / own.size / (norms[0] * norms[1])

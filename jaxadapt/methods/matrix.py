@@ -99,12 +99,14 @@ class OwnHparams:
         kind: the weight's kind.
         dropout: the dropout rate.
         variant: the variant of the computation, for methods with several.
+        size: a number of the method's own, such as its rank, if the arithmetic needs it; a number or a `PerEntry`.
     """
 
     scale: Any = None
     kind: str = ""
     dropout: float = 0.0
     variant: str = ""
+    size: Any = 0
 
 
 class MatrixMethod(Method):

@@ -9,7 +9,6 @@ own. R acts on the output, so the cost of a use does not depend on the inputs. T
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -23,6 +22,7 @@ from jaxadapt.methods.matrix import (
     Examples,
     MatrixMethod,
     MethodTensor,
+    OwnHparams,
     Params,
     Start,
     Strings,
@@ -33,14 +33,6 @@ from jaxadapt.methods.matrix import (
 
 _SHAPES = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
 """{variant: the number of (θ and α apart for c and s, outputs of a pair apart)}."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RoadHparams:
-    """The hyperparameters of a site: the variant and the size of a group."""
-
-    variant: str
-    group: int
 
 
 class Road(MatrixMethod, peft_type="ROAD"):
@@ -67,24 +59,24 @@ class Road(MatrixMethod, peft_type="ROAD"):
             )
         return tuple(own_tensor(name, (size,)) for name, size in sizes.items())
 
-    def own(self, config: RoadConfig, target: Target) -> RoadHparams:
-        return RoadHparams(config.variant, config.group_size)
+    def own(self, config: RoadConfig, target: Target) -> OwnHparams:
+        return OwnHparams(variant=config.variant, size=config.group_size)
 
     def init(self, config: RoadConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
         mean = 1.0 if tensor.name == "road_alpha" else 0.0
         return Draw("constant", mean) if config.init_weights else mean + 0.5 * jax.random.normal(start.key, start.shape)
 
-    def after(self, own: RoadHparams, params: Params, x: Array, y: Array) -> Array:
+    def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         return self.shift(own, params, y, undo=False)
 
-    def matrix(self, own: RoadHparams, params: Params, w: Array) -> Array:
+    def matrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
         return self.shift(own, params, w.T, undo=False).T
 
-    def unmatrix(self, own: RoadHparams, params: Params, w: Array) -> Array:
+    def unmatrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
         return self.shift(own, params, w.T, undo=True).T
 
-    def shift(self, own: RoadHparams, params: Params, bias: Array, undo: bool) -> Array:
-        half = own.group // 2
+    def shift(self, own: OwnHparams, params: Params, bias: Array, undo: bool) -> Array:
+        half = own.size // 2
         pairs = bias.reshape(*bias.shape[:-1], -1, 2, half)
         y, z = pairs[..., 0, :], pairs[..., 1, :]
         theta, alpha = (params[x].reshape(-1, *_SHAPES[own.variant], half) for x in ("road_theta", "road_alpha"))

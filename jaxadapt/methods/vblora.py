@@ -9,8 +9,6 @@ of it is refused. PEFT's `topk` must not be larger than `num_vectors`, which PEF
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -22,6 +20,7 @@ from jaxadapt.methods.matrix import (
     Examples,
     FactoredMethod,
     MethodTensor,
+    OwnHparams,
     Params,
     Shapes,
     Start,
@@ -34,14 +33,6 @@ from jaxadapt.methods.matrix import (
 
 BANK = "vblora_vector_bank"
 INDICES, WEIGHTS = "topk_indices", "topk_weights"
-
-
-@dataclasses.dataclass(frozen=True)
-class VbloraHparams:
-    """The hyperparameters of a site: the number of mixed vectors, and the dropout rate."""
-
-    topk: int
-    dropout: float
 
 
 class Vblora(FactoredMethod, peft_type="VBLORA"):
@@ -88,8 +79,8 @@ class Vblora(FactoredMethod, peft_type="VBLORA"):
     def starts_unchanged(self, config: VBLoRAConfig) -> bool:
         return False
 
-    def own(self, config: VBLoRAConfig, target: Target) -> VbloraHparams:
-        return VbloraHparams(config.topk, config.vblora_dropout)
+    def own(self, config: VBLoRAConfig, target: Target) -> OwnHparams:
+        return OwnHparams(size=config.topk, dropout=config.vblora_dropout)
 
     def init(self, config: VBLoRAConfig, tensor: MethodTensor, start: Start) -> Draw:
         if config.save_only_topk_weights:
@@ -101,13 +92,13 @@ class Vblora(FactoredMethod, peft_type="VBLORA"):
             return Draw("uniform", config.init_vector_bank_bound)
         return Draw("normal", config.init_logits_std)
 
-    def factors(self, own: VbloraHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
+    def factors(self, own: OwnHparams, params: Params, shape: tuple[int, int]) -> tuple[Array, Array]:
         bank = params[BANK]
         mixed: list[Array] = []
         for side in "AB":
             name = f"vblora_logits_{side}"
             if name in params:
-                indices, weights = choose_vectors(params[name], own.topk)
+                indices, weights = choose_vectors(params[name], own.size)
             else:
                 indices, weights = params[f"{name}_{INDICES}"], params[f"{name}_{WEIGHTS}"]
                 weights = jnp.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], axis=-1)

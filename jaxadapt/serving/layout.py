@@ -412,7 +412,7 @@ def _find_place(layout: Layout, site: Site, shared: int | None) -> Place:
 def _fields(hparams: Any, shared: int | None) -> dict[str, Any]:
     """Return by name what adapters of one method must have in common to use the same place."""
     fields = dataclasses.asdict(hparams) if dataclasses.is_dataclass(hparams) and not isinstance(hparams, type) else {}
-    return fields | {"shared": shared}
+    return {**(fields.pop("own", None) or {}), **fields, "shared": shared}
 
 
 def _kind(peft_type: str, fields: Mapping[str, Any]) -> str:
