@@ -302,7 +302,7 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
         "make_key": lambda: (
             None
             if key is None
-            else random_draws.fold_in(random_draws.fold_in(key, zlib.crc32(each.entry.path.encode())), i)
+            else jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(each.entry.path.encode())), i)
         ),
         **context,
         **more,

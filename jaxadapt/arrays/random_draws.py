@@ -1,9 +1,7 @@
-"""Random numbers as JAX and as PyTorch draw them, computed with NumPy.
+"""Random numbers as JAX and as PyTorch draw them.
 
-In every new process, XLA compiles JAX's generator of random bits. On one busy machine, the first draw for a model of
-30 layers took 2.9 s with it, 0.9 s with JAX's compilation cache, and 0.25 s with NumPy. So NumPy draws small numbers of
-chunks if the key has JAX's default kind and is not traced. The values are the same, bit for bit, also inside jit: all
-operations on the bits are exact except one multiplication. All arrays are drawn in chunks of one size.
+JAX draws all arrays of an adapter in one program, in chunks of one size, so that few programs are compiled. The values
+are the same, bit for bit, inside and outside jit: all operations on the bits are exact except one multiplication.
 
 `TorchRandom` draws as PyTorch does on the CPU after `torch.Generator().manual_seed(seed)`.
 """
@@ -31,9 +29,7 @@ from jaxadapt.core.errors import ConfigError
 Array = Any
 
 _CHUNK = 4096
-_MAX_NUMPY_CHUNKS = 4096  # for more chunks, compiling JAX's generator is faster
-_DEFAULT_IMPL = "threefry2x32"
-_ZERO = np.zeros(1, np.uint32)
+_FEW = 1024  # numbers of chunks below this are rounded up to a power of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +89,9 @@ def draw_arrays(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtyp
     sizes = {path: math.prod(shape) for path, (draw, shape) in wanted.items() if draw.kind != "constant"}
     counts = {path: -(-size // _CHUNK) for path, size in sizes.items()}
     words = [(zlib.crc32(path.encode()), i) for path, count in counts.items() for i in range(count)]
-    used = [min(_CHUNK, size - start) for size in sizes.values() for start in range(0, size, _CHUNK)]
-    bits = _chunks(key, np.array(words, np.uint32), used) if words else np.zeros((0, _CHUNK), np.uint32)
+    if 0 < len(words) < _FEW:  # XLA compiles a program for each number of words, so round it up
+        words += [(0, 0)] * ((1 << (len(words) - 1).bit_length()) - len(words))
+    bits = _bits(key, np.array(words, np.uint32)) if words else np.zeros((0, _CHUNK), np.uint32)
     xp: Any = jnp if isinstance(bits, Tracer) else np
     rows = xp.asarray(bits)
     out: dict[str, Array] = {}
@@ -112,68 +109,9 @@ def draw_arrays(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtyp
     return out
 
 
-def fold_in(key: Any, data: int) -> Any:
-    """Return the key of `jax.random.fold_in`, without compiling anything if NumPy can compute it."""
-    halves = _halves(key)
-    if halves is None:
-        return jax.random.fold_in(key, data)
-    folded = _threefry(halves, _ZERO, np.array([data], np.uint32))
-    return jax.random.wrap_key_data(jax.device_put(np.concatenate(folded)), impl=_DEFAULT_IMPL)
-
-
-def _halves(key: Any) -> tuple[np.uint32, np.uint32] | None:
-    """Return the two words of a key; None if NumPy cannot continue from it."""
-    if isinstance(key, Tracer):
-        return None
-    typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    is_partitionable: bool = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
-    if str(jax.random.key_impl(typed)) != _DEFAULT_IMPL or not is_partitionable:
-        return None
-    data = jax.random.key_data(typed)
-    if isinstance(data, Tracer):  # inside jit or eval_shape, for a key from outside
-        return None
-    first, second = np.asarray(data)
-    return first, second
-
-
-def _chunks(key: Any, words: np.ndarray, used: Sequence[int]) -> Array:
-    """Return (n, chunk) random bits from n pairs of words, on the host or traced; of each row only `used` are valid."""
-    halves = None if len(words) > _MAX_NUMPY_CHUNKS else _halves(key)
-    if halves is None:
-        return _bits(key, words)
-    positions = np.arange(_CHUNK, dtype=np.uint32)
-    keys = _threefry(_threefry(halves, _ZERO, words[:, 0]), _ZERO, words[:, 1])
-    out = np.zeros((len(words), _CHUNK), np.uint32)
-    for width in set(used):
-        same_width = np.flatnonzero(np.equal(used, width))
-        step = -(-8 * _CHUNK // width)  # keeps the operands in the processor's cache
-        for rows in (same_width[start : start + step] for start in range(0, len(same_width), step)):
-            halves = _threefry((keys[0][rows, None], keys[1][rows, None]), _ZERO, positions[:width])
-            out[rows, :width] = np.bitwise_xor(*halves)
-    return out
-
-
-def _threefry(key: tuple[Any, Any], high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute Threefry-2x32 with 20 rounds, as `jax.random` does (Salmon et al., SC 2011)."""
-    keys = (*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
-    x, y = high + keys[0], low + keys[1]
-    x = np.broadcast_to(x, y.shape).copy()
-    high_bits = np.empty_like(y)
-    for step in range(5):
-        for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[step % 2]:
-            x += y
-            np.right_shift(y, np.uint32(32 - rotation), out=high_bits)
-            y <<= np.uint32(rotation)
-            y |= high_bits
-            y ^= x
-        x += keys[(step + 1) % 3]
-        y += keys[(step + 2) % 3] + np.uint32(step + 1)
-    return x, y
-
-
 @jax.jit
 def _bits(key: Any, words: Array) -> Array:
-    """Compute (n, chunk) random bits from n pairs of words, traced."""
+    """Return (n, chunk) random bits from n pairs of words."""
 
     def chunk(word: Array) -> Array:
         return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, word[0]), word[1]), (_CHUNK,), jnp.uint32)

@@ -27,13 +27,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, Site, collection_name, shared_tensors
-from jaxadapt.arrays import random_draws, regions
+from jaxadapt.arrays import regions
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
@@ -70,23 +68,9 @@ def require_stream(rngs: Any, name: str) -> None:
 
 
 def draw_params_key(rngs: nnx.Rngs) -> Any:
-    """Return the key that `rngs.params()` returns, and advance the stream as it does.
-
-    Flax compiles two programs for that call in every new process. Outside jit, this function compiles none. Raises
-    `AttachError` unless `rngs` is an `nnx.Rngs` with such a stream.
-    """
+    """Return the key of `rngs.params()`; raise `AttachError` unless `rngs` is an `nnx.Rngs` with such a stream."""
     require_stream(rngs, "params")
-    stream: Any = rngs["params"]
-    if type(stream) is not nnx.RngStream or regions.is_tracing():
-        return stream()
-    key: Any = stream.key.get_value()
-    count: Any = stream.count.get_value()
-    concrete = isinstance(count, jax.Array) and not isinstance(key, Tracer) and not isinstance(count, Tracer)
-    if not concrete or key.shape or count.committed:  # also several keys, or a count committed to a device
-        return stream()
-    n = int(count)
-    stream.count[...] = jax.device_put(np.uint32((n + 1) % 2**32))
-    return random_draws.fold_in(key, n)
+    return rngs["params"]()
 
 
 def require_current_trace(modules: Iterable[Any]) -> None:
