@@ -418,6 +418,10 @@ class Method(abc.ABC):
     def hparams(self, config: Any, target: Target) -> Hashable:
         """Return the hyperparameters of a site; values that differ between its entries are `PerEntry`."""
 
+    def own_hparams(self, hparams: Any) -> Any:
+        """Return the part of a site's hyperparameters that has the method's own, such as `kind` and `dropout`."""
+        return hparams
+
     @abc.abstractmethod
     def effects(self, hparams: Any) -> Effects:
         """Return what the method changes at a site."""
@@ -440,9 +444,13 @@ class Method(abc.ABC):
         """Return what a user should know about the sites of an adapter, `{leaf: hyperparameters}`."""
         return []
 
+    def kind(self, hparams: Any) -> str:
+        """Return the kind of the site's weight; "" if the arithmetic does not depend on it."""
+        return getattr(self.own_hparams(hparams), "kind", "")
+
     def follows(self, hparams: Any, primitive: str) -> bool:
         """Return True if `output` handles this primitive, which is not a matrix product; else `weight` is used."""
-        return False
+        return PRIMITIVES.get(self.kind(hparams)) == primitive
 
     def follows_use(self, hparams: Any, use: Use) -> bool:
         """Return True if `input` and `output` handle this product; else `weight` is used."""
@@ -452,9 +460,10 @@ class Method(abc.ABC):
         """Return True if the products of the module's call, if any, must include one over the weight's inputs.
 
         This detects a keymap that confuses inputs and outputs. Parameters of experts are exempt, because PEFT itself
-        swaps the two for some of them. Copies are exempt, because they have neither.
+        swaps the two for some of them. Copies are exempt, because they have neither. So are embeddings, whose product
+        is that of a tied head.
         """
-        return not self.on_parameters and not self.copies
+        return not self.on_parameters and not self.copies and self.kind(hparams) not in PRIMITIVES
 
     @abc.abstractmethod
     def output(
@@ -543,7 +552,7 @@ class Method(abc.ABC):
 
     def dropout(self, hparams: Any) -> float:
         """Return the dropout rate of the site; 0 if its hyperparameters have none."""
-        return getattr(hparams, "dropout", 0.0)
+        return getattr(self.own_hparams(hparams), "dropout", 0.0)
 
     def starts_unchanged(self, config: Any) -> bool:
         """Return True if a new adapter leaves the model's output as it is."""

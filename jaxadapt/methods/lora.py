@@ -48,7 +48,6 @@ from jaxadapt.configs.base import PEFT_VERSION, Config, release_of
 from jaxadapt.configs.lora import LoraConfig, fields_set
 from jaxadapt.core.errors import AttachError, ConfigError, met
 from jaxadapt.methods.base import (
-    PRIMITIVES,
     Array,
     Axes,
     Draw,
@@ -375,10 +374,7 @@ class Lora(Method, peft_type="LORA"):
     def follows(self, hparams: LoraHparams, primitive: str) -> bool:
         if primitive == "ragged_dot_general":
             return not (hparams.dora or hparams.bias or hparams.kind in ("conv", "embedding"))
-        return PRIMITIVES.get(hparams.kind) == primitive
-
-    def forward(self, hparams: LoraHparams) -> bool:
-        return not hparams.kind and super().forward(hparams)  # an embedding's product is that of a tied head
+        return super().follows(hparams, primitive)
 
     def effects(self, hparams: LoraHparams) -> Effects:
         return Effects(

@@ -27,7 +27,6 @@ from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.methods.base import (
     CALL_KEY,
-    PRIMITIVES,
     Array,
     Axes,
     Change,
@@ -208,20 +207,14 @@ class MatrixMethod(Method):
     def effects(self, hparams: MatrixHparams) -> Effects:
         return self.effect(hparams.own)
 
-    def dropout(self, hparams: MatrixHparams) -> float:
-        return getattr(hparams.own, "dropout", 0.0)
-
-    def follows(self, hparams: MatrixHparams, primitive: str) -> bool:
-        return PRIMITIVES.get(_kind(hparams)) == primitive
+    def own_hparams(self, hparams: MatrixHparams) -> Any:
+        return hparams.own
 
     def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
         # A tied head uses the weight in reverse, and fused parts with one input cannot each change it.
         changes_input = type(self).before is not MatrixMethod.before
         fits = not use.transposed and not (changes_input and not set(use.letters("batch")) <= set(use.x))
-        return fits or _kind(hparams) == "embedding"
-
-    def forward(self, hparams: MatrixHparams) -> bool:
-        return _kind(hparams) != "embedding"  # whose product is that of a tied head
+        return fits or self.kind(hparams) == "embedding"
 
     def input(self, hparams: MatrixHparams, params: Params, use: Use | Operation, x: Array, w: Array) -> Array:
         if type(self).before is MatrixMethod.before or isinstance(use, Operation):
@@ -347,10 +340,6 @@ class MatrixMethod(Method):
         else:
             own, used = hparams.layer_values(params)
         return {"own": own, "used": used, "tensors": tensors}
-
-
-def _kind(hparams: MatrixHparams) -> str:
-    return getattr(hparams.own, "kind", "")
 
 
 def layout_of(axes: Axes) -> TorchLayout:
