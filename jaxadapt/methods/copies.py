@@ -37,6 +37,7 @@ from jaxadapt.methods.base import (
     Start,
     Target,
     Use,
+    WithoutArithmetic,
     adapted_entries,
 )
 
@@ -225,18 +226,7 @@ class RowCopy(_Copy):
 # ---------------------------------------------------------------- copying methods
 
 
-class CopyingMethod(Method):
+class CopyingMethod(WithoutArithmetic):
     """A method whose sites all have the methods that `copy_of` returns, so that it has no arithmetic of its own."""
 
     scope: ClassVar[Literal["site", "model", "copies"]] = "copies"
-
-    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
-        raise AssertionError(f"{self.peft_type} trains copies, which have methods of their own")
-
-    tensors: Any = _refuse
-    hparams: Any = _refuse
-    effects: Any = _refuse
-    init: Any = _refuse
-    output: Any = _refuse
-    weight: Any = _refuse
-    unweight: Any = _refuse

@@ -148,11 +148,6 @@ class IA3(Method, peft_type="IA3"):
         return (bias / scale if undo else bias * scale).astype(bias.dtype)
 
     def row_hparams(self, hparams: IA3Hparams) -> IA3Hparams:
-        if hparams.conv:
-            raise AttachError(
-                "the rows of a batch cannot each have an IA3 of their own here: it adapts a convolution, not a matrix"
-                " product"
-            )
         return dataclasses.replace(hparams, used=None)
 
     def row_params(self, hparams: IA3Hparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:

@@ -468,11 +468,11 @@ class Lora(Method, peft_type="LORA"):
         return (bias - added if undo else bias + added).astype(bias.dtype)
 
     def row_hparams(self, hparams: LoraHparams) -> LoraHparams:
-        problem = "it is an aLoRA, which adapts only some tokens of a row" if hparams.invoked else None
-        if hparams.kind:
-            problem = f"it adapts {'an' if hparams.kind == 'embedding' else 'a'} {hparams.kind}, not a matrix product"
-        if problem is not None:
-            raise AttachError(f"cannot use a different LoRA per batch row in this layer: {problem}")
+        if hparams.invoked:
+            raise AttachError(
+                "cannot use a different LoRA per batch row in this layer: it is an aLoRA, which adapts only some tokens"
+                " of a row"
+            )
         return dataclasses.replace(hparams, scale=None, dropout=0.0, frozen=False, used=None)
 
     def row_params(self, hparams: LoraHparams, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from jaxadapt.methods.base import (
     Draw,
     Effects,
     Examples,
-    Method,
     MethodTensor,
     Params,
     Shapes,
@@ -27,8 +26,8 @@ from jaxadapt.methods.base import (
     Strings,
     Target,
     Targets,
+    WithoutArithmetic,
     own_tensor,
-    require_weights,
     tensor_roles,
 )
 
@@ -101,7 +100,7 @@ class StartData:
         return table[jnp.asarray(ids)].astype(jnp.float32)
 
 
-class PromptMethod(Method):
+class PromptMethod(WithoutArithmetic):
     """A method that adds virtual tokens to the input of a model. Stateless: every value it needs is an argument.
 
     Its parameters have one of two forms. The trained form is that of a new adapter; it may have an encoder, which
@@ -249,14 +248,6 @@ class PromptMethod(Method):
 
     def effects(self, hparams: Any) -> Effects:
         return Effects()
-
-    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
-        require_weights(self)
-        raise AssertionError
-
-    output: Any = _refuse
-    weight: Any = _refuse
-    unweight: Any = _refuse
 
 
 def keys_and_values(prompt: Array, layers: int, submodules: int = 1) -> Array:
