@@ -463,9 +463,9 @@ def overflow_error(lost: Mapping[str, int], dtype: Any, source: str) -> Mismatch
 
 
 def explain_not_finite(
-    arrays: Iterable[tuple[Sequence[str], Any, int]], read: Callable[[str], Any], source: str
-) -> dict[str, int]:
-    """Return the number of NaN and infinite values in each tensor of a file, by key.
+    arrays: Iterable[tuple[Sequence[str], Any, int]], read: Callable[[str], Any], source: str, warns: bool = True
+) -> None:
+    """Warn of a file's tensors with NaN or infinite values, with their number in each.
 
     Raises `MismatchError` if finite values of a tensor became so in its array, because its dtype cannot hold them.
 
@@ -474,6 +474,7 @@ def explain_not_finite(
             0 if other values than the file's are in it.
         read: returns the tensor of a key.
         source: the file, for the message.
+        warns: False only to raise the error.
     """
     lost: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -486,16 +487,10 @@ def explain_not_finite(
         if number and not any((*here.values(), *present.values())):  # the factor of the layout made them so large
             here = {keys[0]: number}
         lost |= here
-        counts |= present
+        counts |= {key: number for key, number in present.items() if number}
     if any(lost.values()):
         raise overflow_error(lost, dtype, source)
-    return counts
-
-
-def warn_not_finite(counts: Mapping[str, int], source: str) -> None:
-    """Warn of a file's tensors with NaN or infinite values, if there are any, from their number in each."""
-    counts = {name: number for name, number in counts.items() if number}
-    if counts:
+    if warns and counts:
         warn(
             f"{source}: {sum(counts.values())} values are NaN or infinite; the training diverged, or 16 bits"
             " overflowed. Take an earlier checkpoint:\n"

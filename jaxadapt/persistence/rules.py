@@ -38,7 +38,6 @@ from jaxadapt.arrays.regions import (
     count_not_finite,
     explain_not_finite,
     is_finite,
-    warn_not_finite,
 )
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_block, as_source, rename
 from jaxadapt.configs.base import Config
@@ -508,9 +507,7 @@ def load_arrays(
             out |= _transfer(job)
             count(sum(leaf.nbytes for leaf in job))
     found = [(x.entry.keys[: x.entry.form.count], x.dtype, x.not_finite) for x in order if x.not_finite is not None]
-    counts = explain_not_finite(found, lambda key: source.read_into(key, None), name)
-    if check:
-        warn_not_finite(counts, name)
+    explain_not_finite(found, lambda key: source.read_into(key, None), name, warns=check)
     return out
 
 

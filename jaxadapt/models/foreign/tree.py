@@ -575,7 +575,7 @@ def _build_arrays(
         )
         for path in regions.names_not_finite(new)
     ]
-    regions.warn_not_finite(regions.explain_not_finite(not_finite, lambda key: np.asarray(values[key]), source), source)
+    regions.explain_not_finite(not_finite, lambda key: np.asarray(values[key]), source)
     return placed, new
 
 

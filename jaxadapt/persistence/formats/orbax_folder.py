@@ -230,7 +230,7 @@ def read_adapter(
         }
         flat = {p: jax.numpy.asarray(x.astype(dtypes[p])) for p, x in own.items()}
     bad = [([p], flat[p].dtype, 0) for p in regions.names_not_finite(flat)]
-    regions.warn_not_finite(regions.explain_not_finite(bad, own.__getitem__, path), path)
+    regions.explain_not_finite(bad, own.__getitem__, path)
     adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
     report_total(report, "load", adapter)
     return adapter, target_sites, stored.change_base
