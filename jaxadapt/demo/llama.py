@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import nnx
 
 from jaxadapt.arrays.tensor_source import as_source
-from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed
+from jaxadapt.core.errors import ConfigError, MismatchError, met, raise_listed
 from jaxadapt.core.paths import Spec, compare, unflatten
 from jaxadapt.models.attention_calls import attention
 from jaxadapt.models.graph import SharedParam
@@ -83,8 +83,8 @@ class LlamaConfig:
             f"head_dim must be even for rotary positions, found {self.head_dim}": self.head_dim % 2,
             f"scan_axis must be 0 or 1, found {self.scan_axis}": self.scan_axis not in (0, 1),
         }
-        if any(wrong.values()):
-            raise ConfigError("LlamaConfig: " + "; ".join(problem for problem, holds in wrong.items() if holds))
+        if problems := met(wrong):
+            raise ConfigError("LlamaConfig: " + "; ".join(problems))
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> LlamaConfig:

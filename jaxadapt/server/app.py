@@ -42,14 +42,13 @@ from jaxadapt.server.protocol import (
     parse_adapter,
     parse_request,
 )
-from jaxadapt.serving.pool import BASE, find_folders, is_adapter
+from jaxadapt.serving.pool import BASE, FILES, find_folders, is_adapter
 from jaxadapt.storage import location
 
 # ---------------------------------------------------------------- names
 
 
 MAX_BYTES = 255
-FILES = (location.CONFIG, *location.FOLDER_WEIGHTS)
 
 
 def find(root: Path, name: str, given: str | None = None) -> Path:
@@ -542,7 +541,7 @@ def make_server(
     if base.name in folders:
         raise FileError(f"{folders[base.name]} has the base's name, {base.name!r}; rename it")
     config, model = base.build()
-    bank = serving.create(model, make_room(model, folders.values(), rank, base.targets), slots=slots)
+    bank = serving.create(model, make_room(model, folders.values(), rank), slots=slots)
     pool = serving.AdapterPool(bank, model, folders)
     serving.attach(model, bank)
     decoder = serving.Decoder(config, *serving.nnx_forward(model), rows=rows, length=length, select=pool.select)

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jaxadapt
 from jaxadapt.adapters.sites import sites_of
@@ -63,7 +63,6 @@ class Base:
     text_tokenizer: Any
     stop: tuple[int, ...]
     system: str = ""
-    targets: ClassVar[tuple[str, ...]] = PROJECTIONS  # the modules that adapters may change
 
     def build(self) -> tuple[LlamaConfig, Any]:
         """Build the model in NNX; return its hyperparameters and the model."""
@@ -184,7 +183,7 @@ def _as_text(tokenizer: Any) -> Any:
 Room = jaxadapt.Config | jaxadapt.Adapter
 
 
-def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[str]) -> list[Room]:
+def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[str] = PROJECTIONS) -> list[Room]:
     """Return what to give `serving.create`: room for plain LoRAs, and for each other kind of adapter in the folders.
 
     Args:

@@ -33,9 +33,8 @@ from jaxadapt.storage import atomic, location
 
 
 BASE = "__base__"  # PEFT's name of the base in `adapter_names`
-# Other files are not the adapter's.
-_NAMES = (location.CONFIG, *location.FOLDER_WEIGHTS, *location.ORBAX_MARKERS)
-
+FILES = (location.CONFIG, *location.FOLDER_WEIGHTS, *location.ORBAX_MARKERS)
+"""The names of an adapter's files; other files in its folder are not the adapter's."""
 
 Files = tuple[tuple[str, tuple[int, ...]], ...]
 """Of each file of an adapter at one time: its name, and (bytes, time of writing, time of change, device, inode).
@@ -99,7 +98,7 @@ def list_files(path: str | os.PathLike[str]) -> Files:
         raise_as(FileError, f"cannot read the adapter folder {os.fspath(path)}", OSError, ValueError),  # a NUL in it
         os.scandir(path) as entries,
     ):
-        own = [entry for entry in entries if entry.name in _NAMES]
+        own = [entry for entry in entries if entry.name in FILES]
     for entry in own:
         with contextlib.suppress(OSError):
             at = entry.stat()
