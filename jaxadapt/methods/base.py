@@ -23,7 +23,7 @@ import importlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,9 +41,9 @@ from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight, axes_tensor, 
 __all__ = [
     "CALL_KEY", "METHODS", "PRIMITIVES", "Array", "Axes", "Change", "Draw", "Drop", "Effects", "Examples", "Floats",
     "Match", "Method", "MethodTensor", "Operation", "Params", "PerEntry", "Shapes", "Start", "Strings", "Target",
-    "Targets", "TorchRandom", "Use", "WithoutArithmetic", "adapted_entries", "as_computable", "at_least_float32",
-    "axes_tensor", "file_sizes", "get_method", "is_collection", "own_tensor", "register", "require_weights",
-    "shared_value", "tensor_roles",
+    "Targets", "TorchRandom", "Use", "adapted_entries", "as_computable", "at_least_float32", "axes_tensor",
+    "file_sizes", "get_method", "is_collection", "own_tensor", "register", "require_weights", "shared_value",
+    "tensor_roles",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- per entry
@@ -603,22 +603,6 @@ def require_weights(method: Method | None) -> None:
             f"{method.peft_type} adds virtual tokens to the input and changes no weight, so it cannot be merged,"
             " combined or converted to LoRA. Keep the adapter beside the model"
         )
-
-
-class WithoutArithmetic(Method):
-    """A method that computes nothing at a site: it adds tokens to the input, or its sites have methods of their own."""
-
-    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
-        require_weights(self)
-        raise AssertionError(f"{self.peft_type} trains copies, which have methods of their own")
-
-    tensors: Any = _refuse
-    hparams: Any = _refuse
-    effects: Any = _refuse
-    init: Any = _refuse
-    output: Any = _refuse
-    weight: Any = _refuse
-    unweight: Any = _refuse
 
 
 # ---------------------------------------------------------------- registry

@@ -37,8 +37,8 @@ from jaxadapt.methods.base import (
     Start,
     Target,
     Use,
-    WithoutArithmetic,
     adapted_entries,
+    require_weights,
 )
 
 # ---------------------------------------------------------------- full copy
@@ -223,7 +223,23 @@ class RowCopy(_Copy):
         return jnp.asarray(w).transpose(self._order(hparams, axes))
 
 
-# ---------------------------------------------------------------- copying methods
+# ---------------------------------------------------------------- methods without arithmetic
+
+
+class WithoutArithmetic(Method):
+    """A method that computes nothing at a site: it adds tokens to the input, or its sites have methods of their own."""
+
+    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
+        require_weights(self)
+        raise AssertionError(f"{self.peft_type} trains copies, which have methods of their own")
+
+    tensors: Any = _refuse
+    hparams: Any = _refuse
+    effects: Any = _refuse
+    init: Any = _refuse
+    output: Any = _refuse
+    weight: Any = _refuse
+    unweight: Any = _refuse
 
 
 class CopyingMethod(WithoutArithmetic):

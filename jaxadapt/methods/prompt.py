@@ -26,10 +26,10 @@ from jaxadapt.methods.base import (
     Strings,
     Target,
     Targets,
-    WithoutArithmetic,
     own_tensor,
     tensor_roles,
 )
+from jaxadapt.methods.copies import WithoutArithmetic
 
 # The file of a method imports these names from here, wherever they are defined.
 __all__ = [
