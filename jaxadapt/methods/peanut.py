@@ -9,7 +9,6 @@ transformers that is not in `ACTIVATIONS` is refused, such as those with paramet
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import jax.nn as functions
 import jax.numpy as jnp
@@ -36,26 +35,24 @@ def _gelu(x: Array) -> Array:
     return functions.gelu(x, approximate=False)
 
 
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
-    {
-        **dict.fromkeys(("gelu", "gelu_python"), _gelu),
-        **dict.fromkeys(
-            ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), functions.gelu
-        ),
-        "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
-        "hardswish": functions.hard_swish,
-        "leaky_relu": functions.leaky_relu,
-        "linear": lambda x: x,
-        "mish": functions.mish,
-        "quick_gelu": lambda x: x * functions.sigmoid(1.702 * x),
-        "relu": functions.relu,
-        "relu2": lambda x: functions.relu(x) ** 2,
-        "relu6": functions.relu6,
-        "sigmoid": functions.sigmoid,
-        **dict.fromkeys(("silu", "swish"), functions.silu),
-        "tanh": jnp.tanh,
-    }
-)
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    **dict.fromkeys(("gelu", "gelu_python"), _gelu),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), functions.gelu
+    ),
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
+    "hardswish": functions.hard_swish,
+    "leaky_relu": functions.leaky_relu,
+    "linear": lambda x: x,
+    "mish": functions.mish,
+    "quick_gelu": lambda x: x * functions.sigmoid(1.702 * x),
+    "relu": functions.relu,
+    "relu2": lambda x: functions.relu(x) ** 2,
+    "relu6": functions.relu6,
+    "sigmoid": functions.sigmoid,
+    **dict.fromkeys(("silu", "swish"), functions.silu),
+    "tanh": jnp.tanh,
+}
 """The activation functions by their names in transformers."""
 
 
