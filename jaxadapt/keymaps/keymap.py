@@ -414,6 +414,20 @@ def leaves_left_out(keymap: KeyMap, shapes: Iterable[str], adapted: Iterable[str
     ]
 
 
+def wrong_counts(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the leaves of `KeyMap.counts` of which a model has another number of layers, so that later ones move."""
+    found = [
+        (match.weight.leaf, dict(zip(match.weight.left, shape, strict=False)).get("{l}", 1))
+        for leaf, shape in shapes.items()
+        if keymap.counts and (match := keymap.match(leaf)) is not None
+    ]
+    return [
+        f"{leaf}: {layers} layers, expected {count}"
+        for leaf, count in keymap.counts
+        if (layers := sum(size for each, size in found if each == leaf)) not in (0, count)
+    ]
+
+
 def advise_stacked(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return the advice to name the form of a keymap for stacked layers, if a model has the leaves of that form."""
     others = (form for form in map(keymap.scanned, range(3)) if form.weights != keymap.weights)

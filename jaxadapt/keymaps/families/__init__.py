@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt.core import errors
-from jaxadapt.keymaps.keymap import GENERIC, KeyMap, coverage, max_coverage, misfits
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, coverage, max_coverage, misfits, wrong_counts
 from jaxadapt.keymaps.weight import Weight
 
 # ---------------------------------------------------------------- flax entries
@@ -257,7 +257,8 @@ def resolve_keymap(
         model: the class of the model, if there is one.
 
     Raises `KeyMapError` naming the candidates if the best families disagree, or if the best one is not verified, or if
-    none matches a model of a library that has families.
+    none matches a model of a library that has families; and for a named family of another number of layers, where the
+    numbers of later layers depend on it.
     """
     if isinstance(keymap, KeyMap):
         return keymap
@@ -265,7 +266,14 @@ def resolve_keymap(
     if not isinstance(given, str | None):
         raise errors.KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
     if keymap not in (None, "auto"):
-        return get_family(keymap, families)
+        named = get_family(keymap, families)
+        errors.raise_listed(
+            errors.KeyMapError,
+            f"the keymap {named.name!r} is for another number of these layers, and the numbers of later ones would be"
+            " wrong. Name the family of your model's size, or pass a KeyMap with the numbers of its layers:",
+            wrong_counts(named, shapes),
+        )
+        return named
     leaves = _one_of_each_kind(shapes)
     found = (
         _recognize_known(tuple(families), tuple(leaves.items()))
@@ -333,10 +341,9 @@ def _recognize(keymaps: Iterable[KeyMap], samples: Mapping[str, tuple[int, ...]]
             f" {', '.join(map(_format_name, dict.fromkeys((*chosen, *rivals))))}; select one with keymap="
         )
     if not chosen[0].proved:
-        name = chosen[0].name
         raise errors.KeyMapError(
-            f"the model looks like {name!r}, but that keymap has not been verified against the real models; pass"
-            f" keymap={name!r} to use it, or keymap={GENERIC.name!r} for the generic keymap"
+            f"the model looks like {chosen[0].name!r}, but that keymap has not been verified against the real models;"
+            f" pass keymap={chosen[0].name!r} to use it, or keymap={GENERIC.name!r} for the generic keymap"
         )
     return chosen[0]
 
