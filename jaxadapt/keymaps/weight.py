@@ -204,7 +204,7 @@ class Weight:
             ),
             *(f"{n!r} has names but is not a braced axis" for n, _ in self.over if n not in braced),
             *(
-                f"{{{n}}} must appear in the key, else all its indices have the same key"
+                f"axis {{{n}}} must appear in the key, else all its indices have the same key"
                 + "; for the layers of a block, pass their number, as in place=5" * (n == "place")
                 for n in sorted((braced | {"place"} & holes).difference(key_holes, self.layer_names[1:]))
             ),
