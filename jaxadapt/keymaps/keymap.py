@@ -415,7 +415,7 @@ def leaves_left_out(keymap: KeyMap, shapes: Iterable[str], adapted: Iterable[str
 
 
 def wrong_counts(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the leaves of `KeyMap.counts` of which a model has another number of layers, so that later ones move."""
+    """Return the leaves of `KeyMap.counts` whose number of layers differs in a model; later layers then move."""
     found = [
         (match.weight.leaf, dict(zip(match.weight.left, shape, strict=False)).get("{l}", 1))
         for leaf, shape in shapes.items()
