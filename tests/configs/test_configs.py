@@ -636,3 +636,16 @@ def test_what_is_more_than_a_product_is_named(fields: dict[str, Any], reasons: l
     assert lora.reasons_not_a_product(LoraConfig(target_modules=["q"], **fields)) == reasons
     ia3 = IA3Config(target_modules=["q"], feedforward_modules=[])
     assert lora.reasons_not_a_product(ia3) == ["peft_type is IA3"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_parameters=["experts.down_proj"]),
+        LoraConfig(layer_replication=[(0, 2)]),
+        jaxadapt.TinyLoraConfig(target_modules=["q"]),
+    ],
+    ids=["parameters", "layers", "TINYLORA"],
+)
+def test_an_adapter_that_no_file_merges_is_merged_in_memory(config):
+    assert lora.merge_advice(config).startswith("merge it into its model in memory (jaxadapt.export.export_base(")

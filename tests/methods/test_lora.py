@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfig, TinyLoraConfig, Weight
+from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfig, Weight
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import make_file_plan
 from jaxadapt.arrays import products
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LAYER, Operation, Use, needs_layer_number
-from jaxadapt.configs.lora import merge_advice
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods import METHODS, AppliedMethod, lora
 
@@ -330,16 +329,3 @@ def test_layers_that_differ_look_up_their_own_number(alphas, needed):
     parts = Weight("w", "h.1.{p}.weight", "{p} i o -> o i", p=("q", "k"))
     both = config.replace(target_modules=["q", "k"])
     assert not needs_layer_number(site_of(both, parts, (2, 4, 6)).hparams)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(target_parameters=["experts.down_proj"]),
-        LoraConfig(layer_replication=[(0, 2)]),
-        TinyLoraConfig(target_modules=["q"]),
-    ],
-    ids=["parameters", "layers", "TINYLORA"],
-)
-def test_an_adapter_that_no_file_merges_is_merged_in_memory(config):
-    assert merge_advice(config).startswith("merge it into its model in memory (jaxadapt.export.export_base(")
