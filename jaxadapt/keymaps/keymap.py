@@ -430,8 +430,14 @@ def wrong_counts(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[
 
 def advise_stacked(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return the advice to name the form of a keymap for stacked layers, if a model has the leaves of that form."""
-    others = (form for form in map(keymap.scanned, range(3)) if form.weights != keymap.weights)
-    return next((f"the model's layers are stacked: pass keymap={t.name!r}" for t in others if coverage(t, shapes)), "")
+    return next(
+        (
+            f"the model's layers are stacked: pass keymap={form.name!r}"
+            for form in map(keymap.scanned, range(3))
+            if form.weights != keymap.weights and coverage(form, shapes)
+        ),
+        "",
+    )
 
 
 @functools.lru_cache(maxsize=512)
@@ -484,11 +490,8 @@ def sort_modules(keymap: KeyMap, modules: Iterable[str]) -> tuple[str, ...]:
         " these. Pass a KeyMap with order=(their last names, in the order of the PyTorch model's named_modules):",
         sorted(unknown),
     )
-
-    def position(module: str) -> list[int]:
-        return [int(part) if part.isdigit() else places.get(part, 0) for part in module.split(".")]
-
-    return tuple(sorted(modules, key=position))
+    positions = {m: [int(part) if part.isdigit() else places.get(part, 0) for part in m.split(".")] for m in modules}
+    return tuple(sorted(modules, key=positions.__getitem__))
 
 
 # ---------------------------------------------------------------- generic

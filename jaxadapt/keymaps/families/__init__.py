@@ -225,11 +225,11 @@ def get_family(name: str, families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
     keymap = {**families, GENERIC.name: GENERIC}.get(base)
     if keymap is None:
         close = errors.close_matches((base,), tuple(families))
-        guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise errors.KeyMapError(
-            f"there is no family {name!r}{guess} Known families: {', '.join(sorted(families))} (add /scan0, /scan1, …"
-            f" for layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 with Hugging Face's"
-            " names are 'llama'"
+            f"there is no family {name!r}"
+            + (f"; did you mean {' or '.join(map(repr, close))}?" if close else ".")
+            + f" Known families: {', '.join(sorted(families))} (add /scan0, /scan1, … for layers stacked on that axis)"
+            f" and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 with Hugging Face's names are 'llama'"
         )
     for change in changes:
         axis = change.removeprefix("scan")
@@ -262,9 +262,8 @@ def resolve_keymap(
     """
     if isinstance(keymap, KeyMap):
         return keymap
-    given: Any = keymap
-    if not isinstance(given, str | None):
-        raise errors.KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
+    if not isinstance(keymap, str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise errors.KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(keymap).__name__}")
     if keymap not in (None, "auto"):
         named = get_family(keymap, families)
         errors.raise_listed(
