@@ -4,7 +4,8 @@ python tests/full/wheels.py [--record]          # every Python found, with the l
 python tests/full/wheels.py --dist dist --python 3.14 --dependencies lowest --tests     # release.yml
 
 Needs uv, which finds the lowest dependencies: `pip install uv build cyclonedx-python-lib[json-validation]`.
-`--readme` also runs the README's demo from the wheel and from the source distribution, `--tests` some of the tests.
+`--readme` also runs README's two commands from the wheel and from the source distribution (of the tests of the second,
+only those of `README_TESTS`), `--tests` some of the tests.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ TABLE = re.compile(r"(?<=\| date \| Python \| dependencies \| outcome \|\n\|---\
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
 # Beside the smoke test, with --tests: what depends on the releases of Python, JAX and Flax.
 TESTS = ("tests/files", "tests/system/test_readme.py", "tests/models", "tests/persistence", "tests/training")
+# Of README's second command, with --readme: README's programs, files of earlier releases, storage, and PEFT both ways.
+README_TESTS = ("tests/system/test_readme.py", "tests/files", "tests/storage", "tests/reference/test_interchange.py")
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -106,20 +109,39 @@ def try_wheel(python: str, dependencies: str, wheel: Path, tests: bool) -> tuple
         return exact, f"{dependencies}: {versions}", outcome
 
 
-def run_readme_demo(dist: Sequence[Path]) -> list[tuple[str, str, str]]:
-    """README's first command, with the wheel and the source distribution in place of the checkout."""
+def run_readme(dist: Sequence[Path]) -> list[tuple[str, str, str]]:
+    """README's two commands, with the wheel and the source distribution in place of the checkout."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = next(line for line in page.splitlines() if line.endswith("jaxadapt demo"))
+    demo, tests = (
+        next(line for line in page.splitlines() if line.startswith("pip install") and word in line)
+        for word in ("jaxadapt demo", "pytest")
+    )
     rows: list[tuple[str, str, str]] = []
     for path in dist:
-        with tempfile.TemporaryDirectory() as made:
-            python = new_environment("3.11", Path(made, "environment"))
-            there = command.replace("'.[", f"'{path}[")
-            assert there != command
-            shown = run("bash", "-c", f". {python.with_name('activate')} && {there}", cwd=Path(made))
-            loss = next(line for line in shown.splitlines() if line.startswith("held-out loss"))
-            rows.append(("3.11", f"README's first command with `{path.name}`", loss))
+        for name, command in (("first", demo), ("second", tests)):
+            with tempfile.TemporaryDirectory() as made:
+                place = Path(made)
+                activate = new_environment("3.11", place / "environment").with_name("activate")
+                if name == "first":
+                    there, folder = command.replace("'.[", f"'{path}["), place
+                    assert there != command
+                else:
+                    folder, there = _unpack(dist, place), f"{command} {' '.join(README_TESTS)}"
+                    if path.suffix == ".whl":  # the tests of the source distribution, and the package of the wheel
+                        shutil.move(folder / "jaxadapt", place / "not_used")
+                        there = there.replace("-e '.[", f"'{path}[").replace("&& pytest", "&& python -P -m pytest")
+                shown = run("bash", "-c", f". {activate} && {there}", cwd=folder).strip().splitlines()
+                outcome = next((line for line in shown if line.startswith("held-out loss")), shown[-1].strip("= "))
+                rows.append(("3.11", f"README's {name} command with `{path.name}`", outcome))
+                print(" | ".join(rows[-1]), flush=True)
     return rows
+
+
+def _unpack(dist: Sequence[Path], place: Path) -> Path:
+    """Unpack the source distribution; return its folder."""
+    (sdist,) = (path for path in dist if path.suffix == ".gz")
+    shutil.unpack_archive(sdist, place, filter="data")
+    return place / sdist.name.removesuffix(".tar.gz")
 
 
 def main() -> None:
@@ -145,7 +167,7 @@ def main() -> None:
                 rows.append(try_wheel(python, dependencies, wheel, options.tests))
                 print(" | ".join(rows[-1]), flush=True)
         if options.readme:
-            rows += run_readme_demo([wheel, sdist])
+            rows += run_readme([wheel, sdist])
     missing = [version for version in _pythons() if version not in found]
     print(f"not found here: Python {', '.join(missing)}" if missing else "every supported Python was found")
     if options.record:
