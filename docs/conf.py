@@ -36,7 +36,7 @@ llms_txt_description = (
 html_extra_path = ["concepts.svg"]  # where the Markdown twin of the page looks for it
 html_theme, html_title, html_favicon = "furo", f"jaxadapt {version}", "icon.svg"
 templates_path, html_static_path = ["_templates"], ["_static"]
-html_css_files, html_js_files = ["versions.css"], [("versions.js", {"defer": "defer"})]
+html_css_files, html_js_files = ["site.css", "versions.css"], [("versions.js", {"defer": "defer"})]
 html_sidebars = {
     "**": [
         f"sidebar/{part}.html"
