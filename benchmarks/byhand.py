@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxadapt.demo.llama import PROJECTIONS, LinenRMSNorm, LlamaConfig, rope_at, rotate
 from jaxadapt.demo.llama import Llama as NnxLlama
+from jaxadapt.models.attention_calls import attention  # the demo's: only LoRA is written here
 
 R, ALPHA = 8, 16
 
@@ -70,16 +71,6 @@ def value(path: Any, spec: Any) -> jax.Array:
     return jax.random.uniform(key, spec.shape, minval=-1, maxval=1) * spec.shape[0] ** -0.5
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Grouped-query attention with a causal mask: q (B, T, H, h), k and v (B, T, K, h) -> (B, T, H * h)."""
-    batch, length, heads, size = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k).astype(jnp.float32) * size**-0.5
-    mask = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads * size)
-
-
 class Attention(nn.Module):
     config: LlamaConfig
 
@@ -90,7 +81,7 @@ class Attention(nn.Module):
         q = HandDense(config.num_heads * config.head_dim, name="q_proj")(x).reshape(heads)
         k = HandDense(config.num_kv_heads * config.head_dim, name="k_proj")(x).reshape(heads)
         v = HandDense(config.num_kv_heads * config.head_dim, name="v_proj")(x).reshape(heads)
-        mixed = causal_attention(rotate(q, rope), rotate(k, rope), v)
+        mixed = attention(rotate(q, rope), rotate(k, rope), v, is_causal=True).reshape(*x.shape[:2], -1)
         return HandDense(config.hidden_size, name="o_proj")(mixed)
 
 
