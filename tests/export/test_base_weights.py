@@ -483,7 +483,7 @@ def test_a_model_no_table_knows_is_refused_with_its_weights(tmp_path):
         ("[]", FormatError, "weight_map"),
         ('{"weight_map": {"a": 1}}', FormatError, "weight_map"),
         ('{"weight_map": {"a": "../x.safetensors"}}', FormatError, "names of files beside it"),
-        ('{"weight_map": {"a": "b.safetensors"}}', FileError, "do not exist: b.safetensors"),
+        ('{"weight_map": {"a": "b.safetensors"}}', FileError, r"(?s)do not exist.*b\.safetensors"),
         ('{"weight_map": {"nothing": "c.safetensors"}}', FormatError, "nothing is not in c.safetensors"),
         ('{"weight_map": {"a": "c.safetensors"}}', FormatError, "b of c.safetensors is not in the index"),
     ],
@@ -536,7 +536,7 @@ def test_statistics_are_written_by_a_line_or_refused(tmp_path):
     )
     with pytest.raises(KeyMapError, match=r"(?s)statistics of batch normalization.*bn\.mean\n.*bn\.var"):
         jaxadapt.export.export_base(model, tmp_path, keymap=KeyMap("mine", lines))
-    assert not tmp_path.exists()
+    assert not list(tmp_path.iterdir())
     params = {"q": {"kernel": model.q.kernel.get_value()}}
     variables = {"params": params, "batch_stats": {"bn": {"mean": jnp.arange(4.0)}}}
     with pytest.raises(KeyMapError, match=r"batch_stats\.bn\.mean"):
