@@ -69,8 +69,10 @@ class Field(NamedTuple):
 
 
 def _gguf() -> Any:
-    with raise_as(FileError, "GGUF files need the package gguf", ModuleNotFoundError, advice=f"; run: {INSTALL}"):
+    try:
         return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise FileError(f"GGUF files need the package gguf, which is not installed; run: {INSTALL}") from error
 
 
 def tensor_names(architecture: str, layers: int) -> Callable[[str], tuple[str, str] | None]:

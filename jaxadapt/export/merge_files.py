@@ -39,6 +39,7 @@ from jaxadapt.core.errors import (
     MismatchError,
     Progress,
     Report,
+    met,
     reporter,
 )
 from jaxadapt.export import base_files, conversion, gguf_files
@@ -424,9 +425,8 @@ def merge_folder(
 
 def _refuse_target(target: location.Location, problems: Mapping[str, bool]) -> None:
     """Raise `FileError` with the first problem that the target of a merge has."""
-    for problem, applies in problems.items():
-        if applies:
-            raise FileError(f"{target}: cannot write the merged model here: {problem}")
+    for problem in met(problems):
+        raise FileError(f"{target}: cannot write the merged model here: {problem}")
 
 
 @dataclasses.dataclass(frozen=True)

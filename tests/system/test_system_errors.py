@@ -154,7 +154,7 @@ def test_old_weights_that_cannot_be_deleted_are_named(tmp_path: Path, monkeypatc
     jaxadapt.export.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE)
     monkeypatch.setattr(Path, "unlink", broken)
     with pytest.raises(
-        FileError, match=r"the new weights are in place, but .* delete them yourself: model\.safetensors"
+        FileError, match=r"the new weights are in place, but .* delete them yourself:\n  model\.safetensors"
     ):
         jaxadapt.export.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE, max_shard_size=100)
     assert (tmp_path / "model.safetensors.index.json").exists()

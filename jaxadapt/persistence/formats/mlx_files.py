@@ -124,7 +124,6 @@ def parse_settings(text: str, source: str) -> lora.LoraConfig:
         f"{source}: invalid lora_parameters; correct them:",
         [text for text, is_kept in rules.items() if not is_kept],
     )
-    assert type(rank) is int
     _refuse_two_scales(values, fields.get("alpha"), rank, scale, source)
     model = values.get("model")
     return lora.LoraConfig(
