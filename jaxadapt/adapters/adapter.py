@@ -84,8 +84,8 @@ class Recipe:
         """Raise `AttachError` if `count` is not the number of leaves that the adapter has."""
         if self.sites and count != self.sites:
             raise AttachError(
-                f"this tree holds {count} of the {self.sites} adapted leaves of the adapter {name!r}: saving or merging"
-                " it would lose the others. Pass the full model, or all its variables"
+                f"this tree holds {count} of the {self.sites} weights that the adapter {name!r} adapts: saving or"
+                " merging it would lose the others. Pass the full model, or all its variables"
             )
 
     def to_text(self) -> str:

@@ -643,7 +643,7 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
     matches = [(site, keymap.match(site.leaf)) for site in sites]
     raise_listed(
         KeyMapError,
-        f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted leaves. Add entries"
+        f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted weights. Add entries"
         " for them:",
         [site.leaf for site, match in matches if match is None],
     )

@@ -76,7 +76,7 @@ def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
     if not tied:
         raise ConfigError(
             f"ensure_weight_tying=True has no effect: by the keymap {keymap.name!r} this model has no tied weights (a"
-            " head without a leaf of its own). Leave the field out, or list the tied weights in KeyMap(tied=...)"
+            " head without a parameter of its own). Leave the field out, or list the tied weights in KeyMap(tied=...)"
         )
     for field in ("modules_to_save", "target_modules"):
         names: Any = config.get(field) or ()
@@ -187,9 +187,9 @@ def copied_entries(
     }
     if len(set(entries.values())) > 1:
         raise ConfigError(
-            f"leaf {match.leaf!r} stores several parameters in one array, and modules_to_save and bias treat them"
-            " differently (with bias='all', biases of adapted modules have other names than the rest). Use an unrolled"
-            " model, or treat them alike"
+            f"{match.leaf!r} holds several parameters of PyTorch in one array, and modules_to_save and bias treat"
+            " them differently (with bias='all', biases of adapted modules have other names than the rest). Use an"
+            " unrolled model, or treat them alike"
         )
     return entries
 
@@ -502,7 +502,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: tuple[tuple[str, Sha
     sites += [_recover_copy(config, keymap, match, leaves[match.leaf], adapted) for match in copied]
     raise_listed(
         KeyMapError,
-        f"the keymap {keymap.name!r} has no entry for these adapted leaves:",
+        f"the keymap {keymap.name!r} has no entry for these adapted weights:",
         [leaf for leaf in leaves if leaf not in matches],
         "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
         " extract(model).keymap",

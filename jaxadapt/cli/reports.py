@@ -476,7 +476,7 @@ def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes |
     output.print_pairs(
         [
             ("family", report.family),
-            ("model", None if leaves is None else f"{len(leaves)} leaves, {len(report.claims)} matched"),
+            ("model", None if leaves is None else f"{len(leaves)} parameters, {len(report.claims)} matched"),
             ("checkpoint", None if tensors is None else f"{len(tensors)} tensors, {len(keys)} matched"),
             ("result", "fits" if report.fits else "does not fit"),
         ]

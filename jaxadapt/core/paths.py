@@ -45,7 +45,7 @@ def flatten(tree: Mapping[Any, Any], is_leaf: Callable[[Any], bool] | None = Non
     _flatten(tree, "", is_leaf, out, clashes, {dict: True})
     if clashes:
         raise AdapterError(
-            f"cannot flatten the tree: two leaves share one dotted path: {sorted(set(clashes))}; rename one of them"
+            f"cannot flatten the tree: two values share one dotted path: {sorted(set(clashes))}; rename one of them"
         )
     return out
 
@@ -93,10 +93,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict) or id(node) in leaves:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise AdapterError(
-                    f"cannot unflatten: path {path!r} passes through the leaf {part!r} of another path; rename one"
+                    f"cannot unflatten: path {path!r} passes through {part!r}, the value of another path; rename one"
                 )
         if last in node:
-            raise AdapterError(f"cannot unflatten: path {path!r} is both a leaf and a branch; rename one of them")
+            raise AdapterError(
+                f"cannot unflatten: path {path!r} has a value and other paths below it; rename one of them"
+            )
         node[last] = leaf
         if isinstance(leaf, dict):
             leaves.add(id(leaf))  # pyright: ignore[reportUnknownArgumentType]

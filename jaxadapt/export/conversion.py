@@ -565,7 +565,7 @@ def _read_tree(path: location.Location, options: TreeOptions, like: str | os.Pat
     if not any(map(like_pattern().search, leaves)):
         known = ", ".join(DIALECTS)
         raise FileError(
-            f"{path}: expected a tree with LoRA leaves of a known dialect ({known}), found no leaf that looks like one"
+            f"{path}: expected a tree with LoRA parameters of a known dialect ({known}), found no such name"
         )
     tree = foreign.find_lora(foreign.LoraTree(leaves, lora_alpha=alpha, on_shared=options.on_shared))
     if tree is None:
@@ -587,7 +587,7 @@ def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]
     """Replace slashes in paths by dots; raise `FormatError` if two paths become equal."""
     raise_listed(
         FormatError,
-        f"{source}: two leaves have the same path if slashes are read as dots:",
+        f"{source}: two parameters have the same path if slashes are read as dots:",
         repeated(path.replace("/", ".") for path in leaves),
     )
     return {path.replace("/", "."): leaf for path, leaf in leaves.items()}

@@ -238,7 +238,7 @@ class File:
         self.path: location.Location = location.to_location(path)
         if isinstance(self.path, location.Address) or not location.is_file(self.path):
             raise FileError(f"{self.path}: expected a local GGUF file, found none")
-        expected = f"{self.path}: expected a GGUF file, found other bytes"
+        expected = f"{self.path}: expected a GGUF file, but reading failed"
         with local_files.read_errors(self.path), raise_as(FormatError, expected, ValueError, KeyError):
             with self.path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

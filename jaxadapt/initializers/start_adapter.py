@@ -78,7 +78,7 @@ class Initialization:
             ConfigError,
             f"{lora.init_field(self.recipe.config)} is not supported for these weights:",
             [
-                f"{b.leaf}: it needs a linear layer whose weight is one leaf"
+                f"{b.leaf}: it needs a linear layer whose weight is one parameter"
                 for b in self.sites
                 if (self.kind.only_matrices or b.match.weight.kind == "fused")
                 and b.effects.weight != "replaces"

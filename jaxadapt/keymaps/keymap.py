@@ -184,8 +184,8 @@ class KeyMap:
         hits = [(w, m) for w in self._templates if leaf.endswith(w.suffix) and (m := w.regex.fullmatch(leaf))]
         if len(hits) > 1:
             raise KeyMapError(
-                f"leaf {leaf!r} matches {len(hits)} entries of the keymap {self.name!r}, but it must match only one."
-                " Change or remove the others:\n" + bullets(w.leaf for w, _ in hits)
+                f"parameter {leaf!r} matches {len(hits)} entries of the keymap {self.name!r}, but it must match only"
+                " one. Change or remove the others:\n" + bullets(w.leaf for w, _ in hits)
             )
         if not hits:
             return None
@@ -199,7 +199,7 @@ class KeyMap:
     def _literal(self) -> dict[str, Weight]:
         entries = [w for w in self.weights if "{" not in w.leaf]
         if twice := repeated(w.leaf for w in entries):
-            raise KeyMapError(f"the keymap {self.name!r} has two entries for the leaf {twice[0]!r}; remove one")
+            raise KeyMapError(f"the keymap {self.name!r} has two entries for the parameter {twice[0]!r}; remove one")
         return {w.leaf: w for w in entries}
 
     @functools.cached_property
@@ -354,15 +354,15 @@ def shape_problem(match: Match, shape: Sequence[int]) -> str:
     weight, fixed = match.weight, dict(match.weight.sizes)
     if len(weight.left) != len(shape):
         return (
-            f"leaf {match.leaf!r} has shape {tuple(shape)}, but the pattern of its entry, {weight.pattern!r}, names"
-            f" {len(weight.left)} axes"
+            f"parameter {match.leaf!r} has shape {tuple(shape)}, but the pattern of its entry, {weight.pattern!r},"
+            f" names {len(weight.left)} axes"
         )
     for axis, size in zip(weight.left, shape, strict=True):
         names = (axis.startswith("{") and weight.index_names(axis)) or range(fixed.get(axis.strip("{}"), size))
         if len(names) != size:
-            return f"leaf {match.leaf!r} has size {size} on its axis {axis}, but its entry names {list(names)}"
+            return f"parameter {match.leaf!r} has size {size} on its axis {axis}, but its entry names {list(names)}"
         if fixed and size % math.prod(fixed.get(name, 1) for name in axis_parts(axis)):
-            return f"leaf {match.leaf!r}: an axis of size {size} cannot be split as {axis} with the sizes {fixed}"
+            return f"parameter {match.leaf!r}: an axis of size {size} cannot be split as {axis} with the sizes {fixed}"
     return ""
 
 
@@ -381,7 +381,7 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
         identified = identified or matched.weight.is_layer_matrix
         limit = counts.get(matched.weight.leaf, math.inf)
         beyond = any(text.isdecimal() and int(text) >= limit for _, text in matched.holes)
-        if problem := f"leaf {leaf!r}: only {limit} such layers" if beyond else shape_problem(matched, shape):
+        if problem := f"parameter {leaf!r}: only {limit} such layers" if beyond else shape_problem(matched, shape):
             yield problem
             continue
         mismatch = f"{leaf} {shape}: its entry has the pattern {matched.weight.pattern!r}"
@@ -397,7 +397,7 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
         yield from (f"{text}, where {name} is {size}; it is {first[0]} in {first[1]}" for size, text in others)
     yield from (f"{leaf}: missing" for leaf in keymap.needs if leaf not in matched_leaves)
     if not identified:
-        yield "no leaf is a layer's matrix"
+        yield "no parameter is a layer's matrix"
 
 
 def leaves_left_out(keymap: KeyMap, shapes: Iterable[str], adapted: Iterable[str]) -> list[str]:

@@ -186,7 +186,7 @@ def _make_layout(match: Match, tensor: MethodTensor) -> Layout:
     for axis in match.stack:  # ascending, so that each insertion is at the base weight's position
         if axis > len(left):
             raise KeyMapError(
-                f"leaf {match.leaf!r} stacks its layers on axis {axis}, but its {tensor.name} has only"
+                f"parameter {match.leaf!r} stacks its layers on axis {axis}, but its {tensor.name} has only"
                 f" {len(left)} axes; stack the layers on an axis from 0 to {len(left)}"
             )
         left.insert(axis, match.weight.left[axis])
@@ -210,7 +210,7 @@ def scale_factor(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapp
         return 1.0
     if tensor.scale_power is None:
         raise KeyMapError(
-            f"cannot convert {tensor.name} of leaf {match.leaf!r}: the keymap {keymap.name!r} defines the leaf as"
+            f"cannot convert {tensor.name} of parameter {match.leaf!r}: the keymap {keymap.name!r} defines it as"
             " PyTorch's weight times a factor, and the effect of a factor on this tensor is not defined. Exclude"
             " the module, or use a method such as LORA"
         )
@@ -422,7 +422,7 @@ class Plan:
         problems = paths.group_findings(
             paths.compare(expected, given),
             f"missing from {source} (the model expects them)",
-            "unexpected (no leaf of the model uses them)",
+            "unexpected (no parameter of the model uses them)",
         )
         return (
             [*problems, f"{len(other_problems)} unusable:\n{paths.bullets(other_problems)}"]
@@ -523,14 +523,14 @@ def make_plan(entries: Sequence[PlanEntry]) -> Plan:
     """
     raise_listed(
         MismatchError,
-        "several leaves claim the same tensor; correct the keymap so that each tensor has one leaf:",
+        "several parameters claim the same tensor; correct the keymap so that each tensor has one parameter:",
         contested_keys(entries),
     )
     plan = Plan(tuple(entries))
     raise_listed(
         MismatchError,
-        "these leaves are parts of one tensor in PyTorch, but their shapes there differ, and only equal parts can be"
-        " joined and split; leave the module out of target_modules (a whole model cannot be converted):",
+        "these parameters are parts of one tensor in PyTorch, but their shapes there differ, and only equal parts can"
+        " be joined and split; leave the module out of target_modules (a whole model cannot be converted):",
         unequal_parts(plan),
     )
     return plan
@@ -568,7 +568,7 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
                 problems.append(f"{leaf} {tuple(shape)}: no entry")
             else:
                 entries.append(entry)
-    raise_listed(KeyMapError, f"the keymap {keymap.name!r} does not fit these leaves:", problems)
+    raise_listed(KeyMapError, f"the keymap {keymap.name!r} does not fit these parameters:", problems)
     return make_plan(entries)
 
 

@@ -650,7 +650,7 @@ def _from_change(
     raise_listed(
         ConfigError,
         "to_lora: expected one pair of matrices A and B for each module, which convolutions, experts and modules"
-        " of several leaves (attention layers, joined projections) do not have; leave these out of target_modules:",
+        " of several parameters (attention layers, joined projections) do not have; leave these out of target_modules:",
         [site.leaf for site in sites if not factors.has_one_pair(site)],
     )
     pairs: dict[str, Pair] = {}

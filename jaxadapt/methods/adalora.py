@@ -60,7 +60,7 @@ class Adalora(MatrixMethod, peft_type="ADALORA"):
         if 0 in ranks and len(ranks) > 1:
             raise target.refuse(
                 "the adapter has rank 0 in some of its modules and another rank in others, which one stacked or fused"
-                " leaf cannot hold; use an unrolled model"
+                " parameter cannot hold; use an unrolled model"
             )
         r = (("r", target.rank(rank)),)
         a = axes_tensor("lora_A", "r in", r)

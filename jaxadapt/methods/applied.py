@@ -378,8 +378,9 @@ def check_biases(hooks: Iterable[Hook], others: Mapping[str, Array]) -> None:
                 continue  # another size, so it is not a bias of this output
             if changed:
                 raise AttachError(
-                    f"its parameter {name!r} has the size of the output, so it may be a bias, and only a parameter"
-                    " called 'bias' is scaled with the output. Exclude the layer, or make it a feedforward module"
+                    f"its parameter {name!r} has the size of the output: it may be a bias under another name, and the"
+                    " method changes no bias but 'bias'. Rename the parameter to 'bias', exclude the layer, or make it"
+                    " a feedforward module"
                 )
 
 

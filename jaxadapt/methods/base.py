@@ -201,7 +201,7 @@ def shared_value(field: str, values: Mapping[str, Any]) -> Any:
     if len({repr(v) for v in values.values()}) > 1:
         listed = ", ".join(f"{m}: {v}" for m, v in list(values.items())[:4])
         raise ConfigError(
-            f"{field} differs between the modules of one stacked or fused leaf ({listed}, …), but they share one"
+            f"{field} differs between the modules of one stacked or fused parameter ({listed}, …), but they share one"
             " computation. Use an unrolled model, or the same value for these modules"
         )
     return next(iter(values.values()))

@@ -83,7 +83,7 @@ class IA3(Method, peft_type="IA3"):
         if len(channels) != 1 or channels != match.weight.torch_roles["channels"]:
             raise ConfigError(
                 f"{match.leaf}: a feedforward IA3 vector has one number for each input channel, but no axis of this"
-                f" leaf holds only the input channels ({match.weight.pattern!r}); remove the module from"
+                f" parameter holds only the input channels ({match.weight.pattern!r}); remove the module from"
                 " feedforward_modules"
             )
         group_axis, own = (("g",), (("g", hparams.groups),)) if hparams.groups > 1 else ((), ())

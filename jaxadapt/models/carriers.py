@@ -686,7 +686,7 @@ def lora_carrier(tree: Any, *, takes: Collection[str] = ("config",)) -> Carrier:
     near = "" if own.names() else foreign_tree.describe_unknown(given.tree)
     why = f"applies only to trees of other libraries; jaxadapt's adapters store their own{near}"
     refuse({"lora_alpha": given.lora_alpha}, why)
-    refuse({"slot": given.slot}, f"expected a tree whose arrays hold several adapters, found no LoRA leaves{near}")
+    refuse({"slot": given.slot}, f"expected a tree whose arrays hold several adapters, found no LoRA parameters{near}")
     return own
 
 

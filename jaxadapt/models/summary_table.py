@@ -319,7 +319,7 @@ def summary(model: Any, *inputs: Any) -> Summary:
 
 def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]) -> list[Row]:
     tensors, shapes, sites = adapter.sites, adapter.shapes, sites_of(adapter)
-    use = "the model's input" if get_method(adapter.config).scope == "model" else "all its sites"
+    use = "the model's input" if get_method(adapter.config).scope == "model" else "all its modules"
     shared = [
         Row(name, SHARED_NODE, (), (), shapes[SHARED_NODE], str(x.dtype), None, use, count)
         for x in [*adapter.shared.values()][:1]

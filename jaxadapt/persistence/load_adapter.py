@@ -137,7 +137,7 @@ def load(
                 "example": held.given.example, "strict": None if strict is True else strict,
                 "dtype": options.dtype if options.dtype == AUTOCAST else None,
             },
-            f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave it out",
+            f"no effect on a target with {held.foreign.dialect.name} parameters, which are filled in place; omit it",
         )  # fmt: skip
     with reporter(progress) as report, _open(source, name, held, report) as content:
         if held.foreign is not None and isinstance(content, PeftTensors):
@@ -173,7 +173,7 @@ def _open(
     if isinstance(place, PeftTensors):
         if place.fit_vocabulary and held.foreign is not None:
             raise AttachError(
-                f"{place.source}: fit_vocabulary=True: no effect on leaves of {held.foreign.dialect.name}"
+                f"{place.source}: fit_vocabulary=True: no effect on parameters of {held.foreign.dialect.name}"
             )
         yield peft_tensors.without_names(place)
     elif held.foreign is None and (found := formats.find(place)) is not None and found.read_adapter is not None:

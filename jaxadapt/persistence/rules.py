@@ -219,8 +219,8 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
                 problems["head" if _is_saved(name, expected.file.config) else kind][key] = problem
     ignored = {} if expected.options.strict else problems.pop("base weights")
     expected.refuse(
-        " holds a trained copy of a head that this model ties to its token embedding, so that the model has no leaf for"
-        " the copy:",
+        " holds a trained copy of a head that this model ties to its token embedding, so that the model has no"
+        " parameter for the copy:",
         problems.pop("head").values(),
         "\nMerge the files (`jaxadapt merge BASE ADAPTER --out FOLDER`), which gives the head a tensor of its own, or"
         " load the adapter into a model with a separate head",

@@ -103,7 +103,7 @@ def read_json_shapes(path: location.Location) -> dict[str, tuple[int, ...]]:
     shapes = cast("dict[str, Any]", document if isinstance(document, dict) else {"the whole file": None})
     raise_listed(
         FormatError,
-        f"{path}: expected a JSON object of shapes such as {{name: [2, 3]}}, found another value at:",
+        f"{path}: expected a JSON object of shapes such as {{name: [2, 3]}}, found no list of integers at:",
         [name for name, shape in shapes.items() if safetensors.naturals(shape) is None],
     )
     return {name: tuple(shape) for name, shape in shapes.items()}

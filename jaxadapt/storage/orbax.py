@@ -251,7 +251,7 @@ def load(
     }
     raise_listed(
         FormatError,
-        f"{place}: Orbax could not load these leaves:",
+        f"{place}: Orbax could not load these arrays:",
         [
             f"{'/'.join(key)}: expected an array, found {type(leaf).__name__}"
             for key, leaf in out.items()

@@ -235,7 +235,7 @@ def _check_naturals(value: object, name: str) -> tuple[int, ...]:
     if len(items) > _MAX_AXES:
         raise UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(items)}")
     if not all(type(item) is int and item >= 0 for item in items):
-        raise UnsupportedPickle(f"expected {name} of integers >= 0, found another value")
+        raise UnsupportedPickle(f"expected {name} of integers >= 0, found a negative integer or another type")
     integers = cast("tuple[int, ...]", items)
     if any(item >= _INTEGER_LIMIT for item in integers):
         raise UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
@@ -247,12 +247,15 @@ def _parse_storage(identity: object) -> _Storage:
     fields = cast("tuple[object, ...]", identity) if type(identity) is tuple else (None,)
     parts = list(fields[:7])
     if len(parts) not in (5, 6) or parts[0] != "storage":
-        raise UnsupportedPickle("expected the description of a storage, found another value (a module?)")
+        raise UnsupportedPickle(
+            "expected the description of a storage, found other fields. If a whole module was saved,"
+            " save its state_dict()"
+        )
     kind, key = parts[1], parts[2]
     (total,) = _check_naturals((parts[4],), "a storage's size")
     dtype = STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is Global else None
     if type(key) is not str or type(kind) is not Global or (dtype is None and kind.name != UNTYPED):
-        raise UnsupportedPickle("expected a storage's type and key, found other values")
+        raise UnsupportedPickle(f"expected a storage's type and key, found {type(kind).__name__}, {type(key).__name__}")
     view = cast("tuple[object, ...]", (key, 0, total) if len(parts) == 5 or parts[5] is None else parts[5])
     offset, count = _check_naturals(view[1:] if type(view) is tuple and len(view) == 3 else None, "a view")
     if offset + count > total:
@@ -391,7 +394,9 @@ class _Legacy:
         stream = _Stream(source)
         try:
             if load(stream, self._parse_storage) != _MAGIC:
-                raise FormatError(f"{source.path}: expected a PyTorch file, found another kind of pickle")
+                raise FormatError(
+                    f"{source.path}: expected a PyTorch file, found a pickle that torch.save did not write"
+                )
             # The version, the writer's type sizes (unused), the content, and the keys of the storages.
             version, _, self.state, self._keys = [load(stream, self._parse_storage) for _ in range(4)]
             self._start = stream.buffered.tell()
@@ -415,7 +420,7 @@ class _Legacy:
         for key in cast("list[object]", self._keys) if type(self._keys) is list else [None]:
             storage = self._storages.get(key) if type(key) is str else None
             if storage is None:
-                raise FormatError(f"{self._source.path}: expected the keys of its storages, found other values")
+                raise FormatError(f"{self._source.path}: the list of its storages does not match its tensors")
             count = int.from_bytes(self._source.read_exactly(f"storage {key!r}", 8, offset), "little", signed=True)
             if count != storage.total:
                 raise FormatError(

@@ -522,7 +522,7 @@ class CheckpointManager(run_folder.RunFolder):
         stored = step_files.read_stored_step(self._path(self.find_step(step)))
         if stored.guest:
             raise AttachError(
-                f"{stored.path}: contains {stored.guest.get('dialect')} LoRA leaves, not an adapter of"
+                f"{stored.path}: contains {stored.guest.get('dialect')} LoRA parameters, not an adapter of"
                 " jaxadapt; use export() or restore()"
             )
         if name not in stored.recipes:

@@ -321,7 +321,7 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
     raise_listed(
         ConfigError,
         "the Riemannian preconditioner is for LoRA with one pair of matrices a module, not for experts in one array,"
-        " modules of several leaves (nn.MultiheadAttention, joined projections) or AdaLoRA:",
+        " modules of several parameters (nn.MultiheadAttention, joined projections) or AdaLoRA:",
         [
             f"{leaf.adapter}: {leaf.site.leaf}"
             for leaf in (flat[a] for a, _ in pairs)

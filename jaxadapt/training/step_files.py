@@ -127,7 +127,7 @@ def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
     leaves = _name_leaves(tree.leaves if tree is not None else {}, adapters, {"model": held.rest(), **given})
     for name, leaf in leaves.items():
         _add_leaf(snapshot, name, leaf, problems)
-    raise_listed(AttachError, "cannot save these leaves:", problems)
+    raise_listed(AttachError, "cannot save these values:", problems)
     return snapshot
 
 
@@ -170,7 +170,7 @@ def _name_leaves(
     for part, tree in parts.items():
         named = [(f"{part}/{path}" if path else part, leaf) for path, leaf in flatten(tree)[0]]
         if len(dict(named)) < len(named):
-            raise AttachError(f"{part}: two leaves have the same path; give the nodes of its pytrees distinct keys")
+            raise AttachError(f"{part}: two values have the same path; give the nodes of its pytrees distinct keys")
         leaves |= named
     return leaves
 
@@ -613,7 +613,7 @@ def _unsupported_dtypes(examples: Mapping[str, Any], hosts: Collection[str], sto
 
 
 def _describe_lora(dialect: str | None) -> str:
-    return f"{dialect} LoRA leaves" if dialect else "an adapter of jaxadapt"
+    return f"{dialect} LoRA parameters" if dialect else "an adapter of jaxadapt"
 
 
 def _find_mismatches(examples: Mapping[str, Any], stored: StoredStep) -> Iterable[str]:

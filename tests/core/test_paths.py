@@ -23,7 +23,7 @@ def test_a_tree_that_was_flattened_comes_back(tree: dict[str, object]):
 @pytest.mark.parametrize("leaf", [1, {}, {"c": 1}])
 @pytest.mark.parametrize("path", ["a.b", "a.b.c"])
 def test_a_path_through_another_paths_leaf_is_refused(leaf: object, path: str):
-    with pytest.raises(AdapterError, match=f"path '{path}' passes through the leaf 'a'"):
+    with pytest.raises(AdapterError, match=f"path '{path}' passes through 'a', the value of another path"):
         paths.unflatten({"a": leaf, path: 2})
-    with pytest.raises(AdapterError, match="path 'a' is both a leaf and a branch"):
+    with pytest.raises(AdapterError, match="path 'a' has a value and other paths below it"):
         paths.unflatten({path: 2, "a": leaf})

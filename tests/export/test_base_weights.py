@@ -384,7 +384,7 @@ def test_a_tied_head_is_filled_from_the_embedding_and_a_copy_of_it_needs_no_plac
     jaxadapt.export.export_base(found, tmp_path, keymap=TABLE)  # both, and equal
     equal(jaxadapt.export.import_base(tmp_path, zeros(tied), keymap=TABLE), tied)
     jaxadapt.export.export_base(base(), tmp_path, keymap=TABLE)  # a head of its own
-    with pytest.raises(MismatchError, match=r"unexpected \(no leaf of the model uses them\):\n  head\.weight"):
+    with pytest.raises(MismatchError, match=r"unexpected \(no parameter of the model uses them\):\n  head\.weight"):
         jaxadapt.export.import_base(tmp_path, zeros(tied), keymap=TABLE)
 
 

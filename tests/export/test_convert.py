@@ -310,9 +310,7 @@ def test_what_cannot_be_is_refused(options, what, tmp_path):
 
 def test_sources_that_are_none(tmp_path):
     save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(
-        jaxadapt.FileError, match=r"of a known dialect \(qwix, .*openpi\), found no leaf that looks like one"
-    ):
+    with pytest.raises(jaxadapt.FileError, match=r"of a known dialect \(qwix, .*openpi\), found no such name"):
         convert(tmp_path / "a.safetensors", tmp_path / "out")
     save_file(recorded_tree("maxtext-qwen3-scan0"), tmp_path / "b.safetensors")
     with pytest.raises(jaxadapt.ConfigError, match="stores no alpha"):
@@ -424,7 +422,7 @@ def test_two_leaves_of_one_path_are_refused(tmp_path):
     save_file(twice, tmp_path / "lora.safetensors")
     result = run("convert", tmp_path / "lora.safetensors", tmp_path / "out", "--lora-alpha", "6")
     assert result.exit_code == 1
-    assert "two leaves have the same path" in result.output
+    assert "two parameters have the same path" in result.output
     assert not (tmp_path / "out").exists()
 
 

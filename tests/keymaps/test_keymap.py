@@ -155,7 +155,7 @@ def test_a_literal_line_wins_over_a_template_and_is_there_once():
     assert table.match("a.w").weight == literal  # type: ignore[union-attr]
     assert table.match("b.w").weight == template  # type: ignore[union-attr]
     assert table.with_entries([literal]) == table
-    with pytest.raises(KeyMapError, match=r"two entries for the leaf 'a\.w'"):
+    with pytest.raises(KeyMapError, match=r"two entries for the parameter 'a\.w'"):
         KeyMap("t", (literal, literal)).match("a.w")
 
 
@@ -432,7 +432,7 @@ def test_the_nearest_family_of_a_large_model_is_named_without_matching_each_leaf
     assert f"'llama', with entries for {len(shapes)} of {len(shapes)} weights. It fits: pass keymap='llama'" in text
     assert sum(calls) < 10 * len(shapes)  # of 45 families, each in four forms
     text = families.describe_nearest_family({**shapes, "model.layers.77.self_attn.q_proj.kernel": (2, 3, 4)})
-    assert re.search(r"'llama'.*does not fit because of\n  leaf 'model.layers.77.self_attn.q_proj.kernel'", text)
+    assert re.search(r"'llama'.*does not fit because of\n  parameter 'model.layers.77.self_attn.q_proj.kernel'", text)
     assert "No keymap of a known family is similar" in families.describe_nearest_family({"a.b": (3,)})
 
 

@@ -241,7 +241,7 @@ def test_check_lists_missing_unexpected_and_misshaped_together():
     for part in (
         "out/ does not fit the model: of 6 tensors",
         "1 missing from out/ (the model expects them):\n  base_model.model.h.0.q.lora_A.weight",
-        "1 unexpected (no leaf of the model uses them):\n  base_model.model.h.9.q.lora_B.weight",
+        "1 unexpected (no parameter of the model uses them):\n  base_model.model.h.9.q.lora_B.weight",
         "base_model.model.h.1.q.lora_B.weight: expected [4, 2], found [4, 8]",
         "x: int8, expected floats",
         "for this base model",
@@ -280,7 +280,7 @@ def test_a_stacked_axis_behind_the_tensors_own_axes_is_refused():
 def test_two_sites_of_one_module_are_refused():
     table = KeyMap("t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i")))
     bounds = selection.select_sites(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
-    with pytest.raises(MismatchError, match="several leaves claim the same tensor") as caught:
+    with pytest.raises(MismatchError, match="several parameters claim the same tensor") as caught:
         make_file_plan(bounds)
     assert "a.u.lora_A, a.w.lora_A" in str(caught.value)
 
@@ -440,7 +440,7 @@ def test_a_method_that_says_nothing_of_factors_is_refused_there():
     table = KeyMap("t", (Weight("q", "q.weight", "d h -> h d", scale=("h", -0.5)),))
     site = table.match("q")
     tensor = MethodTensor("x", ".x", ("in", "out"), (("in",), ("out",)))
-    with pytest.raises(KeyMapError, match=r"leaf 'q': the keymap 't' defines the leaf as PyTorch's weight times"):
+    with pytest.raises(KeyMapError, match=r"parameter 'q': the keymap 't' defines it as PyTorch's weight times"):
         plan.plan_entry(table, site, tensor, {"d": 2, "h": 4})
 
 

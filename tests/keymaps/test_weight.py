@@ -103,7 +103,7 @@ def test_layers_in_blocks_have_the_numbers_of_pytorchs_layers(scan):
 def test_a_block_of_another_size_is_no_fit():
     entry = Weight("blocks.local.q", "h.{l}.q.weight", "{l} {place} d f -> f d", layers=(6, 0), place=5)
     found = shape_problem(Match("blocks.local.q", entry), (2, 4, 3, 3))
-    assert found == "leaf 'blocks.local.q' has size 4 on its axis {place}, but its entry names [0, 1, 2, 3, 4]"
+    assert found == "parameter 'blocks.local.q' has size 4 on its axis {place}, but its entry names [0, 1, 2, 3, 4]"
 
 
 @pytest.mark.parametrize(

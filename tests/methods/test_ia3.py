@@ -60,7 +60,7 @@ def test_a_convolution_scales_its_outputs_or_its_input_channels(feedforward, gro
 def test_convolutions_that_peft_cannot_scale_are_refused():
     with pytest.raises(ConfigError, match="but not for 1-D"):
         site_of(conv(pattern="x i o -> o i x"), (3, 4, 6), False)
-    with pytest.raises(ConfigError, match="no axis of this leaf holds only the input channels"):
+    with pytest.raises(ConfigError, match="no axis of this parameter holds only the input channels"):
         site_of(conv(pattern="x y i j o -> o (i j) x y"), (3, 3, 2, 2, 6), True)
     site_of(conv(pattern="x y i j o -> o (i j) x y"), (3, 3, 2, 2, 6), False)
 

@@ -394,7 +394,7 @@ def test_what_is_refused():
         lambda p, x: x @ p["up"]["w"] + p["up"]["b"][None], {"up": {"w": jnp.ones((D, F)), "b": jnp.ones(F)}}
     )
     model = adapted(scaled, jaxadapt.IA3Config(target_modules=["up"], feedforward_modules=[]))
-    with pytest.raises(jaxadapt.AttachError, match="may be a bias"):
+    with pytest.raises(jaxadapt.AttachError, match="may be a bias under another name.*Rename the parameter to 'bias'"):
         model(X)
     with pytest.raises(jaxadapt.AttachError, match="the base lacks"):
         adapted().clone(base=Function(lambda p, x: x, {"up": X}))(X)

@@ -277,7 +277,7 @@ def test_missing_unexpected_and_misshaped_tensors_stand_in_one_error(good):
         good,
         MismatchError,
         f"1 missing from {good} (the model expects them):\n  {A}",
-        "1 unexpected (no leaf of the model uses them):\n  base_model.model.k_proj.lora_A.weight",
+        "1 unexpected (no parameter of the model uses them):\n  base_model.model.k_proj.lora_A.weight",
         f"1 wrongly shaped:\n  {key}: expected [6, 2], found [2, 6]",
     )
 

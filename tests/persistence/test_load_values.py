@@ -77,7 +77,7 @@ def test_options_without_effect_are_refused(tmp_path: Path):
     with pytest.raises(jaxadapt.AttachError, match="does not change its base"):
         jaxadapt.load(value, small.net())
     leaves = {"q": {"kernel": np.ones((4, 6)), "kernel_lora_a": np.ones((4, 2)), "kernel_lora_b": np.ones((2, 6))}}
-    with pytest.raises(jaxadapt.AttachError, match="fit_vocabulary=True: no effect on leaves of qwix"):
+    with pytest.raises(jaxadapt.AttachError, match="fit_vocabulary=True: no effect on parameters of qwix"):
         jaxadapt.load(jaxadapt.read(tmp_path, fit_vocabulary=True), LoraTree(leaves, lora_alpha=4))
     with pytest.raises(jaxadapt.AttachError, match="config: applies to a tree that is read"):
         jaxadapt.load(tmp_path, LoraTree(small.net(), config=small.LORA))

@@ -458,7 +458,7 @@ def test_bases_are_read_without_their_tensors(kind: str, folder: Path, tmp_path:
     if kind == "json":
         path.write_text(json.dumps({"model": BASE}))
         with pytest.raises(
-            jaxadapt.FormatError, match=r"shapes such as \{name: \[2, 3\]\}, found another value at:\n  model$"
+            jaxadapt.FormatError, match=r"shapes such as \{name: \[2, 3\]\}, found no list of integers at:\n  model$"
         ):
             jaxadapt.verify(folder, path)
 

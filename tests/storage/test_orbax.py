@@ -329,5 +329,5 @@ def test_no_sites_are_lost(tmp_path: Path):
         {"recipe": orbax.read_json(tmp_path / "out", "recipe")},
         single_process=True,
     )
-    with pytest.raises(jaxadapt.AttachError, match="1 of the 2 adapted leaves"):
+    with pytest.raises(jaxadapt.AttachError, match="1 of the 2 weights that the adapter"):
         jaxadapt.load(tmp_path / "part", small.base())

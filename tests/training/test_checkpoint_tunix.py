@@ -124,10 +124,10 @@ def test_resuming_inside_tunix(example: ModuleType, accumulate: int | None, tmp_
     manager.export(4, tmp_path / "peft", keymap=real.specimen(NAME).keymap, **told)
     jaxadapt.save(LoraTree(again.model, **told), tmp_path / "direct", keymap=real.specimen(NAME).keymap)
     assert same(jaxadapt.read(tmp_path / "peft").tensors, jaxadapt.read(tmp_path / "direct").tensors)
-    with pytest.raises(jaxadapt.AttachError, match=r"contains qwix LoRA leaves.*use export"):
+    with pytest.raises(jaxadapt.AttachError, match=r"contains qwix LoRA parameters.*use export"):
         manager.adapter(4)
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(jaxadapt.MismatchError, match="qwix LoRA leaves saved"):
+    with pytest.raises(jaxadapt.MismatchError, match="qwix LoRA parameters saved"):
         manager.restore(model, opt_state=nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param))
 
 

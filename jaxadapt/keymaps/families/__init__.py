@@ -336,7 +336,7 @@ def _recognize(keymaps: Iterable[KeyMap], samples: Mapping[str, tuple[int, ...]]
     rivals = [t for t in fitting if _matched_entries(t, samples) != _matched_entries(chosen[0], samples)]
     if rivals or len(chosen) > 1:
         raise errors.KeyMapError(
-            "cannot recognize the model: its leaves fit several keymaps:"
+            "cannot recognize the model: its parameters fit several keymaps:"
             f" {', '.join(map(_format_name, dict.fromkeys((*chosen, *rivals))))}; select one with keymap="
         )
     if not chosen[0].proved:
@@ -358,7 +358,7 @@ def family_of_leaves(leaves: Iterable[str], families: Mapping[str, KeyMap] = FAM
         return GENERIC
     if any(_matched_entries(t, leaves) != _matched_entries(known[0], leaves) for t in known):
         raise errors.KeyMapError(
-            "cannot recognize the model: the adapted leaves fit several keymaps:"
+            "cannot recognize the model: the adapted weights fit several keymaps:"
             f" {', '.join(map(_format_name, known))}; select one with keymap="
         )
     return min(known, key=lambda t: len(t.needs))  # they agree: the one with the fewest conditions

@@ -338,15 +338,15 @@ def recognize_dialect(paths: Collection[str]) -> Dialect | None:
         return fitting[0]
     if fitting:
         raise KeyMapError(
-            "the LoRA leaves of this tree are ambiguous: they match the dialects"
+            "the LoRA parameters of this tree are ambiguous: they match the dialects"
             f" {', '.join(dialect.name for dialect in fitting)}"
         )
     best = max(claimed, key=lambda dialect: len(claimed[dialect]))
     raise KeyMapError(
-        f"{len(like)} leaves of this tree look like LoRA leaves (those of {best.name}: {len(claimed[best])}), but no"
+        f"{len(like)} parameters of this tree look like LoRA (those of {best.name}: {len(claimed[best])}), but no"
         " dialect matches these:\n"
         + bullets(sorted(like - claimed[best]))
-        + f"\nKnown dialects are {', '.join(DIALECTS)}. Remove these leaves from the tree if they are not part of the"
-        " adapter. If they hold its scale, remove them too, and pass the scale times the rank:"
+        + f"\nKnown dialects are {', '.join(DIALECTS)}. Remove these parameters from the tree if they are not part of"
+        " the adapter. If they hold its scale, remove them too, and pass the scale times the rank:"
         " jaxadapt.models.LoraTree(tree, lora_alpha=…)"
     )

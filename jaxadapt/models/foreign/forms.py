@@ -170,7 +170,7 @@ def widen_leaves(dialect: Dialect, found: Sequence[HeadPair], leaves: Leaves, co
     agree = {pair.a: pair.heads_agree(leaves[pair.a]) for pair in found}
     raise_listed(
         MismatchError,
-        "cannot convert these leaves: PyTorch has one A for all heads of a weight, and the A of their"
+        "cannot convert these parameters: PyTorch has one A for all heads of a weight, and the A of their"
         f" {dialect.name} heads differ (or cannot be compared, inside jit):",
         [path for path, same in agree.items() if not same and not concat],
         '\nPass jaxadapt.models.LoraTree(tree, on_shared="concat") instead of the tree: it concatenates the ranks of'
@@ -207,8 +207,8 @@ def narrow_leaves(
     need = max((a.shape[-1] for _, a, _, _ in made), default=0)
     raise_listed(
         MismatchError,
-        f"cannot fill these {dialect.name} leaves: they have one B for all heads of a weight, and the file has one for"
-        " each head:",
+        f"cannot fill these {dialect.name} parameters: they have one B for all heads of a weight, and the file has one"
+        " for each head:",
         [pair.b for pair, _, _, alike in made if not alike and not concat],
         f"\nBuild the target with rank={need}, and pass"
         ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the heads',

@@ -203,7 +203,7 @@ def survey_sites(
         out.append(dataclasses.replace(site, alpha=alpha, growth=grown))
     raise_listed(
         KeyMapError,
-        f"these {dialect.name} LoRA leaves have no exact equivalent in a PEFT file:",
+        f"these {dialect.name} LoRA parameters have no exact equivalent in a PEFT file:",
         problems,
         "\nPass the model's family as keymap=, or a KeyMap with an entry for each base weight",
     )
@@ -312,7 +312,7 @@ def _bind_array(
         factor = plan.scale_factor(keymap, match, tensor, sizes)
     except KeyError as error:
         raise KeyMapError(
-            f"{path}: PyTorch's {match.leaf!r} is scaled by the size of an axis, which its LoRA leaves do not show."
+            f"{path}: PyTorch's {match.leaf!r} is scaled by the size of an axis, which its LoRA parameters do not show."
             " Pass the whole tree, with its base weights"
         ) from error
     form = PackedLayout(tuple(shape), tuple(left), tuple(right), split, factor, match.weight.sizes, packed=packed)
@@ -350,14 +350,14 @@ def find_adapted_leaves(
     found = {leaf: texts for leaf, texts in found.items() if len(sizes[leaf]) == 1}
     raise_listed(
         KeyMapError,
-        f"the keymap {keymap.name!r} does not map each of these modules to one base leaf:",
+        f"the keymap {keymap.name!r} does not map each of these modules to one base weight:",
         [
             f"{module}: matches {', '.join(hits)}" if hits else f"{module}: no entry matches"
             for module in modules
             if len(hits := [leaf for leaf, texts in found.items() if module in texts]) != 1
         ],
-        "\nIf several leaves match, or if PyTorch's names do not tell a leaf's whole path (Keras numbers the blocks of"
-        " experts), pass a file of the target's shapes (--like)",
+        "\nIf several weights match, or if PyTorch's names do not tell a weight's whole path (Keras numbers the blocks"
+        " of experts), pass a file of the target's shapes (--like)",
     )
     return found
 
@@ -595,7 +595,7 @@ def _complete_targets(sites: ForeignSites, config: LoraConfig) -> tuple[LoraConf
         f"{m}: adapted in the tree, but not in target_modules" for m in adapted if not matching.is_target(config, m)
     ]
     empty = [
-        f"{m}: in target_modules, but has no LoRA leaves in the tree"
+        f"{m}: in target_modules, but has no LoRA parameters in the tree"
         for m in sorted(sites.modules - set(adapted))
         if matching.is_target(config, m)
     ]
@@ -609,11 +609,13 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
     """
     dialect = sites.dialect
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"cannot store a {config.peft_type} adapter in {dialect.name} leaves: they hold only LoRA")
+        raise ConfigError(
+            f"cannot store a {config.peft_type} adapter in {dialect.name} parameters: they hold only LoRA"
+        )
     get_method(config)
     raise_listed(
         ConfigError,
-        f"cannot store this adapter in {dialect.name} leaves, which hold only A and B; the adapter has:",
+        f"cannot store this adapter in {dialect.name} parameters, which hold only A and B; the adapter has:",
         _unsupported(config, dialect),
     )
     alphas = {
@@ -632,7 +634,7 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) 
     _require_alpha(sites, lora_alpha is not None, f"\n(The file has lora_alpha={config.lora_alpha:g}, r={config.r}.)")
     if not all(alphas.values()):
         raise ConfigError(
-            f"cannot store an adapter in {dialect.name} leaves with lora_alpha=0, which multiplies them by 0"
+            f"cannot store an adapter in {dialect.name} parameters with lora_alpha=0, which multiplies them by 0"
         )
     ratios = {module: config.scale_of(module) / (alpha / sites.ranks[module]) for module, alpha in alphas.items()}
     return {module: 1.0 if abs(ratio - 1) < 2**-23 else ratio for module, ratio in ratios.items()}  # equal in float32

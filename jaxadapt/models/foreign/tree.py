@@ -133,11 +133,11 @@ def check_tensors(
     parts = group_findings(
         compare(expected, {key: Spec(tuple(shape)) for key, shape in shapes.items()}, optional),
         f"missing from {source} (its configuration names their modules)",
-        f"unexpected (no {sites.dialect.name} leaf matches them)",
+        f"unexpected (no {sites.dialect.name} parameter matches them)",
     )
     if parts:
         raise MismatchError(
-            f"{source} does not match the {sites.dialect.name} leaves of the target:\n"
+            f"{source} does not match the {sites.dialect.name} parameters of the target:\n"
             + "\n".join(parts)
             + "\nCheck that the adapter is for this base model, that the target adapts the same layers, and keymap="
         )
@@ -159,7 +159,7 @@ def choose_dtypes(
     dtypes = {path: np.dtype(leaves[path].dtype if dtype is None else dtype) for path in placed}
     raise_listed(
         MismatchError,
-        f"{source}: the dtypes of the target's LoRA leaves cannot represent these tensors exactly. Pass dtype= to"
+        f"{source}: the dtypes of the target's LoRA parameters cannot represent these tensors exactly. Pass dtype= to"
         " choose one, with rounding if necessary:",
         [
             f"{path}: {dtypes[path].name}, in the file {stored.name}"
@@ -341,8 +341,8 @@ def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
         )
     if slot is not None and not dialect.has_slots:
         raise AttachError(
-            f"slot={slot}: expected a tree whose arrays hold several adapters, found {dialect.name} leaves, which hold"
-            " one adapter"
+            f"slot={slot}: expected a tree whose arrays hold several adapters, found {dialect.name} parameters, which"
+            " hold one adapter"
         )
     leaves, stored = foreign_tree.leaves, foreign_tree.stored
     leaves = leaves if slot is None else forms.slot_arrays(dialect, leaves, slot, room)
@@ -354,7 +354,7 @@ def describe_unknown(tree: Any) -> str:
     """Return a message about leaves that look like LoRA leaves but match no dialect; "" if there are none."""
     if not (like := [path for path in open_tree(tree)[0] if _NEARLY.search(path)]):
         return ""
-    return f"\nThese leaves look like LoRA leaves, but match no known dialect ({', '.join(DIALECTS)}):\n{bullets(like)}"
+    return f"\nThese parameters look like LoRA, but match no known dialect ({', '.join(DIALECTS)}):\n{bullets(like)}"
 
 
 def survey_tree(
@@ -453,8 +453,8 @@ def extract_adapter(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> A
     peft, sites = read_tree(foreign_tree, keymap, parts=True)
     raise_listed(
         KeyMapError,
-        "cannot extract the adapter: the shapes of these weights do not follow from their LoRA leaves. Pass the whole"
-        " tree, or call to_peft, which does not need the shapes:",
+        "cannot extract the adapter: the shapes of these weights do not follow from their LoRA parameters. Pass the"
+        " whole tree, or call to_peft, which does not need the shapes:",
         [site.match.leaf for site in sites.sites if site.base_shape is None],
     )
     shapes = {site.match.leaf: site.base_shape for site in sites.sites if site.base_shape is not None}
@@ -545,7 +545,7 @@ def _build_arrays(
     found = place_tensors(sites, values, ratios, operator.is_ if traced else bitwise_same)
     raise_listed(
         MismatchError,
-        f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file, which differ:",
+        f"cannot fill these {sites.dialect.name} parameters: several tensors of the file share each, but differ:",
         [] if on_shared == "concat" else dict.fromkeys(found.differ),
         "\nTrain the modules with one A, or build the target with a larger rank and pass"
         ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',

@@ -114,7 +114,7 @@ def find_adapter(path: Path, like: Adapter | None = None, name: str = "default")
     if like is None:
         raise FileError(
             f"{os.fspath(path)}: an Orbax checkpoint without an adapter's configuration. Adapt the model with that"
-            " configuration first; load then reads the adapter's leaves"
+            " configuration first; load then reads the adapter's parameters"
         )
     item, keys = _find_leaves(path, items, like, name)
     params = paths.unflatten({dotted: jax.ShapeDtypeStruct(*items[item][key]) for dotted, key in keys.items()})

@@ -108,7 +108,7 @@ def test_a_part_is_not_initialized_at_random_in_place_of_what_is_asked(name):
     """PEFT computes these from the module's whole weight or gradient."""
     tree, config = base("keras-gpt2"), CONFIG.replace(init_lora_weights=name)
     data = {"data": tree} if name == "lora_ga" else {}
-    with pytest.raises(ConfigError, match=r"query\.kernel: it needs a linear layer whose weight is one leaf"):
+    with pytest.raises(ConfigError, match=r"query\.kernel: it needs a linear layer whose weight is one parameter"):
         jaxadapt.initializers.start(tree, config, key=jax.random.key(0), **data)
 
 

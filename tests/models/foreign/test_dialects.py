@@ -310,7 +310,7 @@ def test_a_configuration_that_contradicts_the_tree():
     for config, what in (
         (jaxadapt.LoraConfig(r=3), "m.up: rank 7 in the tree, 3 in the configuration"),
         (jaxadapt.LoraConfig(target_modules=["down"]), "m.up: adapted in the tree, but not in target_modules"),
-        (jaxadapt.LoraConfig(target_modules=["up", "down"]), "m.down: in target_modules, but has no LoRA leaves"),
+        (jaxadapt.LoraConfig(target_modules=["up", "down"]), "m.down: in target_modules, but has no LoRA parameters"),
         (jaxadapt.LoraConfig(use_rslora=True), "use_rslora"),
         (jaxadapt.LoraConfig(use_dora=True), "use_dora"),
         (jaxadapt.LoraConfig(bias="all"), "bias='all'"),
@@ -392,7 +392,7 @@ def test_an_adapter_that_begins_at_a_token_does_not_fit_where_every_token_is_ada
     with pytest.raises(jaxadapt.ConfigError, match="qwix adapts every token"):
         jaxadapt.load(tmp_path, LoraTree(tree, lora_alpha=ALPHA), keymap=TABLE)
     jaxadapt.save(LoraTree(tree, lora_alpha=ALPHA), tmp_path / "plain", keymap=TABLE)
-    with pytest.raises(jaxadapt.ConfigError, match="in qwix leaves with lora_alpha=0"):
+    with pytest.raises(jaxadapt.ConfigError, match="in qwix parameters with lora_alpha=0"):
         jaxadapt.load(tmp_path / "plain", LoraTree(tree, lora_alpha=0), keymap=TABLE)
 
 

@@ -214,7 +214,7 @@ def test_what_cannot_be_is_refused(tmp_path):
         jaxadapt.to_peft(LoraTree(tree, slot=3))
     with pytest.raises(jaxadapt.MismatchError, match="found -1"):
         jaxadapt.to_peft(LoraTree(tree, slot=-1))
-    with pytest.raises(jaxadapt.AttachError, match="found no LoRA leaves"):
+    with pytest.raises(jaxadapt.AttachError, match="found no LoRA parameters"):
         jaxadapt.to_peft(LoraTree({"q": {"kernel": np.ones((2, 2))}}, slot=0))
     with pytest.raises(jaxadapt.ConfigError, match="SkyRL-tx stores its alpha; leave it out"):
         jaxadapt.to_peft(LoraTree(tree, slot=1, lora_alpha=3))
