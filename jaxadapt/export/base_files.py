@@ -66,7 +66,7 @@ def collect_base_leaves(
     """
     held = carrier(params)
     leaves = held.leaves()
-    walk = held.walk()
+    walk = held.walked
     raise_listed(
         AttachError,
         "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a dict)."
@@ -417,7 +417,7 @@ def import_base(
     leaves, resolved = collect_base_leaves(model, keymap, allow_generic=True)
     shapes = leaf_shapes(leaves)
     if adapter is not None:  # raise before anything is read if the adapter does not fit
-        base_merge.plan_changes(base_merge.mergeable_leaves(carrier(model).params), adapter)
+        base_merge.plan_changes(base_merge.mergeable(carrier(model).params).leaves(), adapter)
     with hf_model.open_model(location.to_location(path)) as tensors:
         hf_model.refuse_packed(tensors)
         resolved = resolved.spelling_for(tensors, shapes)
@@ -544,7 +544,7 @@ def _with_path_names(
 ) -> KeyMap:
     """Add entries to the keymap for unmatched leaves whose own paths are names in the file."""
     rest = {path: shape for path, shape in shapes.items() if keymap is GENERIC or keymap.match(path) is None}
-    walk = carrier(target).walk()
+    walk = carrier(target).walked
     owners = {} if walk is None else {path: owner for path, owner in walk.leaves.items() if path in rest}
     entries = planning.class_entries(owners, shapes, KeyMap(GENERIC.name, ()))
     by_path, ambiguous = keymap_from_paths(rest, entries, planning.custom_leaves(owners, owners))

@@ -30,7 +30,6 @@ from jaxadapt.initializers import statistics
 from jaxadapt.initializers.kinds import Array, Factors, InitKind, ModuleValues, init_kind
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
-from jaxadapt.merging.pairs import Pair
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import Method, PerEntry, at_least_float32, get_method
 from jaxadapt.methods.lora import DIAGONAL
@@ -182,7 +181,7 @@ class Initialization:
         )
         specs, started = init_values(abstract=True, base=self.weights), self.pairs if computed else []
         pairs = {
-            module: Pair(*factors.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), config.rank_of(module)), 1.0)
+            module: factors.Pair(*factors.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), config.rank_of(module)), 1.0)
             for module, f in computed.items()
         }
         given = regions.put_on_devices(
@@ -339,10 +338,8 @@ def start(
     if isinstance(method, PromptMethod):
         key = jax.random.key(0) if key is None else key
         given = _prompt_values(recipe, adapter_sites, method, base, key, dtype, data)
-    values = initial_values.init_values(
-        recipe.config, adapter_sites, key, dtype, base=base.leaves, base_shardings=base.shardings, given=given
-    )
-    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    values = base.new_values(recipe, adapter_sites, key, dtype, given=given)
+    adapter = Adapter.of_leaves(recipe.config, values, recipe.keymap)
     return _attach(held, adapter, adapter_sites, name, rngs, model)
 
 

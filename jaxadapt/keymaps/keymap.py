@@ -519,7 +519,7 @@ def entry_from_axes(
     """Return a literal entry for a leaf whose axis roles come from its class or a trace, not from a keymap.
 
     The PyTorch name is the JAX path. The index of a numbered axis (stacked layers, batch) is inserted before the last
-    module name, so that targets still match by suffix.
+    module name, so that targets still match by suffix. A vector keeps the last name of its path.
 
     Args:
         leaf: the path of the leaf.
@@ -538,26 +538,31 @@ def entry_from_axes(
     for role, name in ((axes.in_axes, "i{}"), (axes.out_axes, "o{}"), (axes.batch_axes, "{{b{}}}")):
         names |= {unstacked[a]: name.format(n) for n, a in enumerate(role)}
     *head, last = leaf.split(".")
-    module = head if last in MAIN_WEIGHT_NAMES else [*head, last]
+    module = head if kind == "vector" or last in MAIN_WEIGHT_NAMES else [*head, last]
     before = dict(zip(stack, places or [len(module) - 1] * len(stack), strict=True))
-    numbered = {i: names[i] for i in sorted(names) if names[i].startswith("{")}
-    key = ".".join([*_numbered_path(module, numbered, before), "weight"])
+    key = ".".join([*_numbered_path(module, names, before), last if kind == "vector" else "weight"])
     left = " ".join(names[i] for i in range(len(shape)))
     out, inputs = (" ".join(names[unstacked[a]] for a in role) for role in (axes.out_axes, axes.in_axes))
     over: Any = {f"b{n}": [str(i) for i in range(shape[unstacked[a]])] for n, a in enumerate(axes.batch_axes)}
-    right = {"embedding": f"({inputs}) ({out})", "conv": f"({out}) {inputs}"}.get(kind, f"({out}) ({inputs})")
+    right = {"embedding": f"({inputs}) ({out})", "conv": f"({out}) {inputs}", "vector": f"({out})"}.get(
+        kind, f"({out}) ({inputs})"
+    )
     return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
 
 
-def _numbered_path(module: Sequence[str], numbers: Mapping[int, str], places: Mapping[int, int]) -> list[str]:
+def _numbered_path(module: Sequence[str], names: Mapping[int, str], places: Mapping[int, int]) -> list[str]:
     """Return a module's path with the numbers of axes before its last name, or at the places of some axes.
 
-    >>> _numbered_path(["layers", "attn", "q"], {0: "{s0}", 1: "{b0}"}, {0: 1})
+    Args:
+        names: `{axis: name}`; those of numbered axes are in braces.
+
+    >>> _numbered_path(["layers", "attn", "q"], {0: "{s0}", 1: "{b0}", 2: "i0"}, {0: 1})
     ['layers', '{s0}', 'attn', '{b0}', 'q']
     """
     path = list(module)
-    for axis, number in reversed(list(numbers.items())):
-        path.insert(places.get(axis, len(module) - 1), number)
+    for axis in sorted(names, reverse=True):
+        if names[axis].startswith("{"):
+            path.insert(places.get(axis, len(module) - 1), names[axis])
     return path
 
 

@@ -45,31 +45,29 @@ Change = Callable[[AppliedMethod, Any], Any]
 """A function of a method and an array that returns the changed array."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafChange:
-    """The change of a leaf without its name, so that leaves of one kind and shape are compiled once."""
+@functools.lru_cache(maxsize=1 << 10)
+def _program(
+    change: Change,
+    method: Method,
+    hparams: Any,
+    axes: Axes,
+    stack: tuple[int, ...],
+    shared: tuple[str, ...],
+    place: Any,
+    donate: bool,
+) -> Callable[[Any, Mapping[str, Any]], Any]:
+    """Return the change of a leaf without its name, so that leaves of one kind and shape are compiled once.
 
-    change: Change
-    method: Method
-    hparams: Any
-    axes: Axes
-    stack: tuple[int, ...]
-    place: Any
-    shared: tuple[str, ...] = ()
+    It is one program, so that no intermediate has the weight's size unless a method makes one.
+    """
 
-    def __call__(self, w: Any, params: Mapping[str, Any]) -> Any:
+    def run(w: Any, params: Mapping[str, Any]) -> Any:
         # Add in float32 even where weight and adapter both have 16 bits.
         widened = {name: x if name == LAYER else at_least_float32(x) for name, x in params.items()}
-        changed = map_layers(
-            self.stack, self.method, self.hparams, self.axes, self.change, widened, as_computable(w), self.shared
-        )
-        changed = changed.astype(w.dtype)
-        return changed if self.place is None else jax.lax.with_sharding_constraint(changed, self.place)
+        changed = map_layers(stack, method, hparams, axes, change, widened, as_computable(w), shared).astype(w.dtype)
+        return changed if place is None else jax.lax.with_sharding_constraint(changed, place)
 
-
-# One program for the full change, so that no intermediate has the weight's size unless a method makes one.
-_compute = jax.jit(LeafChange.__call__, static_argnums=0)
-_compute_in_place = jax.jit(LeafChange.__call__, static_argnums=0, donate_argnums=1)
+    return jax.jit(run, donate_argnums=(0,) if donate else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +97,14 @@ class ChangedLeaf:
         """Return the same change of another base, including the changes before it."""
         return dataclasses.replace(self, base=self.base.with_base(base) if isinstance(self.base, ChangedLeaf) else base)
 
-    def leaf_change(self, place: Any = None, single: bool = False) -> LeafChange:
-        """Return the change without the leaf's name; `single` for one layer of each stacked axis."""
+    def program(
+        self, place: Any = None, single: bool = False, donate: bool = False
+    ) -> Callable[[Any, Mapping[str, Any]], Any]:
+        """Return the change as a function of the base and the tensors; `single` for one layer of each stacked axis."""
         site = self.site
         stack = () if single else site.match.stack
         shared = tuple(name for name in self.params if name not in site.shapes)
-        return LeafChange(self.change, site.method, site.hparams, site.axes, stack, place, shared)
+        return _program(self.change, site.method, site.hparams, site.axes, stack, shared, place, donate)
 
     def value(self, at: Mapping[int, int | slice] | None = None, donate: bool = False, unrounded: bool = False) -> Any:
         """Return the leaf, or its part at `{axis: index or slice}`: one layer of each stacked axis, some outputs.
@@ -123,9 +123,9 @@ class ChangedLeaf:
             | {name: x for name, x in self.params.items() if name not in site.shapes}
         )
         single = all(isinstance(at.get(axis), int) for axis in site.match.stack)
-        change = self.leaf_change(None if isinstance(w, Tracer) else regions.sharding_of(w), single)
         host = isinstance(w, np.ndarray)
-        changed = (_compute_in_place if donate and not host else _compute)(change, w, params)
+        place = None if isinstance(w, Tracer) else regions.sharding_of(w)
+        changed = self.program(place, single, donate and not host)(w, params)
         return np.array(changed) if host else changed  # a copy, since numpy arrays are writable
 
     @property
@@ -235,22 +235,21 @@ def merge(
     given = carrier(model)
     if isinstance(given, Module):
         raise given.unsupported("base parameters, Linen variables or an NNX model")
-    model = given.to_change(in_place, donate)
-    held = carrier(model)
+    held = carrier(given.to_change(in_place, donate))
     selected = _select_held(held, adapter) if held.has_base else {}
-    if isinstance(held, Model) and selected:
-        return _merge_and_detach(held, selected, options)
-    if isinstance(held, Tree):
-        return _merge_tree(held, selected, adapter, options)
-    chosen = next(iter(selected.values()), None) if adapter is None else adapter
-    if chosen is None:
+    chosen: tuple[Any, ...] = tuple(selected.values()) or (adapter,)
+    if chosen[0] is None:
         raise AttachError("cannot merge: these parameters contain no adapter; pass one: merge(params, adapter)")
-    if isinstance(held, Variables):
-        return {
-            **(held.delete(next(iter(selected))) if selected else model),
-            "params": _apply_changes(held.params, (chosen,), *options),
-        }
-    return _apply_changes(model, (chosen,), *options)
+    refuse_dependent(selected)
+    if not selected:
+        mergeable(held.tree)
+    elif isinstance(held, Model):
+        nnx_adapters.require_current_trace(layer for _, layer in held.walked.adapted)
+    merged = _apply_changes(held, chosen, *options)
+    for name in selected:
+        merged = carrier(merged).delete(name)
+    is_base = isinstance(held, Tree) and selected and not carrier(merged).names()
+    return carrier(merged).detach() if is_base else merged
 
 
 def _select_held(held: Carrier, adapter: Adapter | None) -> dict[str, Adapter]:
@@ -282,35 +281,6 @@ def _is_selected(held: Adapter, adapter: Any) -> bool:
     return arrays.keys() == other_arrays.keys() and all(other_arrays[path] is x for path, x in arrays.items())
 
 
-def _merge_and_detach(held: Model, adapters: Mapping[str, Adapter], options: Any) -> Any:
-    """Merge a model's active adapters and remove them; on failure the model stays unchanged."""
-    if len(adapters) > 1:
-        refuse_dependent(adapters)
-    walked = held.walk()
-    nnx_adapters.require_current_trace(layer for _, layer in walked.adapted)
-    nnx_adapters.activate(walked, ())
-    try:
-        _apply_changes(held.tree, tuple(adapters.values()), *options)
-    except BaseException:
-        nnx_adapters.activate(walked, tuple(adapters))
-        raise
-    nnx_adapters.delete(walked, *adapters)
-    return held.tree
-
-
-def _merge_tree(held: Tree, selected: Mapping[str, Adapter], adapter: Adapter | None, options: Any) -> Any:
-    """Return a model that is a pytree with adapters merged: without a wrapper, if all adapters are in the weights."""
-    if len(selected) > 1:
-        refuse_dependent(selected)
-    chosen: tuple[Any, ...] = tuple(selected.values()) or (adapter,)
-    base = _apply_changes(held.params if selected else held.tree, chosen, *options)
-    left = [name for name in held.names() if name not in selected]
-    if not left or not selected:
-        return base
-    kept: Any = held.activate(())
-    return kept.clone(base=base, adapters={name: held.extract(name) for name in left})
-
-
 _unmerged_bias = functools.partial(AppliedMethod.merged_bias, sign=-1)  # each new function would be compiled again
 
 
@@ -336,7 +306,7 @@ def unmerge(
     True
     """
     return _apply_changes(
-        carrier(model).to_change(in_place, donate),
+        mergeable(carrier(model).to_change(in_place, donate)),
         (adapter,),
         (AppliedMethod.unweight, _unmerged_bias),
         ("unmerge", progress),
@@ -346,7 +316,7 @@ def unmerge(
 
 
 def _apply_changes(
-    params: Any,
+    held: Carrier,
     adapters: Sequence[Adapter],
     change: tuple[Change, Change],
     task: tuple[str, Progress],
@@ -355,9 +325,9 @@ def _apply_changes(
     dequantize: bool = False,
     allow_nan: bool = False,
 ) -> Any:
-    """Apply the changes of several adapters to a tree or model; `task` is the name and the receiver of progress."""
+    """Apply the changes of several adapters to a base; `task` is the name and the receiver of progress."""
     name, progress = task
-    base = mergeable_leaves(params)  # several adapters are those of a model
+    base = held.leaves()
     values = {path: quantized.to_dense(x) for path, x in base.items() if dequantize and quantized.is_quantized(x)}
     by_path: dict[str, list[tuple[bool, Effects, ChangedLeaf]]] = {}
     for adapter in adapters:
@@ -383,19 +353,18 @@ def _apply_changes(
             advance(leaf.nbytes)
     if safe and not donate:
         _check_finite({path: lambda value=value: value for path, value in values.items()})
-    return carrier(params).replace(values)
+    return held.replace(values)
 
 
-def mergeable_leaves(params: Any) -> dict[str, Any]:
-    """Return the leaves of base parameters for a merge; raise `AttachError` if the model has active adapters."""
+def mergeable(params: Any) -> Carrier:
+    """Return the carrier of base parameters for a merge; raise `AttachError` if the model has active adapters."""
     held = carrier(params)
-    whole = held.in_place or isinstance(held, Tree)
-    if whole and held.active():
+    if (held.in_place or isinstance(held, Tree)) and held.active():
         raise AttachError(
             "cannot merge another adapter: this model has active adapters, which would count twice. Merge these with"
             " merge(model), or deactivate them with activate(model) or detach(model)"
         )
-    return held.leaves() if whole else Carrier(params).leaves()  # variables are refused by their paths
+    return Carrier(params) if isinstance(held, Variables) else held  # variables are refused by their paths
 
 
 def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]) -> None:
@@ -452,7 +421,7 @@ def plan_changes(
         " the adapter beside it:",
         without_bias,
     )
-    for change, leaf in {leaf.leaf_change(): leaf for leaf in changes.values()}.items():
+    for change, leaf in {leaf.program(): leaf for leaf in changes.values()}.items():
         try:  # a method's errors are raised before any change
             arrays = {**leaf.params, **leaf.site.data}
             jax.eval_shape(
@@ -468,13 +437,13 @@ def _check_fit(sites: Sites, base: Mapping[str, Any], adapter: Adapter) -> None:
     require_complete(adapter.flat(), sites)
     require_weights(sites.method)
     missing = [site.leaf for site in sites if site.leaf not in base]
-    if missing:
-        are_variables = f"params.{missing[0]}" in base
-        raise MismatchError(
-            "cannot merge: the adapter adapts weights that these parameters lack:\n"
-            + paths.bullets(missing)
-            + ('\nThese are Linen variables; pass variables["params"] as the parameters' if are_variables else "")
-        )
+    are_variables = any(f"params.{leaf}" in base for leaf in missing)
+    raise_listed(
+        MismatchError,
+        "cannot merge: the adapter adapts weights that these parameters lack:",
+        missing,
+        '\nThese are Linen variables; pass variables["params"] as the parameters' if are_variables else "",
+    )
     raise_listed(
         MismatchError,
         "cannot merge: the adapter does not fit these parameters:",

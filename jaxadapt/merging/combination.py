@@ -36,14 +36,11 @@ from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, Mismatch
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.pairs import Pair, module_name
-from jaxadapt.methods.base import METHODS, at_least_float32
+from jaxadapt.methods.base import METHODS, Array, at_least_float32
 from jaxadapt.models import planning
 from jaxadapt.models.carriers import base_params
 
 # ---------------------------------------------------------------- operators
-
-
-Array = Any
 
 
 class _Options(NamedTuple):

@@ -35,10 +35,8 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Modules
 from jaxadapt.merging.pairs import Pair, PairKeys, lora_pairs, module_name, pair_keys, read_pairs, write_pairs
-from jaxadapt.methods.base import at_least_float32, get_method
+from jaxadapt.methods.base import Array, Shapes, at_least_float32, get_method
 
-Array = Any
-Shapes = Mapping[str, tuple[int, ...]]
 Plain = TypeVar("Plain", Adapter, PeftTensors)
 
 _WRAPPERS = re.compile(r"(\.base_layer)+$")

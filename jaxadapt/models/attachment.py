@@ -9,7 +9,6 @@ in 4 or 8 bits for QLoRA (Dettmers et al. 2023, arXiv:2305.14314), and `dequanti
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, collection_name, is_array, not_an_adapter
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import quantized, regions
@@ -29,9 +27,9 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.matching import ALL_LINEAR
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, raise_listed
+from jaxadapt.core.errors import AttachError, met, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.base import get_method
+from jaxadapt.methods.base import Array, get_method
 from jaxadapt.models import graph, nnx_adapters, planning, trees
 from jaxadapt.models.carriers import DEFAULT, Model, Wrapper, base_params, carrier, lora_carrier
 from jaxadapt.models.linen_call import repeat_on_stack
@@ -132,8 +130,8 @@ def init(
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     base = base_params(model)
     recipe, sites = planning.plan_adapter(base, config, keymap, example=example)
-    values = initial_values.init_values(recipe.config, sites, key, dtype, key is None, base.leaves, base.shardings)
-    return trees.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
+    adapter = Adapter.of_leaves(recipe.config, base.new_values(recipe, sites, key, dtype), recipe.keymap)
+    return trees.box_like_base(adapter, base.held)
 
 
 # ---------------------------------------------------------------- extract and inject
@@ -325,7 +323,7 @@ def rescale(model: Any, factor: Any, *, name: str | None = None) -> Generator[An
     if np.ndim(factor):
         raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
     held = carrier(model)
-    if (walk := held.walk()) is None:
+    if (walk := held.walked) is None:
         if name is not None or not held.names():
             held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
         names = None if name is None else (name,)
@@ -385,9 +383,6 @@ def _values_differ(new: Any, old: Any) -> bool:
 # ---------------------------------------------------------------- invocation
 
 
-Array = Any
-
-
 @contextlib.contextmanager
 def invoke(
     model: Any, tokens: Any = None, *, task_ids: Any = None, prefilled: bool = False, noise: Any = None
@@ -430,7 +425,7 @@ def invoke(
     held = carrier(model)
     if isinstance(held, Wrapper):
         data = _call_data({name: config for name, config in model.adapters if name in model.active}, given)
-        yield dataclasses.replace(model, data=data)
+        yield model.clone(data=data)
         return
     if not isinstance(held, Model):
         raise held.unsupported("an NNX model, or a Linen module that adapt returned")
@@ -463,7 +458,7 @@ def _places(
     held: Model, name: str, adapter: Adapter, arrays: Mapping[str, Array]
 ) -> Iterator[tuple[dict[str, Any], str, Array]]:
     """Yield (the tensors of one place of an adapter, a name, the array that they get under it)."""
-    collection, owners = collection_name(adapter.config), held.walk().leaves
+    collection, owners = collection_name(adapter.config), held.walked.leaves
     if get_method(adapter.config).scope == "model":  # a prompt, whose tensors are the model's
         yield from ((vars(held.tree)[collection][name][SHARED_NODE], key, array) for key, array in arrays.items())
     for site in sites_of(adapter):
@@ -562,7 +557,7 @@ def quantize(
     weights, owners = params.leaves, params.held
     leaves = [site.leaf for site in sites]
     problems = [] if params.walked is None else list(planning.find_obstacles(params.walked, leaves).values())
-    problems += [f"{site.leaf}: {why}" for site in sites if (why := _obstacle(site, weights[site.leaf]))]
+    problems += [f"{site.leaf}: {why}" for site in sites for why in _obstacles(site, weights[site.leaf])]
     raise_listed(AttachError, "cannot quantize these weights:", problems)
     new: dict[str, Any] = {}
     for site in sites:
@@ -584,21 +579,22 @@ def quantize(
     return model
 
 
-def _obstacle(site: Site, w: Any) -> str:
-    """Return the reason why a weight cannot be quantized; an empty text if it can."""
-    stack = site.match.stack
-    if site.match.weight.kind != "linear":
-        return "expected the weight of a linear layer"
+def _obstacles(site: Site, w: Any) -> list[str]:
+    """Return the reasons why a weight cannot be quantized."""
     if quantized.is_quantized(w):
-        return "already quantized"
-    if isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
-        return f"expected floating-point values, found {type(w).__name__} of {w.dtype}"
-    sharding = regions.sharding_of(w)
-    if sharding is not None and jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-        return "sharded on a mesh with explicit axes, which does not allow slicing into blocks; use Auto axes"
-    if tuple(stack) != tuple(range(len(stack))):
-        return f"its layers are stacked on axis {stack}; expected the first axes"
-    return ""
+        return ["already quantized"]
+    stack, sharding = site.match.stack, regions.sharding_of(w)
+    has_values = not isinstance(w, jax.ShapeDtypeStruct) and jnp.issubdtype(w.dtype, jnp.floating)
+    return met(
+        {
+            "expected the weight of a linear layer": site.match.weight.kind != "linear",
+            f"expected floating-point values, found {type(w).__name__} of {w.dtype}": not has_values,
+            "sharded on a mesh with explicit axes, which does not allow slicing into blocks; use Auto axes": (
+                sharding is not None and jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+            ),
+            f"its layers are stacked on axis {stack}; expected the first axes": stack != tuple(range(len(stack))),
+        }
+    )
 
 
 def dequantize(model: Any) -> Any:

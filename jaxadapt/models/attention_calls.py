@@ -26,7 +26,7 @@ from jax.extend.core import primitives
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.prompt import BaseSizes
-from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialized, scan_sizes, trace
+from jaxadapt.models.jaxprs import called_jaxpr, evaluate_scan, evaluate_unchanged, interpret, rematerialized, trace
 
 # ---------------------------------------------------------------- attention
 
@@ -394,8 +394,12 @@ def _evaluate(
         own = jax.tree.map(lambda x: x[first : first + count], layers)
         if (call := _call(eqn)) is not None:
             return [_checked(change(call, call.arrays(operands), jax.tree.map(lambda x: x[0], own)), eqn)]
-        if eqn.primitive is primitives.scan_p:
-            return _scan(eqn, operands, change, own)
+        if eqn.primitive is primitives.scan_p:  # the layers of its steps become one more of its scanned inputs
+            closed, length = eqn.params["jaxpr"], eqn.params["length"]
+            steps = jax.tree.map(lambda x: x.reshape(length, -1, *x.shape[1:]), own)
+            return evaluate_scan(
+                eqn, operands, steps, lambda values, each: _evaluate(closed.jaxpr, closed.consts, values, change, each)
+            )
         if eqn.primitive is primitives.remat_p:
             again = rematerialized(eqn, lambda *values: _evaluate(eqn.params["jaxpr"], (), values, change, own))
             return again(*operands)
@@ -412,22 +416,6 @@ def _checked(y: Array, eqn: core.JaxprEqn) -> Array:
     if jnp.shape(y) != want.shape:
         raise AttachError(f"the attention function returned an array of shape {jnp.shape(y)}, expected {want.shape}")
     return y.astype(want.dtype)
-
-
-def _scan(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) -> list[Any]:
-    """Evaluate a scan; the layers of its steps become one more of its scanned inputs."""
-    p, (n_consts, n_carry) = eqn.params, scan_sizes(eqn)
-    consts, others = operands[:n_consts], operands[n_consts:]
-    steps = jax.tree.map(lambda x: x.reshape(p["length"], -1, *x.shape[1:]), layers)
-
-    def body(carry: list[Any], sliced: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
-        inner, step = sliced
-        outs = _evaluate(p["jaxpr"].jaxpr, p["jaxpr"].consts, [*consts, *carry, *inner], change, step)
-        return outs[:n_carry], outs[n_carry:]
-
-    options = {name: p[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = jax.lax.scan(body, others[:n_carry], (others[n_carry:], steps), **options)
-    return [*carry, *ys]
 
 
 # ---------------------------------------------------------------- hooks

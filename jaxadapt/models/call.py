@@ -25,7 +25,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, Use, contradiction_message
-from jaxadapt.core.errors import AttachError, raise_as, raise_listed
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, raise_as, raise_listed, warn
 from jaxadapt.keymaps.weight import Kind
 from jaxadapt.methods.applied import (
     AppliedMethod,
@@ -249,7 +250,7 @@ def _apply_inside(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Any
     ready = {leaf: hook.map(AppliedMethod.with_key) for leaf, hook in hooks.items()} if stored else hooks
 
     def run(stored: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-        return _run_adapted(layer, ready, {leaf: quantized.to_dense(x) for leaf, x in stored.items()}, args, kwargs)
+        return run_adapted(layer, ready, {leaf: quantized.to_dense(x) for leaf, x in stored.items()}, args, kwargs)
 
     # The backward pass dequantizes again, so that the dense weights do not stay in memory between the passes.
     y, changed = (jax.checkpoint(run) if stored else run)(stored)
@@ -257,28 +258,35 @@ def _apply_inside(layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) -> Any
     return y
 
 
-def _run_adapted(
-    layer: Layer, hooks: Hooks, dense: Mapping[str, Any], args: Args, kwargs: Kwargs
+def run_adapted(
+    layer: Layer, hooks: Mapping[str, Hook], dense: Mapping[str, Any], args: Args, kwargs: Kwargs
 ) -> tuple[Any, Mapping[str, Any]]:
-    """Run a layer's method on dense parameters, with changed weights or rewritten uses of them."""
+    """Run a method of a layer, or of a whole model, with changed weights or rewritten uses of them.
+
+    `dense` are the dense values of quantized parameters. Returns the output, and the state that the run changed.
+    """
     params = {**layer.params, **dense}
     fixed = {**dense, **{leaf: hook.weight(params[leaf]) for leaf, hook in hooks.items() if hook.by_weight}}
-    by_use = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
-    use = None if any(hook.apart for hook in by_use.values()) else _known_use(layer, by_use, args, kwargs)
+    by_use: dict[str, Any] = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
+    use = None if not layer.known or any(x.apart for x in by_use.values()) else _known_use(layer, by_use, args, kwargs)
     if use is not None:  # the output has the bias, so the adapter changes both; such a layer of Flax has no state
         run = functools.partial(layer.output, fixed) if fixed else layer.plain
         return _call_around(by_use["kernel"], use, params["kernel"], run, args, kwargs), {}
-    fixed |= changed_bias(layer.name, hooks, {**params, **fixed})
+    fixed |= _changed_biases(layer.name, hooks, {**params, **fixed})
     if not by_use:
         return layer.run(fixed, *args, **kwargs)
     return _run_rewritten(layer, by_use, params, fixed, args, kwargs)
 
 
 def _run_rewritten(
-    layer: Layer, hooks: Hooks, params: Mapping[str, Any], fixed: Mapping[str, Any], args: Args, kwargs: Kwargs
+    layer: Layer,
+    hooks: Mapping[str, Hook],
+    params: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> tuple[Any, Mapping[str, Any]]:
     """Run a layer's method on its parameters, with `fixed` in place of some, and with rewritten uses of the others."""
-    others = {leaf: x for leaf, x in params.items() if leaf not in hooks and leaf != "bias"}
     kept = {leaf: x for leaf, x in fixed.items() if leaf not in hooks}
     forward = [leaf for leaf, hook in hooks.items() if hook.forward and layer.is_call]
 
@@ -286,18 +294,37 @@ def _run_rewritten(
         return layer.run({**kept, **weights}, *args, **kwargs)
 
     with raise_as(AttachError, layer.name, AttachError):
-        check_biases(hooks.values(), others)
         return tracing.rewrite(run, {leaf: params[leaf] for leaf in hooks}, hooks, *args, forward=forward)
 
 
-def changed_bias(layer: str, hooks: Mapping[str, Hook], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bias that the layer of this name must use, if the adapters of its weights change it."""
-    bias = params.get("bias")
+def _changed_biases(layer: str, hooks: Mapping[str, Hook], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the biases beside adapted weights that a call must use, if the adapters change them.
+
+    Raises `AttachError` for another parameter of such a module that may be a bias, which the adapter should change.
+
+    Args:
+        layer: the name of the layer, or of the model, whose hooks and parameters have paths then.
+    """
+    modules = paths.nest((*path.rpartition(".")[::2], x) for path, x in params.items())
+    fixed: dict[str, Any] = {}
+    for module in dict.fromkeys(leaf.rpartition(".")[0] for leaf in hooks):
+        values, label = modules[module], paths.join(layer, module)
+        own = {name: hooks[path] for name in values if (path := paths.join(module, name)) in hooks}
+        fixed |= {paths.join(module, name): x for name, x in _changed_bias(label, own, values.get("bias")).items()}
+        followed = {name: hook for name, hook in own.items() if not hook.by_weight}
+        others = {name: x for name, x in values.items() if name not in followed and name != "bias"}
+        with raise_as(AttachError, label, AttachError):
+            check_biases(followed.values(), others)
+    return fixed
+
+
+def _changed_bias(module: str, hooks: Mapping[str, Hook], bias: Any) -> dict[str, Any]:
+    """Return the bias that a module must use, if the adapters of its weights change it; `bias` is None without one."""
     changed = {leaf: hook.bias(bias) for leaf, hook in hooks.items() if leaf != "bias" and bias is not None}
     changed = {leaf: new for leaf, new in changed.items() if new is not bias}
     if len(changed) > 1:
         raise AttachError(
-            f"{layer}: the adapter scales the module's bias, but it is unknown to which of the adapted weights"
+            f"{module}: the adapter scales the module's bias, but it is unknown to which of the adapted weights"
             f" {list(changed)} the bias belongs. Adapt only one of them"
         )
     return {} if not changed else {"bias": next(iter(changed.values()))}
@@ -343,6 +370,41 @@ def describe(name: str, layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) 
     return {
         leaf: f"effective weight in {name} ({each})" if each else f"traced {name}" for leaf, each in unfollowed.items()
     }
+
+
+# ---------------------------------------------------------------- dropout without random numbers
+
+
+class Warned:
+    """A flag: a model has warned of dropout that is off. All flags are equal: none makes jit compile again."""
+
+    def __init__(self) -> None:
+        self.once = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Warned)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def report_no_dropout(
+    names: Iterable[str], deterministic: bool | None, warned: Warned, why: str, way_out: str, advice: str
+) -> None:
+    """Raise `AttachError` if a call cannot apply the dropout that `deterministic=False` asks for; else warn once.
+
+    Args:
+        names: the adapters with dropout.
+        why: the reason.
+        way_out: the end of the error.
+        advice: the end of the warning.
+    """
+    problem = f"the adapter {', '.join(names)}: dropout is off, because {why}"
+    if deterministic is False:
+        raise AttachError(f"{problem}, but deterministic=False asks for it. {way_out}")
+    if not warned.once:
+        warned.once = True
+        warn(f"{problem}. {advice}")
 
 
 # ---------------------------------------------------------------- conclusions from the uses of a weight

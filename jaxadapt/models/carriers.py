@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import CONFIG_NODE, SHARED_NODE, Adapter, Recipe, Site, collection_name
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
@@ -69,8 +67,9 @@ class Carrier:
             )
         return self.tree
 
-    def walk(self) -> graph.ModelWalk | None:
-        """Return the modules and parameters of an NNX model, from one traversal; None for trees without modules."""
+    @functools.cached_property
+    def walked(self) -> graph.ModelWalk | None:
+        """The modules and parameters of an NNX model, from one traversal; None for trees without modules."""
         return None
 
     def leaves(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
@@ -122,7 +121,10 @@ class Carrier:
 
     def inject(self, adapter: Adapter, name: str) -> Any:
         """Write an adapter's values into the attached adapter of that name."""
-        raise self.unsupported("an NNX model or state, Linen variables or an Adapter")
+        present = self.extract(name)
+        check_fit(adapter, present.config, present.flat(), name)
+        values = paths.flatten(trees.replace_values(present.params, adapter.flat()))  # in the boxes of the present ones
+        return self.map_adapters(lambda *_: values, [name])
 
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
@@ -222,7 +224,7 @@ class _Variables(Carrier):
     @functools.cached_property
     def _adapters(self) -> dict[str, dict[str, Any]]:
         """The adapters as `graph.adapter_variables` lists them; `attach` and `delete` make the list outdated."""
-        return graph.adapter_variables(self.walk() or self.tree)
+        return graph.adapter_variables(self.walked or self.tree)
 
     def names(self) -> list[str]:
         return list(self._adapters)
@@ -298,18 +300,15 @@ class Model(_Variables, Object):
     def to_change(self, in_place: bool, donate: bool) -> Any:
         return self.tree if in_place or donate else nnx.clone(self.tree)  # which shares the arrays
 
-    def walk(self) -> graph.ModelWalk:
-        return self._contents
-
     @functools.cached_property
-    def _contents(self) -> Any:
+    def walked(self) -> Any:
         return graph.walk_model(self.tree)
 
     def base(self) -> planning.BaseParams:
-        return planning.BaseParams(self._contents.leaves, self.tree, self._contents)
+        return planning.BaseParams(self.walked.leaves, self.tree, self.walked)
 
     def leaves(self, wanted: Collection[str] | None = None) -> dict[str, Any]:
-        owners = self._contents.leaves
+        owners = self.walked.leaves
         return graph.base_values(owners if wanted is None else {path: owners[path] for path in wanted})
 
     def abstract(self) -> Any:
@@ -325,7 +324,7 @@ class Model(_Variables, Object):
         return [path for path, var in graph.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
-        owners, others = self._contents.leaves, graph.layer_state(self.tree) if new else {}
+        owners, others = self.walked.leaves, graph.layer_state(self.tree) if new else {}
         for path, value in new.items():
             if path not in owners:
                 others[path].set_value(value)
@@ -336,7 +335,7 @@ class Model(_Variables, Object):
         return self.tree
 
     def active(self) -> list[str]:
-        return self._contents.active
+        return self.walked.active
 
     def adapt(
         self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
@@ -349,11 +348,8 @@ class Model(_Variables, Object):
         base, rngs = self.base(), options["rngs"]
         check_free(name, self.names())
         recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
-        abstract = rngs is None and any(isinstance(x, jax.ShapeDtypeStruct) for x in base.leaves.values())
-        if rngs is None and not abstract:
-            raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
         key = None if rngs is None else nnx_adapters.draw_params_key(rngs)
-        values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
+        values = base.new_values(recipe, sites, key, dtype, "random keys: pass rngs=nnx.Rngs(seed)")
         nnx_adapters.attach(self.tree, recipe, sites, name, values, rngs, base.walked)
         return self.tree
 
@@ -379,21 +375,21 @@ class Model(_Variables, Object):
             # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
             copy = self.abstract()
             put(copy, graph.walk_model(copy), None if rngs is None else nnx.clone(rngs))
-        put(self.replace(new), self._contents, rngs)
+        put(self.replace(new), self.walked, rngs)
         return self.tree
 
     def delete(self, name: str) -> Any:
         check_names([name], self.names())
-        nnx_adapters.delete(self._contents, name)
+        nnx_adapters.delete(self.walked, name)
         return self.tree
 
     def detach(self) -> Any:
-        nnx_adapters.delete(self._contents, *self.names())
+        nnx_adapters.delete(self.walked, *self.names())
         return self.tree
 
     def activate(self, names: Sequence[str]) -> Any:
         check_names(names, self.names())
-        nnx_adapters.activate(self._contents, tuple(names))
+        nnx_adapters.activate(self.walked, tuple(names))
         return self.tree
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
@@ -567,7 +563,8 @@ class Tree(_Wrapped):
         return pytree.leaves(self.params, wanted)
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
-        return pytree.replace(self.tree, new)
+        filled = pytree.fill(self.params, new)
+        return self._wrapper.clone(base=filled) if self._wrapper is self.tree else filled
 
     def adapt(
         self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
@@ -579,11 +576,6 @@ class Tree(_Wrapped):
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         check_names([name], self.names())
         return self._wrapper.adapters[name]
-
-    def inject(self, adapter: Adapter, name: str) -> Any:
-        present = self.extract(name)
-        check_fit(adapter, present.config, present.flat(), name)
-        return self._wrapper.with_adapters({name: dataclasses.replace(present, params=adapter.params)})
 
     def attach(
         self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
@@ -597,7 +589,7 @@ class Tree(_Wrapped):
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         adapters = {name: self.extract(name) for name in (self.names() if names is None else names)}
         return self._wrapper.with_adapters(
-            {name: dataclasses.replace(x, params=paths.unflatten(f(name, x))) for name, x in adapters.items()}
+            {name: Adapter.of_leaves(x.config, f(name, x), x.keymap) for name, x in adapters.items()}
         )
 
 
@@ -610,12 +602,9 @@ class Value(Carrier):
     def extract(self, name: str, keymap: Any = None) -> Adapter:
         return self.tree
 
-    def inject(self, adapter: Adapter, name: str) -> Any:
-        check_fit(adapter, self.tree.config, self.tree.flat(), name)
-        return dataclasses.replace(self.tree, params=trees.replace_values(self.tree.params, adapter.flat()))
-
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
-        return dataclasses.replace(self.tree, params=paths.unflatten(f(DEFAULT, self.tree)))
+        params = trees.replace_values(self.tree.params, f(DEFAULT, self.tree), boxes=False)
+        return Adapter(self.tree.config, params, self.tree.keymap)
 
 
 class Foreign(Carrier):
@@ -623,16 +612,15 @@ class Foreign(Carrier):
 
     def __init__(self, found: foreign_tree.ForeignTree, whole: Carrier) -> None:
         super().__init__(found.given.tree)
-        self.found: foreign_tree.ForeignTree = found
-        self.foreign: foreign_tree.ForeignTree | None = found
+        self.foreign: Any = found
         self.given: foreign_tree.LoraTree = found.given
         self.whole = whole
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
-        return foreign_tree.extract_adapter(self.found, keymap)
+        return foreign_tree.extract_adapter(self.foreign, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
-        return foreign_tree.inject_adapter(self.found, adapter)
+        return foreign_tree.inject_adapter(self.foreign, adapter)
 
     def rest(self) -> Any:
         return self.whole.rest()
@@ -677,7 +665,7 @@ def lora_carrier(tree: Any, *, takes: Collection[str] = ("config",)) -> Carrier:
     for option, why in () if given is None else _APPLIES.items():
         refuse({option: None if option in takes else vars(given)[option]}, why)
     own = carrier(tree if given is None else given.tree)
-    found = None if own.names() else foreign_tree.find_lora(given or foreign_tree.LoraTree(tree), own.walk())
+    found = None if own.names() else foreign_tree.find_lora(given or foreign_tree.LoraTree(tree), own.walked)
     if found is not None:
         return Foreign(found, own)
     if given is None:

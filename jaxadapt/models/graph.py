@@ -162,8 +162,8 @@ def held_adapters(module: nnx.Module) -> dict[str, dict[str, dict[str, dict[str,
 
 Path = tuple[Any, ...]
 """Attribute names, keys and list indices, as in `nnx.to_flat_state`."""
-Entry = tuple[Path, Any, Any]
-"""`(path, value, owner)`; the owner is the last graph node (module, `nnx.List`, …) on the path to the value."""
+Entry = tuple[Path, Any]
+"""`(path, value)`."""
 
 _Children = tuple[Iterable[Any], Any, bool]
 """`(keys, values by key, whether every value is marked as data)`: the children of one parent, without static ones."""
@@ -180,11 +180,11 @@ def walk(root: Any) -> list[Entry]:
     The variables and arrays have the paths of `nnx.state(root)`: static attributes are left out, and a value of another
     type is listed only if its attribute is marked as data.
 
-    >>> [(path, type(x).__name__) for path, x, _ in walk(nnx.List([nnx.Param(1.0), nnx.Dict(a=nnx.Param(2.0))]))]
+    >>> [(path, type(x).__name__) for path, x in walk(nnx.List([nnx.Param(1.0), nnx.Dict(a=nnx.Param(2.0))]))]
     [((0,), 'Param'), ((1, 'a'), 'Param'), ((1,), 'Dict'), ((), 'List')]
     """
     visitor = _Visitor()
-    visitor.append((), root, None, True)
+    visitor.append((), root, True)
     return visitor.entries
 
 
@@ -197,7 +197,7 @@ class _Visitor:
         self.kinds: dict[type, int] = {}
         self.list_children: dict[type, Callable[[Any], _Children]] = {}
 
-    def append(self, path: Path, value: Any, owner: Any, is_data: bool) -> None:
+    def append(self, path: Path, value: Any, is_data: bool) -> None:
         """Append the entries of a value: of everything in it, and of itself."""
         cls = type(value)
         kind = self.kinds.get(cls)
@@ -208,19 +208,18 @@ class _Visitor:
                 return
             self.seen.add(id(value))
         if kind in (_NODE, _CONTAINER):
-            inside = value if kind == _NODE else owner
             keys, values, marked = self.list_children[cls](value)
             for key in keys:
                 child = values[key]
                 if self.kinds.get(type(child)) != _VARIABLE:
-                    self.append((*path, key), child, inside, marked)
+                    self.append((*path, key), child, marked)
                 elif id(child) not in self.seen:  # as `append` does: most entries are variables
                     self.seen.add(id(child))
-                    self.entries.append(((*path, key), child, inside))
+                    self.entries.append(((*path, key), child))
             if kind == _CONTAINER:
                 return
         if kind != _OTHER or is_data:
-            self.entries.append((path, value, owner))
+            self.entries.append((path, value))
 
     def _classify(self, cls: type, value: Any) -> int:
         """Return the kind of a value, and keep it for its type."""
@@ -369,7 +368,7 @@ class ModelWalk:
     def modules(self) -> list[tuple[str, nnx.Module]]:
         """`(dotted path, module)`, each module once."""
         is_module = instance_test(nnx.Module)
-        return [(dotted(path), node) for path, node, _ in self.entries if is_module(node)]
+        return [(dotted(path), node) for path, node in self.entries if is_module(node)]
 
     @functools.cached_property
     def leaves(self) -> dict[str, Owner]:
@@ -387,14 +386,12 @@ class ModelWalk:
         """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
         is_base = instance_test(nnx.Param, (AdapterParam, FrozenParam))
         owned = {id(vars(module)[attr]) for module, attr in self.leaves.values()}
-        return {
-            dotted(path): tuple(var.shape) for path, var, _ in self.entries if is_base(var) and id(var) not in owned
-        }
+        return {dotted(path): tuple(var.shape) for path, var in self.entries if is_base(var) and id(var) not in owned}
 
     @functools.cached_property
     def adapters(self) -> dict[str, dict[str, Any]]:
         """`{adapter name: {path: AdapterParam}}`."""
-        return group_adapters((path, var) for path, var, _ in self.entries)
+        return group_adapters(self.entries)
 
     @property
     def adapted(self) -> list[tuple[str, Any]]:
@@ -511,7 +508,7 @@ def plain_view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, 
 def layer_state(module: nnx.Module) -> dict[str, Any]:
     """Return `{path: variable}` for the variables that a call may change: random streams, and all but parameters."""
     is_state = instance_test(nnx.Variable, (nnx.Param, LayerNumber))
-    return {paths.join(*map(str, path)): x for path, x, _ in walk(module) if is_state(x) and DROPOUT not in path}
+    return {paths.join(*map(str, path)): x for path, x in walk(module) if is_state(x) and DROPOUT not in path}
 
 
 def open_copy(model: nnx.Module) -> tuple[Callable[[Mapping[str, Any]], Any], dict[str, Any]]:

@@ -64,6 +64,28 @@ def scan_sizes(eqn: core.JaxprEqn) -> tuple[int, int]:
     return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
+def evaluate_scan(
+    eqn: core.JaxprEqn, operands: Sequence[Any], own: Any, step: Callable[[list[Any], Any], list[Any]]
+) -> list[Any]:
+    """Evaluate a scan with another body, and with further arrays that it slices.
+
+    Args:
+        operands: of the equation. Only those that all steps share may be other values than arrays.
+        own: a tree of arrays, sliced on their first axes.
+        step: `step(operands, own)` returns the results of one step.
+    """
+    consts, carried = scan_sizes(eqn)
+
+    def body(carry: list[Any], sliced: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+        outs = step([*operands[:consts], *carry, *sliced[0]], sliced[1])
+        return outs[:carried], outs[carried:]
+
+    start, scanned = operands[consts : consts + carried], operands[consts + carried :]
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = jax.lax.scan(body, list(start), (list(scanned), own), **options)
+    return [*carry, *ys]
+
+
 def rematerialized(eqn: core.JaxprEqn, f: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Return a function under the same `checkpoint` as an equation."""
     return jax.checkpoint(f, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])

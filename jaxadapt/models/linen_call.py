@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from flax.core import FrozenDict, meta, unfreeze
 from flax.core.scope import Scope, in_filter, subtract_filters
 
@@ -40,10 +41,9 @@ from jaxadapt.methods.applied import (
     Applicable,
     AppliedMethod,
     apply_rows,
-    refuse_rivals,
     together,
 )
-from jaxadapt.methods.base import Drop, Method, get_method
+from jaxadapt.methods.base import Drop, get_method
 from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.models import attention_calls, call, prompts, trees
 
@@ -323,13 +323,11 @@ def build_overlay(
     }
     stored = frozenset(k[:-1] for k in keys_by_leaf.values() if quantized.is_quantized(trees.lookup(params, k)))
     overlay = Overlay(base, adapters, read, has_stream, prompts.only_one(virtual), stored)
-    replacing: dict[str, dict[str, Method]] = {}
     for order, (name, adapter) in enumerate(read.items()):
         values = adapter.sites
         for site in sites_of(adapter):
             keys = keys_by_leaf[site.leaf]
             if site.method.copies and site.effects.form == "weight":
-                replacing.setdefault(site.leaf, {})[name] = site.method
                 old = quantized.to_dense(overlay.leaves[keys] if keys in overlay.leaves else trees.lookup(params, keys))
                 overlay.leaves[keys] = meta.replace_boxed(
                     old, map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
@@ -340,7 +338,7 @@ def build_overlay(
             number = order, has_stream, name in overlay.with_dropout
             tensors = values[site.leaf] | _repeat_data(site, data.get(name, {}), trees.lookup(params, keys))
             overlay.add(keys, site, site.match.stack, number, tensors, {} if site.method.copies else adapter.shared)
-    refuse_rivals(replacing)
+    trees.refuse_rival_copies(read)
     return overlay
 
 
@@ -425,13 +423,9 @@ def _adapter_collections(variables: Mapping[str, Any], configs: Mapping[str, Con
     return {c: variables[c] for c in variables if c in names}
 
 
-def key_paths(tree: Any, prefix: trees.Keys = ()) -> dict[str, trees.Keys]:
+def key_paths(tree: Any) -> dict[str, trees.Keys]:
     """Return `{dotted path: keys}` for the leaves of nested mappings, whose keys may contain dots."""
-    out: dict[str, trees.Keys] = {}
-    for key, value in tree.items():
-        keys = (*prefix, key)
-        out |= key_paths(value, keys) if isinstance(value, Mapping) else {".".join(keys): keys}
-    return out
+    return {".".join(keys): keys for keys in traverse_util.flatten_dict(_as_dicts(tree))}
 
 
 # ---------------------------------------------------------------- rows

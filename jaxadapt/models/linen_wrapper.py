@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters import initial_values, selection
+from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, Sites, collection_name, integers_name, is_array
 from jaxadapt.adapters.sites import parameter_names
 from jaxadapt.arrays import quantized
@@ -29,8 +29,8 @@ from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps.keymap import GENERIC, KeyMap, Match, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.base import get_method
-from jaxadapt.methods.prompt import BaseSizes, PromptMethod
-from jaxadapt.models import attention_calls, call, tracing, trees
+from jaxadapt.methods.prompt import PromptMethod
+from jaxadapt.models import attention_calls, call, planning, tracing, trees
 from jaxadapt.models.linen_call import (
     DROPOUT,
     MAPPED,
@@ -317,8 +317,8 @@ class Adapted:
     rows: call.Rows | None = dataclasses.field(default=None, repr=False, compare=False)
     # Signatures of calls that were checked: they read no adapted weight outside its module.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
-    # Holds "dropout" after a call had that stream, or after the warning that it lacked one. Clones share the set.
-    _seen_streams: set[str] = dataclasses.field(default_factory=set[str], repr=False, compare=False, kw_only=True)
+    # Set after a call with a stream for dropout, or after the warning that there was none. Clones share the flag.
+    _warned: call.Warned = dataclasses.field(default_factory=call.Warned, repr=False, compare=False, kw_only=True)
 
     def clone(self, **changes: Any) -> Adapted:
         """Copy the wrapper with other values for some fields, as `nn.Module.clone` does.
@@ -382,27 +382,16 @@ class Adapted:
         plans = self._plan_adapters(rngs, args, kwargs)
         y, variables = self.module.init_with_output(rngs, *args, **kwargs)
         out: dict[str, Any] = dict(variables)
-        leaves = paths.flatten(out.get("params", {}))
-        base = {path: trees.unbox_tree(leaf) for path, leaf in leaves.items()}
-        shardings = trees.base_shardings(leaves)
+        base = planning.BaseParams(paths.flatten(out.get("params", {})), out)
         for name, (recipe, sites) in plans.items():
-            values = initial_values.init_values(
-                recipe.config,
-                sites,
-                _adapter_key(rngs, collection_name(recipe.config), name),
-                self.dtype,
-                base=base,
-                base_shardings=shardings,
-            )
-            adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for collection, tree in trees.box_like_base(adapter, leaves).named(name).items():
+            key = _adapter_key(rngs, collection_name(recipe.config), name)
+            adapter = Adapter.of_leaves(recipe.config, base.new_values(recipe, sites, key, self.dtype), recipe.keymap)
+            for collection, tree in trees.box_like_base(adapter, base.held).named(name).items():
                 out[collection] = {**out.get(collection, {}), **tree}
         return y, out
 
     def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, Sites]]:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
-        has_prompt = any(get_method(config).scope == "model" for _, config in self.adapters)
-        sizes = measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
         model = survey_module(self.module, rngs, args, kwargs)
         own = {collection_name(config) for _, config in self.adapters}
         if occupied := sorted(model.collections & (own | set(map(integers_name, own)))):
@@ -416,6 +405,7 @@ class Adapted:
         for name, config in self.adapters:
             method = get_method(config)
             if isinstance(method, PromptMethod):
+                sizes = measure_base(self.module, rngs, args, kwargs)
                 config = method.complete(config, attention_calls.with_width(sizes, keymap, model.shapes))
             plans[name] = selection.make_recipe(config, keymap, model.shapes, entries, check=model.check)
         copies = [site for _, sites in plans.values() for site in sites if site.method.copies]
@@ -495,17 +485,16 @@ class Adapted:
         if self.layout is not None:
             add_rows(overlay, self.layout, self.rows)
         if has_stream:
-            self._seen_streams.add(DROPOUT)
+            self._warned.once = True
         elif overlay.with_dropout and not self.deterministic:
-            problem = (
-                f"the adapter {', '.join(overlay.with_dropout)}: dropout is off, because this call has no"
-                f' rngs={{"{DROPOUT}": key}}'
+            call.report_no_dropout(
+                overlay.with_dropout,
+                self.deterministic,
+                self._warned,
+                f'this call has no rngs={{"{DROPOUT}": key}}',
+                "Pass that stream to the call",
+                "Pass it in training, and evaluate with model.clone(deterministic=True)",
             )
-            if self.deterministic is False:
-                raise AttachError(f"{problem}, but deterministic=False asks for it. Pass that stream to the call")
-            if DROPOUT not in self._seen_streams:
-                self._seen_streams.add(DROPOUT)
-                warn(f"{problem}. Pass it in training, and evaluate with model.clone(deterministic=True)")
         return overlay
 
     def _check_reads(self, overlay: Overlay, args: Any, kwargs: Any, mutable: Any) -> None:

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.adapters import initial_values
@@ -157,7 +156,7 @@ def _hold_dropout(module: nnx.Module, name: str, site: Site, rngs: nnx.Rngs | No
     if rngs is not None and (sizes := site.stack_sizes):
         stream: Any = dropout.rngs
         stream.key.set_value(jax.random.split(stream.key.get_value(), sizes))
-        stream.count.set_value(jnp.broadcast_to(stream.count.get_value(), sizes))
+        stream.count.set_value(jax.numpy.broadcast_to(stream.count.get_value(), sizes))
     if graph.DROPOUT not in vars(module):
         setattr(module, graph.DROPOUT, nnx.Dict())
     vars(module)[graph.DROPOUT][name] = dropout

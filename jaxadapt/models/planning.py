@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import jax.numpy as jnp
+import jax
 from flax import nnx
 
-from jaxadapt.adapters import selection
+from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, Site, Sites, is_array
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.layout import Axes
@@ -45,11 +45,8 @@ class BaseParams:
     """The model or variables, which may have adapters."""
     walked: graph.ModelWalk | None = None
     """The result of the traversal, for a model only."""
-
-    @property
-    def assumes_flax(self) -> bool:
-        """True if a kernel is taken for one of Flax's, because its layer is not known."""
-        return self.walked is None
+    assumes_flax: ClassVar[bool] = True
+    """True if a kernel whose layer is not known is taken for one of Flax's."""
 
     @functools.cached_property
     def leaves(self) -> dict[str, Any]:
@@ -94,6 +91,30 @@ class BaseParams:
         if self.walked is not None:
             return _plan_on_model(self, self.walked, config, keymap, stack_axes, example, found)
         return selection.make_recipe(config, keymap, self.shapes, found=found, weights=lambda: self.leaves)
+
+    def new_values(
+        self,
+        recipe: Recipe,
+        sites: Sites,
+        key: Any,
+        dtype: Any,
+        needs: str = "",
+        given: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the initial values of a new adapter of these sites, `{path: array}`, or specs if `key` is None.
+
+        Args:
+            needs: what to pass for a key, for the error without one; "" if values are not needed. A base with leaves
+                that are specs needs none.
+            given: `{path: array}` of tensors that exist already and are not created.
+
+        Raises `AttachError` without the key that the values need.
+        """
+        if needs and key is None and not any(isinstance(x, jax.ShapeDtypeStruct) for x in self.leaves.values()):
+            raise AttachError(f"cannot draw the adapter's initial values without {needs}")
+        return initial_values.init_values(
+            recipe.config, sites, key, dtype, key is None, self.leaves, self.shardings, given or {}
+        )
 
     def resolve_keymap(self, keymap: KeyMap | str | None) -> KeyMap:
         """Return a keymap as it is; look up the name of one, or recognize the model."""
@@ -168,14 +189,6 @@ def list_contradictions(adapter_sites: Sequence[Site], owners: Mapping[str, grap
 
 
 # ---------------------------------------------------------------- entries for leaves without one
-
-
-@dataclasses.dataclass(frozen=True)
-class TracedAxes:
-    """The traced axes of a custom layer's weight, and the shape that the layer's call sees."""
-
-    axes: Axes
-    shape: tuple[int, ...]
 
 
 def _find_stack(
@@ -323,11 +336,11 @@ def _observed(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any
 
 def trace_axes(
     model: nnx.Module, walk: graph.ModelWalk, args: call.Args, leaves: Sequence[str], required: bool
-) -> tuple[dict[str, TracedAxes], set[str]]:
+) -> tuple[dict[str, tuple[Axes, tuple[int, ...]]], set[str]]:
     """Trace the axis roles of custom layers' leaves in one abstract call of the model.
 
-    Returns `{leaf: traced axes}`, and the leaves that are used but have no single set of roles. Leaves that the call
-    does not use are in neither.
+    Returns `{leaf: (traced axes, the shape that the layer's call sees)}`, and the leaves that are used but have no
+    single set of roles. Leaves that the call does not use are in neither.
 
     Raises `AttachError` if `required` and the roles of any leaf are not found, listing all such leaves.
     """
@@ -336,16 +349,16 @@ def trace_axes(
     leaves = [leaf for leaf in leaves if leaf not in blocked]
     if not leaves:
         return {}, set()
-    traced: dict[str, TracedAxes] = {}
+    traced: dict[str, tuple[Axes, tuple[int, ...]]] = {}
     problems: dict[str, str] = {}
 
     def observe(leaf: str, attr: str, layer: call.Layer, args: call.Args, kwargs: Mapping[str, Any]) -> None:
         weight = layer.params[attr]
         try:
             found = tracing.uses(functools.partial(layer.output, **kwargs), {attr: weight}, *args)[attr]
-            seen = TracedAxes(call.infer_axes(found, attr), tuple(weight.shape))
+            seen = call.infer_axes(found, attr), tuple(weight.shape)
             if traced.setdefault(leaf, seen) != seen:
-                problems[leaf] = f"one call shows {traced[leaf]}, another {seen}"
+                problems[leaf] = f"its calls show several axes and shapes: {traced[leaf]}, and {seen}"
         except AttachError as error:
             problems[leaf] = str(error)
 
@@ -412,7 +425,7 @@ def _check_calls(model: nnx.Module, sites: Sites, example: Sequence[Any] | None)
         weight = layer.params[attr]
         tracing.require_cover(leaf, weight.shape, adapted[leaf].axes)
         # The module reads a copy, so only reads outside its call keep the weight itself live.
-        alias = jnp.zeros(weight.shape, weight.dtype)
+        alias = jax.numpy.zeros(weight.shape, weight.dtype)
         if not layer.known:
             uses = tracing.uses(functools.partial(layer.output, **kwargs), {attr: alias}, *args)[attr]
             shapes[leaf] = weight.shape
@@ -493,6 +506,7 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
         raise_listed(
             AttachError, "these layers cannot carry the adapter:", list_contradictions(sites, base.walked.leaves)
         )
+        return
     if not base.assumes_flax:
         return
     attached = base.keymap
@@ -542,9 +556,9 @@ def _plan_on_model(
         wanted = custom_leaves(owners, selection.unselected_matrices(config, known.with_entries(entries), shapes))
         traced, others = trace_axes(base.target, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
-        for leaf, seen in traced.items():
-            stack = _find_stack(leaf, base.shapes[leaf], seen.shape, stack_axes)
-            entries.append(entry_from_axes(leaf, base.shapes[leaf], seen.axes, stack))
+        for leaf, (axes, layer_shape) in traced.items():
+            stack = _find_stack(leaf, base.shapes[leaf], layer_shape, stack_axes)
+            entries.append(entry_from_axes(leaf, base.shapes[leaf], axes, stack))
     # The generic keymap holds for Flax's own layers; a custom layer may transpose its kernel.
     unsure = frozenset(custom_leaves(owners, shapes)) if keymap == GENERIC else selection.NONE
 

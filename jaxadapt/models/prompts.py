@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.configs.prompts import PromptLearningConfig
 from jaxadapt.core.errors import AttachError, MismatchError
-from jaxadapt.methods.base import METHODS, get_method
+from jaxadapt.methods.base import METHODS, Array, get_method
 from jaxadapt.methods.prompt import PREFILLED, PromptMethod, keys_and_values
 from jaxadapt.models.attention_calls import (
     AttentionCall,
@@ -28,8 +28,6 @@ from jaxadapt.models.attention_calls import (
 
 # ---------------------------------------------------------------- arguments
 
-
-Array = Any
 
 IGNORED = -100
 """The label of a token without loss, as in torch."""

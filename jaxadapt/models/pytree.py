@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters import initial_values, selection
+from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, Site, Sites, is_array
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import quantized
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, raise_as, raise_listed, repeated, warn
-from jaxadapt.keymaps.keymap import GENERIC, KeyMap
+from jaxadapt.core.errors import AttachError, raise_listed, repeated
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods.applied import AppliedMethod, Hook, Stacked, check_biases, refuse_rivals, together
-from jaxadapt.methods.base import CALL_KEY, Drop, Method, get_method
-from jaxadapt.models import call, planning, tracing
+from jaxadapt.methods.applied import AppliedMethod, Hook, Stacked, together
+from jaxadapt.methods.base import CALL_KEY, Drop, get_method
+from jaxadapt.models import call, planning, tracing, trees
 
 if TYPE_CHECKING:
     from jaxadapt.models.linen_wrapper import Survey
@@ -127,19 +127,6 @@ def is_model(tree: Any) -> bool:
     return any(is_array(leaf) or quantized.is_quantized(leaf) for leaf in jax.tree.leaves(tree))
 
 
-class _Warned:
-    """A flag: the model has warned of dropout that is off. All flags are equal: none makes jit compile again."""
-
-    def __init__(self) -> None:
-        self.once = False
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Warned)
-
-    def __hash__(self) -> int:
-        return 0
-
-
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("base", "adapters", "dropout_key"),
@@ -172,7 +159,7 @@ class AdaptedTree:
     active: tuple[str, ...] = ()
     dropout_key: Any = None
     deterministic: bool | None = None
-    warned: _Warned = dataclasses.field(default_factory=_Warned, repr=False)
+    warned: call.Warned = dataclasses.field(default_factory=call.Warned, repr=False)
 
     def clone(self, **changes: Any) -> AdaptedTree:
         """Return a copy with other values for some fields.
@@ -225,20 +212,25 @@ class AdaptedTree:
             "the adapters adapt weights that the base lacks:",
             (leaf for leaf in hooks if leaf not in weights),
         )
-        by_use = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
-        fixed = {leaf: hook.weight(weights[leaf]) for leaf, hook in hooks.items() if hook.by_weight}
-        fixed |= _changed_biases(hooks, {**weights, **fixed})
 
-        def run(changed: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
-            return fn(fill(self.base, {**fixed, **changed}), *args, **kwargs)
+        def run(changed: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Mapping[str, Any]]:
+            return fn(fill(self.base, changed), *args, **kwargs), {}
 
-        forward = [leaf for leaf, hook in by_use.items() if hook.forward and fn is operator.call]
-        return tracing.rewrite(run, {leaf: weights[leaf] for leaf in by_use}, by_use, args, kwargs, forward=forward)
+        model = call.Layer(
+            type(self.base).__name__,
+            self.base,
+            operator.call,
+            fn is operator.call,
+            weights,
+            functools.partial(fn, self.base),
+            run,
+            lambda _: None,
+        )
+        return call.run_adapted(model, hooks, {}, args, kwargs)[0]
 
     def _hooks(self) -> dict[str, Hook]:
         """Return `{leaf: the active adapters on it}` with their tensors, and dropout if it is on."""
         found: dict[str, list[tuple[Site, AppliedMethod, frozenset[str]]]] = {}
-        replacing: dict[str, dict[str, Method]] = {}
         dropping: dict[str, None] = {}
         for name in self.active:
             adapter = self.adapters[name]
@@ -249,11 +241,18 @@ class AdaptedTree:
                 whole = {} if site.method.copies else shared
                 params = {**whole, **values[site.leaf], **site.data}
                 hook = AppliedMethod.in_call(site, params, self._drop(rate, f"{name}: {site.leaf}"))
-                if site.method.copies and site.effects.form == "weight":
-                    replacing.setdefault(site.leaf, {})[name] = site.method
                 found.setdefault(site.leaf, []).append((site, hook, frozenset({*whole, CALL_KEY})))
-        refuse_rivals(replacing)
-        self._require_key(list(dropping))
+        trees.refuse_rival_copies({name: self.adapters[name] for name in self.active})
+        if dropping and self.dropout_key is None and not self.deterministic:
+            call.report_no_dropout(
+                dropping,
+                self.deterministic,
+                self.warned,
+                "the model has no dropout_key",
+                "Call model.clone(dropout_key=key)",
+                "In training call model.clone(dropout_key=key) with another key in each step, and evaluate with"
+                " model.clone(deterministic=True)",
+            )
         hooks: dict[str, Hook] = {}
         for leaf, each in found.items():
             stacks = {site.match.stack for site, _, _ in each}
@@ -268,41 +267,6 @@ class AdaptedTree:
         if not rate or self.dropout_key is None or self.deterministic:
             return None
         return Drop(rate, lambda: jax.random.fold_in(self.dropout_key, zlib.crc32(place.encode())))
-
-    def _require_key(self, dropping: Sequence[str]) -> None:
-        """Raise, or warn once, if adapters have dropout and the call has no key for it."""
-        if not dropping or self.dropout_key is not None or self.deterministic:
-            return
-        problem = f"the adapter {', '.join(dropping)}: dropout is off, because the model has no dropout_key"
-        if self.deterministic is False:
-            raise AttachError(f"{problem}, but deterministic=False asks for it. Call model.clone(dropout_key=key)")
-        if not self.warned.once:
-            self.warned.once = True
-            warn(
-                f"{problem}. In training call model.clone(dropout_key=key) with another key in each step, and evaluate"
-                " with model.clone(deterministic=True)"
-            )
-
-
-def _changed_biases(hooks: Mapping[str, Hook], weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the biases beside adapted weights that a call must use, if the adapters change them.
-
-    Raises `AttachError` for another parameter of such a module that may be a bias, which the adapter should change.
-    """
-    modules: dict[str, dict[str, Any]] = {leaf.rpartition(".")[0]: {} for leaf in hooks}
-    for path, x in weights.items():
-        module, _, name = path.rpartition(".")
-        if module in modules:
-            modules[module][name] = x
-    fixed: dict[str, Any] = {}
-    for module, values in modules.items():
-        own = {name: hooks[path] for name in values if (path := paths.join(module, name)) in hooks}
-        fixed |= {paths.join(module, name): x for name, x in call.changed_bias(module, own, values).items()}
-        followed = {name: hook for name, hook in own.items() if not hook.by_weight}
-        others = {name: x for name, x in values.items() if name not in followed and name != "bias"}
-        with raise_as(AttachError, module, AttachError):
-            check_biases(followed.values(), others)
-    return fixed
 
 
 def adapter_filter(model: Any) -> Any:
@@ -335,11 +299,6 @@ def adapter_filter(model: Any) -> Any:
     return model.clone(base=False, adapters=adapters, dropout_key=None if model.dropout_key is None else False)
 
 
-def replace(tree: Any, new: Mapping[str, Any]) -> Any:
-    """Return a model, with or without adapters, with other weights of the base at some paths."""
-    return tree.clone(base=fill(tree.base, new)) if isinstance(tree, AdaptedTree) else fill(tree, new)
-
-
 # ---------------------------------------------------------------- planning
 
 
@@ -347,10 +306,8 @@ def replace(tree: Any, new: Mapping[str, Any]) -> Any:
 class TreeParams(planning.BaseParams):
     """The base parameters of a model that is a pytree; `target` is an `AdaptedTree`."""
 
-    @property
-    def assumes_flax(self) -> bool:
-        """False: the layers have layouts of their own."""
-        return False
+    assumes_flax = False
+    """The layers have layouts of their own."""
 
     @functools.cached_property
     def keymap(self) -> KeyMap | None:
@@ -407,7 +364,7 @@ class TreeParams(planning.BaseParams):
             stacks, shape = list(dict.fromkeys(map(tuple, scans[leaf]))), weights[leaf].shape
             places = _places(leaf, {path: set(first.values()) for path, (first, *_) in scans.items()}, scans[leaf][0])
             if len(stacks) == 1 and len(shape) == len(stacks[0]) + 1:
-                vectors.append(_vector_entry(leaf, len(shape), stacks[0], places))
+                vectors.append(entry_from_axes(leaf, shape, tracing.Axes((), (0,)), stacks[0], "vector", places=places))
                 continue
             try:
                 roles = _find_roles([tracing.unscan(use)[1] for use in uses], leaf, stacks)
@@ -442,15 +399,6 @@ def _places(leaf: str, scans: Mapping[str, Collection[int]], taken: Mapping[int,
         shared = [names for names in zip(*split, strict=False) if len(set(names)) == 1]
         places.append(min(max(len(shared), 1), max(leaf.count(".") - 1, 0)))
     return tuple(places)
-
-
-def _vector_entry(leaf: str, ndim: int, stack: Sequence[int], places: Sequence[int]) -> Weight:
-    """Return the entry of a vector for each of the layers that a leaf stacks."""
-    names = {axis: f"{{s{n}}}" for n, axis in enumerate(stack)}
-    key = leaf.split(".")
-    for name, place in reversed(list(zip(names.values(), places, strict=True))):
-        key.insert(place, name)
-    return Weight(leaf, ".".join(key), f"{' '.join(names.get(axis, 'a') for axis in range(ndim))} -> a", kind="vector")
 
 
 def _find_roles(uses: Sequence[tracing.WeightUse], leaf: str, stacks: Sequence[tuple[int, ...]]) -> call.Roles:
@@ -492,12 +440,6 @@ def adapt(
     """Return a model with a new adapter; `options` are those of `jaxadapt.adapt`."""
     base = TreeParams(leaves(model.base), model)
     recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
-    key = options["key"]
-    abstract = key is None and any(isinstance(x, jax.ShapeDtypeStruct) for x in base.leaves.values())
-    if key is None and not abstract:
-        raise AttachError(
-            "cannot draw the adapter's initial values without a random key: pass key=jax.random.key(seed)"
-        )
-    values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
-    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    values = base.new_values(recipe, sites, options["key"], dtype, "a random key: pass key=jax.random.key(seed)")
+    adapter = Adapter.of_leaves(recipe.config, values, recipe.keymap)
     return model.attach(name, adapter, options["deterministic"])

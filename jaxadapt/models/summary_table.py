@@ -300,10 +300,10 @@ def summary(model: Any, *inputs: Any) -> Summary:
             )
         base, how = carrier(variables), model.notes(variables, *rest) if rest else {}
     else:
-        base, how = held, planning.describe_uses(held.walk(), inputs)
+        base, how = held, planning.describe_uses(held.walked, inputs)
     leaves = base.leaves() if base.has_base else {}
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if is_array(leaf) or is_quantized(leaf)}
-    if (walk := base.walk()) is not None:
+    if (walk := base.walked) is not None:
         shapes |= walk.unowned
     adapters = base.adapters()
     rows = [row for name, adapter in adapters for row in _rows(name, adapter, shapes, how)]

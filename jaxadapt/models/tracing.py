@@ -22,7 +22,6 @@ Uses only public names of jax; independent of Flax.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,15 @@ from jax.extend.core import primitives
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, AxisLayout, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.jaxprs import called_jaxpr, evaluate_unchanged, interpret, rematerialized, scan_sizes, trace
+from jaxadapt.models.jaxprs import (
+    called_jaxpr,
+    evaluate_scan,
+    evaluate_unchanged,
+    interpret,
+    rematerialized,
+    scan_sizes,
+    trace,
+)
 
 if TYPE_CHECKING:
     from jaxadapt.methods.applied import Hook
@@ -64,7 +71,7 @@ def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[Ax
     if kind is primitives.transpose_p:
         return [dataclasses.replace(layout, groups=tuple(layout.groups[i] for i in params["permutation"]))]
     permutes = kind is primitives.reshape_p and params["dimensions"] is not None
-    if kind not in _RESHAPES or permutes or math.prod(old.shape) != math.prod(new.shape):
+    if kind not in _RESHAPES or permutes or old.size != new.size:
         return None
     after = layout.reshaped(new.shape)
     return None if after is None else [after]
@@ -127,13 +134,12 @@ Make = Callable[[core.JaxprEqn, Axes, Sequence[Any]], Operation | None]
 
 
 def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
-    eqn_params = dict(eqn.params)
-    numbers = eqn_params["dimension_numbers"]
+    numbers = eqn.params["dimension_numbers"]
     (out,) = axes.out_axes
-    if numbers.rhs_spec[0] != out or eqn_params["batch_group_count"] != 1 or axes.batch_axes:
+    if numbers.rhs_spec[0] != out or eqn.params["batch_group_count"] != 1 or axes.batch_axes:
         return None
     kept = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
-    options: Any = {name: eqn_params[name] for name in kept}
+    options: Any = {name: eqn.params[name] for name in kept}
 
     def run(x: Any, w: Any) -> Any:
         # As in PEFT, A's channels are never grouped. The caller groups those of B.
@@ -150,19 +156,18 @@ def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation 
     window = sorted(range(2, len(numbers.rhs_spec)), key=lambda axis: numbers.rhs_spec[axis])
     lhs, rhs = ((*spec[:2], *(spec[axis] for axis in window)) for spec in (numbers.lhs_spec, numbers.rhs_spec))
     sliding = jax.lax.ConvDimensionNumbers(lhs, rhs, tuple(range(len(lhs))))
-    is_dilated = {*eqn_params["lhs_dilation"], *eqn_params["rhs_dilation"]} != {1}
+    is_dilated = {*eqn.params["lhs_dilation"], *eqn.params["rhs_dilation"]} != {1}
     return Operation(run, numbers.out_spec[1], axes, slide=None if is_dilated else slide)
 
 
 def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
-    eqn_params = dict(eqn.params)
-    numbers, sizes = eqn_params["dimension_numbers"], list(eqn_params["slice_sizes"])
+    numbers, sizes = eqn.params["dimension_numbers"], list(eqn.params["slice_sizes"])
     (out,) = axes.out_axes
     weight: Any = eqn.invars[0].aval
     inside = [i for i in range(len(sizes)) if i not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
     if axes.batch_axes or out not in inside or sizes[out] != weight.shape[out]:
         return None
-    options: Any = {name: eqn_params[name] for name in ("mode", "fill_value", "indices_are_sorted", "unique_indices")}
+    options: Any = {name: eqn.params[name] for name in ("mode", "fill_value", "indices_are_sorted", "unique_indices")}
 
     def run(x: Any, w: Any) -> Any:
         window = tuple(w.shape[i] if i == out else size for i, size in enumerate(sizes))
@@ -173,7 +178,7 @@ def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | Non
 
 def _row(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
     """Return the lookup of one row, whose number is the first start of a slice."""
-    sizes = list(dict(eqn.params)["slice_sizes"])
+    sizes = list(eqn.params["slice_sizes"])
     (out,) = axes.out_axes
     weight: Any = eqn.invars[0].aval
     if axes.batch_axes or axes.in_axes != (0,) or sizes[out] != weight.shape[out]:
@@ -201,20 +206,19 @@ def _other_use(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> Othe
 
 def _ragged(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
     """Return the product of rows, sorted by expert, with their experts' matrices."""
-    eqn_params = dict(eqn.params)
-    numbers = eqn_params["ragged_dot_dimension_numbers"]
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed_x, summed_w), shared = numbers.dot_dimension_numbers
     by_roles = len(summed_w) == 1 and tuple(summed_w) in (axes.in_axes, axes.out_axes) and not any(shared)
     by_expert = tuple(numbers.rhs_group_dimensions) == axes.batch_axes and len(operands) == 3
     ragged_sum = not set(numbers.lhs_ragged_dimensions).isdisjoint(summed_x)
-    if not by_roles or not by_expert or ragged_sum or eqn_params["group_offset"] is not None:
+    if not by_roles or not by_expert or ragged_sum or eqn.params["group_offset"] is not None:
         return None
     x: Any = eqn.invars[0].aval
 
     def run(x: Any, w: Any) -> Any:
-        kind = None if eqn_params["preferred_element_type"] is None else x.dtype
+        kind = None if eqn.params["preferred_element_type"] is None else x.dtype
         return jax.lax.ragged_dot_general(
-            x, w, operands[2], numbers, precision=eqn_params["precision"], preferred_element_type=kind
+            x, w, operands[2], numbers, precision=eqn.params["precision"], preferred_element_type=kind
         )
 
     return Operation(run, x.ndim - 1, axes, transposed=tuple(summed_w) == axes.out_axes)
@@ -511,10 +515,8 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
 
 def _scan(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
     """Evaluate a scan with the weights that all steps share, and those that it takes layer by layer, followed in it."""
-    params: Any = eqn.params
-    (consts, carried), body_jaxpr = scan_sizes(eqn), params["jaxpr"]
-    first = consts + carried
-    views = _taken_views(operands, consts, first, scope)
+    (consts, carried), closed = scan_sizes(eqn), eqn.params["jaxpr"]
+    views = _taken_views(operands, consts, consts + carried, scope)
     operands = [scope.plain(v) if i >= consts and i not in views else v for i, v in enumerate(operands)]
     axes = {view.layout.name: view.layout.groups[0][0] for view in views.values()}
     own = {name: jnp.moveaxis(scope.weights[name], axis, 0) for name, axis in axes.items()}
@@ -523,26 +525,23 @@ def _scan(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
     tensors = {name: hooks[name].tensors(axes[name]) for name in axes.keys() & followed}
     found: dict[str, list[WeightUse]] = {name: [] for name in axes}
 
-    def body(carry: list[Any], x: Any) -> tuple[list[Any], list[Any]]:
-        arrays, own, tensors, step = x
-        here = hooks | {name: hooks[name].layer(axes[name], each) for name, each in tensors.items()}
+    def step(values: list[Any], each: Any) -> list[Any]:
+        own, tensors, number = each
+        here = hooks | {name: hooks[name].layer(axes[name], x) for name, x in tensors.items()}
         inside = _Scope(
-            {**scope.hooks, **{name: hook.map(lambda one: one.in_step(step)) for name, hook in here.items()}},
+            {**scope.hooks, **{name: hook.map(lambda one: one.in_step(number)) for name, hook in here.items()}},
             {**scope.weights, **own},
             ChainMap({}, {name: w for name, w in scope.effective.items() if name not in axes}),
             {**scope.found, **found},
         )
-        taken = [_slice_view(views[i], a) if i in views else a for i, a in enumerate(arrays, first)]
-        outs = _evaluate(body_jaxpr.jaxpr, body_jaxpr.consts, [*operands[:consts], *carry, *taken], inside)
-        plain = [inside.plain(out) for out in outs]
-        return plain[:carried], plain[carried:]
+        inputs = [_slice_view(views[i], x) if i in views else x for i, x in enumerate(values)]
+        return [inside.plain(out) for out in _evaluate(closed.jaxpr, closed.consts, inputs, inside)]
 
-    arrays = list(map(_array, operands[first:]))
-    xs = arrays, own, tensors, jnp.arange(params["length"])
-    carry, ys = jax.lax.scan(body, operands[consts:first], xs, reverse=params["reverse"], unroll=params["unroll"])
+    given = [_array(v) if i in views else v for i, v in enumerate(operands)]
+    outs = evaluate_scan(eqn, given, (own, tensors, jnp.arange(eqn.params["length"])), step)
     for name, each in found.items():
         scope.found[name] += [Scanned(axis=axes[name], scan=id(eqn), use=use) for use in dict.fromkeys(each)]
-    return [*carry, *ys]
+    return outs
 
 
 def _taken_views(operands: Sequence[Any], consts: int, first: int, scope: _Scope) -> dict[int, _View]:
@@ -588,14 +587,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     if spelled is None or not hook.follows_use(spelled[0]):
         return None
     use, x_sizes, y_sizes = spelled
-    split = jnp.reshape(x, x_sizes)
-    hooked_x = _check_like("input", hook.input(use, split, scope.weights[view.layout.name]), split)
-    pair = [view.array, view.array]
-    pair[1 - side] = x if hooked_x is split else jnp.reshape(hooked_x, jnp.shape(x))
-    (y,) = evaluate_unchanged(eqn, pair)
-    split_y = jnp.reshape(y, y_sizes)
-    new = hook.output(use, hooked_x, split_y, scope.weights[view.layout.name])
-    return [jnp.reshape(_check_like("output", new, split_y), jnp.shape(y))]
+    return _apply_hook(eqn, operands, side, scope, use, jnp.reshape(x, x_sizes), y_sizes)
 
 
 def _evaluate_operation(
@@ -609,7 +601,6 @@ def _evaluate_operation(
         return None
     (layout,) = views
     hook: Any = scope.hooks.get(layout.name)
-    w = scope.weights[layout.name]
     # After a transpose or reshape, an adapter's factors would need another layout.
     is_whole = layout == AxisLayout.identity(layout.name, layout.sizes)
     if (
@@ -620,10 +611,33 @@ def _evaluate_operation(
         or not hook.follows(_FOLLOWED.get(name, name))
     ):
         return None
-    if (use := make(eqn, hook.axes, operands)) is None:
-        return None
-    x = operands[1 - side]
-    hooked_x = _check_like("input", hook.input(use, x, w), x)
-    changed = [hooked_x if i == 1 - side else v.array if isinstance(v, _View) else v for i, v in enumerate(operands)]
+    use = make(eqn, hook.axes, operands)
+    return None if use is None else _apply_hook(eqn, operands, side, scope, use, operands[1 - side])
+
+
+def _apply_hook(
+    eqn: core.JaxprEqn,
+    operands: list[Any],
+    side: int,
+    scope: _Scope,
+    use: Use | Operation,
+    x: Any,
+    y_sizes: Sequence[int] | None = None,
+) -> list[Any]:
+    """Evaluate an equation between its hook's changes of x and of y.
+
+    Args:
+        side: the place of the weight among the operands; that of x is 1 - side.
+        x: the operand, in the shape that the use names.
+        y_sizes: the shape of the result that the use names, if it is another than the equation's.
+    """
+    name = operands[side].layout.name
+    hook: Any = scope.hooks[name]
+    hooked_x = _check_like("input", hook.input(use, x, scope.weights[name]), x)
+    changed = list(map(_array, operands))
+    if hooked_x is not x:
+        changed[1 - side] = jnp.reshape(hooked_x, jnp.shape(changed[1 - side]))
     (y,) = evaluate_unchanged(eqn, changed)
-    return [_check_like("output", hook.output(use, hooked_x, y, w), y)]
+    named_y = y if y_sizes is None else jnp.reshape(y, y_sizes)
+    new = _check_like("output", hook.output(use, hooked_x, named_y, scope.weights[name]), named_y)
+    return [jnp.reshape(new, jnp.shape(y))]

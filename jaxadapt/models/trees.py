@@ -7,7 +7,6 @@ back. The nodes of lorax are recognized by their type. A slash in a key separate
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import numbers
@@ -36,6 +35,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, raise_listed
 from jaxadapt.keymaps import families
+from jaxadapt.methods.applied import refuse_rivals
 from jaxadapt.methods.base import METHODS
 from jaxadapt.models import graph
 from jaxadapt.models.foreign import may_be_scale
@@ -48,14 +48,7 @@ Keys = tuple[str, ...]
 
 def unbox_tree(tree: Any) -> Any:
     """Return a tree with its boxed leaves (`nn.Partitioned` …) replaced by their values."""
-
-    def unbox(x: Any) -> Any:
-        # Partitioned.unbox() is not used: it applies a sharding constraint.
-        return x.value if isinstance(x, meta.Partitioned) else x.unbox() if isinstance(x, meta.AxisMetadata) else x
-
-    return (
-        unbox(tree) if is_array(tree) else jax.tree.map(unbox, tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
-    )
+    return tree if is_array(tree) else jax.tree.map(unbox, tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
 
 
 def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,10 +292,16 @@ def extract_adapter(
     stored = present is not None and isinstance(present.get(CONFIG_NODE), Recipe | str)
     if present is not None and (config is None or (keymap is None and stored)):
         adapter = read_adapter(present, name)
-        return adapter if config is None else dataclasses.replace(adapter, config=config)
+        return adapter if config is None else Adapter(config, adapter.params, adapter.keymap)
     if present is None and names:
         raise AttachError(f"cannot extract {name!r}: no adapter has that name; found {names}")
     return adapter_from_arrays(tree, name, config, keymap)
+
+
+def refuse_rival_copies(adapters: Mapping[str, Adapter]) -> None:
+    """Raise `AttachError` if several of these adapters hold copies of the same weight or rows, `{name: adapter}`."""
+    sites = [(name, site) for name, adapter in adapters.items() for site in sites_of(adapter)]
+    refuse_rivals(paths.nest((site.leaf, name, site.method) for name, site in sites if site.method.copies))
 
 
 def refuse_others(state: Any, variables: Collection[int]) -> None:
@@ -351,7 +350,7 @@ def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
             for entry in site.entries:
                 names = initial_values.propagate_axes(site.match, entry.form, tuple(box.names))
                 values[entry.path] = box.replace(value=values[entry.path], names=names)
-    return dataclasses.replace(adapter, params=paths.unflatten(values))
+    return Adapter.of_leaves(adapter.config, values, adapter.keymap)
 
 
 def _recipe_from_text(target: Recipe, state: Any) -> Recipe:
@@ -376,7 +375,7 @@ Put = Callable[[Mapping[str, Any]], Any]
 def may_have_path(tree: Any, wanted: Callable[[str], object]) -> bool:
     """Return True if `open_tree` may return a wanted path; a quick test that rules out nearly all plain trees."""
     if isinstance(tree, graph.Model):
-        return any(wanted(paths.SEPARATOR.join(map(str, path))) for path, _, _ in graph.walk_model(tree).entries)
+        return any(wanted(paths.SEPARATOR.join(map(str, path))) for path, _ in graph.walk_model(tree).entries)
     if not isinstance(tree, Mapping):
         return True
     inner = tree.get("params")
@@ -400,7 +399,7 @@ def open_tree(tree: Any) -> tuple[Leaves, Put]:
 def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
     if isinstance(tree, graph.Model):
         is_param, entries = graph.instance_test(nnx.Param), graph.walk_model(tree).entries
-        variables = [(path, x) for path, x, _ in entries if is_param(x) or may_be_scale(paths.join(*map(str, path)))]
+        variables = [(path, x) for path, x in entries if is_param(x) or may_be_scale(paths.join(*map(str, path)))]
     else:
         variables = list(nnx.to_flat_state(tree))
     is_variable, is_ours = graph.instance_test(nnx.Variable), graph.instance_test(graph.AdapterParam)
@@ -485,8 +484,8 @@ def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
 
 def unbox(node: Any) -> Any:
     """Return the value in a box; any other node unchanged."""
-    if isinstance(node, meta.AxisMetadata):
-        return unbox_tree(node)
+    if isinstance(node, meta.AxisMetadata):  # Partitioned.unbox() would apply a sharding constraint
+        return node.value if isinstance(node, meta.Partitioned) else node.unbox()
     return node.get_value() if isinstance(node, nnx.Variable) else node
 
 

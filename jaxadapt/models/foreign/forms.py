@@ -25,7 +25,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -96,11 +95,11 @@ class HeadPair:
 
     def widen(self, a: Array, b: Array, agree: bool) -> tuple[Array, Array]:
         """Return one A (layers…, inputs…, R) and one B (layers…, R, heads…, last); `agree`: the heads have one A."""
-        xp: Any = jnp if isinstance(a, jax.Array) else np
+        xp: Any = jax.numpy if isinstance(a, jax.Array) else np
         a = self._split_heads(a)
         layers, count, inputs, rank = a.shape
         if self.shares_b:  # b may be traced beside a constant a
-            b = (jnp if isinstance(b, jax.Array) else np).broadcast_to(b[None, None], (layers, count, *b.shape))
+            b = (jax.numpy if isinstance(b, jax.Array) else np).broadcast_to(b[None, None], (layers, count, *b.shape))
         elif self.is_input:
             first = len(self._axes[0])
             b = b.sum(tuple(range(first, first + len(self.heads))), dtype=b.dtype)

@@ -25,14 +25,11 @@ from jaxadapt.core.errors import ConfigError, KeyMapError, bullets, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, with_layout
 from jaxadapt.keymaps.weight import EXPERTS, MethodTensor, Weight, template_regex
-from jaxadapt.methods.base import Target, get_method
+from jaxadapt.methods.base import Shape, Target, get_method
 from jaxadapt.models.foreign import Claim, Dialect, Dims, Pair, layouts
 from jaxadapt.models.foreign.forms import head_axes, stored_alpha
 
 # ---------------------------------------------------------------- sites
-
-
-Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import numbers
-import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -542,7 +540,7 @@ def _build_arrays(
     """
     on_shared = room.given.on_shared
     traced = _is_traced(sites, [*values.values(), *room.leaves.values()], on_shared)
-    found = place_tensors(sites, values, ratios, operator.is_ if traced else bitwise_same)
+    found = place_tensors(sites, values, ratios, (lambda a, b: a is b) if traced else bitwise_same)
     raise_listed(
         MismatchError,
         f"cannot fill these {sites.dialect.name} parameters: several tensors of the file share each, but differ:",
@@ -556,7 +554,7 @@ def _build_arrays(
     # B. Nor in a slot, where rows beyond the used rank must be zero.
     kept = {site.a.path for site in sites.sites if site.b.shared == 1 and room.given.slot is None}
     dtypes = choose_dtypes(room.leaves, placed, dtype, source)
-    rounded = next((f for f in ratios.values() if math.frexp(f)[0] != 0.5), None)  # no power of two
+    rounded = next((f for f in ratios.values() if np.frexp(f)[0] != 0.5), None)  # no power of two
     if rounded is not None:
         warn(
             f"{source}: its scale is {rounded:g} times that of the {sites.dialect.name} tree, not a power of two: B is"
