@@ -369,6 +369,8 @@ class LoraConfig(LoraFields, peft_type="LORA"):
 
         >>> LoraConfig(r=8).with_ranks({"0.q": 4, "0.v": 8}, {"0.q": 8, "0.v": 8})
         LoraConfig(rank_pattern={'q': 4})
+        >>> LoraConfig(r=8).with_ranks({"0.q": 4, "0.v": 4}, {"0.q": 6, "0.v": 6})
+        LoraConfig(r=4, lora_alpha=6)
         """
         if len(set(ranks.values())) == len(set(alphas.values())) == 1:
             (r, *_), (alpha, *_) = ranks.values(), alphas.values()

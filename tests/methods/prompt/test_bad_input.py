@@ -103,3 +103,11 @@ def test_fields_that_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="num_frozen_tokens: expected at most num_virtual_tokens=3"):
         jaxadapt.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=4)
     assert jaxadapt.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=3).num_frozen_tokens == 3
+
+
+@pytest.mark.parametrize("tokens", [[], [[1, 2]], [0.5]])
+def test_a_text_is_a_list_of_token_ids(tokens: Any) -> None:
+    text = {"prompt_tuning_init_text": "a b", "tokenizer_name_or_path": "t"}
+    config = PROMPT.replace(prompt_tuning_init="TEXT", **text)
+    with pytest.raises(jaxadapt.AttachError, match="tokens: expected a list of token ids, found"):
+        jaxadapt.initializers.start(model(), config, tokens)
