@@ -51,7 +51,6 @@ from jaxadapt.persistence import (
     save_adapter,
     tensor_checks,
 )
-from jaxadapt.persistence.formats import orbax_folder
 from jaxadapt.persistence.formats.peft_folder import StoredAdapter
 from jaxadapt.storage import atomic, hf_model, location, orbax
 
@@ -233,7 +232,7 @@ def extract_files(
     settings = None if config is None else folder.read_config(config)
     with reporter(progress) as report, contextlib.ExitStack() as stack:
         place = formats.look(checkpoint, report)
-        if orbax_folder.recognizes(place):
+        if place.names is not None and orbax.is_checkpoint(place.at, place.names):
             tensors = _from_orbax(checkpoint, name, settings, keymap, lora_alpha)
         elif place.names is None:
             stored = reading.open_stored(place, stack, report)
@@ -295,6 +294,7 @@ def _from_orbax(
 ) -> PeftTensors:
     from jaxadapt.models.attachment import init
     from jaxadapt.models.foreign import tree as foreign
+    from jaxadapt.persistence.formats import orbax_folder
 
     if orbax_folder.read_recipe(path) is not None:
         with folder.open_adapter(path) as tensors:

@@ -25,6 +25,7 @@ from jaxadapt.core.errors import (
     AdapterError,
     AttachError,
     FileError,
+    FormatError,
     MismatchError,
     Progress,
     Report,
@@ -352,7 +353,8 @@ def _push(
         files[PICTURE] = image
     new = consumers.card_text(info.config, info.tensors, info.file_bytes, page, place, PICTURE if image else None)
     path = source / location.CARD
-    card = formats.read_text(path) if location.exists(path) else None  # unreadable: another would be uploaded instead
+    # An unreadable one is an error: another would be uploaded instead.
+    card = formats.read_text(path, FormatError) if location.exists(path) else None
     if card is None or not consumers.is_edited(card):
         card = hub.fetch_text(place, location.CARD, commit["token"])
         if card is not None and consumers.is_edited(card):

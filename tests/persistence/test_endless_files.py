@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import jaxadapt
-from jaxadapt import FileError, FormatError
+from jaxadapt import ConfigError, FileError
 from jaxadapt.cli import main
 from tests.support import small
 from tests.support.small import CARD, CONFIG, WEIGHTS
@@ -97,5 +97,5 @@ def test_sixteen_megabytes_are_read(held):
     with pytest.raises(FileError, match="at most 16777216 bytes, found 16777217"):
         jaxadapt.read(held)
     (held / CONFIG).write_bytes(b"\xff")
-    with pytest.raises(FormatError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="not UTF-8"):
         jaxadapt.read(held)

@@ -21,7 +21,7 @@ from jaxadapt.arrays.tensor_source import Kinds
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.validation import mlx_keys
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AdapterError, FileError, FormatError, Report, no_report
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError, Report, no_report
 from jaxadapt.persistence import FORMATS, run_folder
 from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.local_files import file_error
@@ -162,12 +162,13 @@ def module_keys(file: Iterable[str], pattern: re.Pattern[str], expected: str) ->
     return paths.nest((match[1], match[2], key) for key, match in matches.items() if match is not None), problems
 
 
-def read_text(path: location.Location) -> str:
-    """Read a UTF-8 file. Raises `FormatError` if it is not UTF-8."""
+def read_text(path: location.Location, error: type[AdapterError] = ConfigError) -> str:
+    """Read a UTF-8 file, such as a configuration. Raises `error` if it is not UTF-8."""
     try:
         return location.read_text_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except UnicodeDecodeError as problem:
+        place = f"{problem.reason} at byte {problem.start}"
+        raise error(f"{path}: not UTF-8 text ({place}); save it as UTF-8") from problem
 
 
 def load_format(name: str) -> Format:
