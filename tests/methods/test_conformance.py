@@ -23,7 +23,7 @@ from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.adapters.adapter import make_file_plan, map_stack, tensor_entries, torch_layout
 from jaxadapt.arrays.products import LETTERS, Use
 from jaxadapt.core import paths
-from jaxadapt.methods import METHODS, AppliedMethod, Method
+from jaxadapt.methods import METHODS, AppliedMethod
 from tests.support.configs import class_of, value_of
 
 OUT, IN = 16, 8
@@ -168,13 +168,6 @@ def test_a_method_is_stateless_and_its_tensors_are_consistent(peft_type: str, i:
     assert [s.entries for s in recovered] == [s.entries for s in found]
     assert [s.hparams for s in recovered] == [s.hparams for s in found]
     assert recovered.shared == found.shared
-
-
-def test_a_method_that_names_no_operation_follows_none():
-    """The weight of such an operation is then the effective one."""
-    inherited = [method for method in METHODS.values() if type(method).follows is Method.follows]
-    assert inherited
-    assert not any(method.follows(None, "gather") for method in inherited)
 
 
 @every_weight_case
