@@ -305,7 +305,7 @@ def _changed_biases(layer: str, hooks: Mapping[str, Hook], params: Mapping[str, 
     Args:
         layer: the name of the layer, or of the model, whose hooks and parameters have paths then.
     """
-    modules = paths.nest((*path.rpartition(".")[::2], x) for path, x in params.items())
+    modules = paths.nest((path.rpartition(".")[0], path.rpartition(".")[2], x) for path, x in params.items())
     fixed: dict[str, Any] = {}
     for module in dict.fromkeys(leaf.rpartition(".")[0] for leaf in hooks):
         values, label = modules[module], paths.join(layer, module)
