@@ -249,7 +249,14 @@ def extract_files(
 
 def _from_state_dict(stored: StoredAdapter, config: Config | None, name: str) -> PeftTensors:
     if stored.tensors is None:
-        raise FileError("; ".join(found.found for found in stored.findings))
+        raise FileError(
+            "; ".join(
+                [
+                    f"{stored.source}: expected a file of weights or an Orbax checkpoint",
+                    *(found.found for found in stored.findings),
+                ]
+            )
+        )
     if config is None and stored.text is not None:
         config = loads(stored.text(), stored.source)
     config = config or reading.check_config(stored)[0]
@@ -396,35 +403,36 @@ def export_adapter(
     2
     False
     """
-    chosen = _find_program(program, path)
-    for place in (source, first):
-        if isinstance(place, str | os.PathLike):
-            conversion.refuse_same(place, path)
-    dtype = None if dtype is None else float_dtype(dtype).name
-    if dtype not in (None, "float32", "float16", "bfloat16"):
-        raise ConfigError(f"dtype: expected 'float32', 'float16' or 'bfloat16', found {dtype!r}")
-    if chosen.style == "gguf" and base is None:
-        raise ConfigError(
-            "a GGUF adapter needs the configuration of its base model: pass base= (`--base`), the model's folder, its"
-            " config.json or a .gguf file"
-        )
-    facts = gguf_files.read_base(base) if chosen.style == "gguf" and base is not None else None
-    tied = facts.tied if facts else hf_model.read_tied(None if base is None else location.to_location(base))
-    with atomic.clean_target(path), reporter(progress) as report, _open(source, report) as tensors:
-        tensors, stacks = expert_files.split(tensors, chosen.style, base)
-        tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
-        tensors = expert_files.to_form(tensors, chosen.name, base)
-        plain = expert_files.stack_experts(_plain(tensors, chosen, base, first, dtype), stacks)
-        plain = expert_files.name_shared(
-            dataclasses.replace(plain, config=plain.config.replace(inference_mode=True)), chosen.name
-        )
-        _check_reader(expert_files.without_parameters(plain, chosen.name), chosen, tied)
-        if facts is not None:
-            count = gguf_files.write_adapter(plain, path, facts, dtype, report)
-        else:
-            count = formats.writer(chosen.style).write(
-                plain, location.to_location(path), formats.Wanted(chosen.style, tied=tied, ahead=True), report
+    with atomic.clean_target(path), reporter(progress) as report:
+        chosen = _find_program(program, path)
+        for place in (source, first):
+            if isinstance(place, str | os.PathLike):
+                conversion.refuse_same(place, path)
+        dtype = None if dtype is None else float_dtype(dtype).name
+        if dtype not in (None, "float32", "float16", "bfloat16"):
+            raise ConfigError(f"dtype: expected 'float32', 'float16' or 'bfloat16', found {dtype!r}")
+        if chosen.style == "gguf" and base is None:
+            raise ConfigError(
+                "a GGUF adapter needs the configuration of its base model: pass base= (`--base`), the model's folder,"
+                " its config.json or a .gguf file"
             )
+        facts = gguf_files.read_base(base) if chosen.style == "gguf" and base is not None else None
+        tied = facts.tied if facts else hf_model.read_tied(None if base is None else location.to_location(base))
+        with _open(source, report) as tensors:
+            tensors, stacks = expert_files.split(tensors, chosen.style, base)
+            tensors, error = (tensors, {}) if rank is None else nearest_lora(tensors, rank, base)
+            tensors = expert_files.to_form(tensors, chosen.name, base)
+            plain = expert_files.stack_experts(_plain(tensors, chosen, base, first, dtype), stacks)
+            plain = expert_files.name_shared(
+                dataclasses.replace(plain, config=plain.config.replace(inference_mode=True)), chosen.name
+            )
+            _check_reader(expert_files.without_parameters(plain, chosen.name), chosen, tied)
+            if facts is not None:
+                count = gguf_files.write_adapter(plain, path, facts, dtype, report)
+            else:
+                count = formats.writer(chosen.style).write(
+                    plain, location.to_location(path), formats.Wanted(chosen.style, tied=tied, ahead=True), report
+                )
     return Exported(os.fspath(path), chosen.name, chosen.version, plain.config.get("r"), count, error)
 
 

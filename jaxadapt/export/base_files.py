@@ -155,52 +155,53 @@ def export_base(
     ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=keymap)["q"]["kernel"].sum()
     Array(6., dtype=float32)
     """
-    _refuse_active(model, adapter)
-    leaves, resolved = collect_base_leaves(model, keymap)
-    _refuse_statistics(model, leaves)
-    require_values(leaves, traced=False)
-    base_plan = plan.base_plan(resolved, leaf_shapes(leaves))
-    changed = {} if adapter is None else base_merge.plan_changes(leaves, adapter)
-    strict = adapter is not None and not allow_nan
-    if adapter is not None and strict:
-        base_merge.refuse_nan(leaves, adapter, changed)
-    warn_unproved(resolved)
-    file_dtype = None if dtype is None else float_dtype(dtype)
-    target = location.to_location(path)
-    source = target if like is None else location.to_location(like)
-    different = _different_ties(source / hf_model.CONFIG, resolved, base_plan, leaves, changed)
-    raise_listed(
-        MismatchError,
-        f"{source / hf_model.CONFIG}: tie_word_embeddings is true (or missing, and true by default), so transformers"
-        " would ignore weights of this model; set it to false, or export to another folder:",
-        different if like is None else [],
-    )
-    part_keys = plan.group_by_file_key(base_plan.keys)
-    specs = _file_specs(base_plan, part_keys, leaves, file_dtype)
-    if not specs:
-        raise MismatchError(f"{target}: cannot export the model: it has no weights")
-    other_files = {} if like is None else _read_like(source, specs, bool(different))
-    encode = functools.partial(_encode, base_plan, leaves, changed, file_dtype)
-    specs, sources = (
-        _split_experts(resolved, specs) if resolved.per_expert else (specs, {key: (key, ()) for key in specs})
-    )
-
-    # The gate, up and down tensors of an expert come from the same two fused tensors.
-    @functools.lru_cache(maxsize=2 if resolved.per_expert else 0)
-    def join(key: str) -> Any:
-        return plan.join_parts([encode(part) for part in part_keys[key]], part_keys[key], np)
-
-    def read(key: str) -> Any:
-        name, index = sources[key]
-        return join(name)[index] if index else join(name)
-
-    def not_finite_error(keys: list[str]) -> MismatchError:
-        return MismatchError(f"{target}: {regions.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
-
-    with atomic.clean_target(path), reporter(progress) as report, name_donated_arrays(leaves):
-        total = write_folder(
-            target, specs, read, not_finite_error if strict else None, max_shard_size, other_files, "export", report
+    with atomic.clean_target(path), reporter(progress) as report:
+        _refuse_active(model, adapter)
+        leaves, resolved = collect_base_leaves(model, keymap)
+        _refuse_statistics(model, leaves)
+        require_values(leaves, traced=False)
+        base_plan = plan.base_plan(resolved, leaf_shapes(leaves))
+        changed = {} if adapter is None else base_merge.plan_changes(leaves, adapter)
+        strict = adapter is not None and not allow_nan
+        if adapter is not None and strict:
+            base_merge.refuse_nan(leaves, adapter, changed)
+        warn_unproved(resolved)
+        file_dtype = None if dtype is None else float_dtype(dtype)
+        target = location.to_location(path)
+        source = target if like is None else location.to_location(like)
+        different = _different_ties(source / hf_model.CONFIG, resolved, base_plan, leaves, changed)
+        raise_listed(
+            MismatchError,
+            f"{source / hf_model.CONFIG}: tie_word_embeddings is true (or missing, and true by default), so"
+            " transformers would ignore weights of this model; set it to false, or export to another folder:",
+            different if like is None else [],
         )
+        part_keys = plan.group_by_file_key(base_plan.keys)
+        specs = _file_specs(base_plan, part_keys, leaves, file_dtype)
+        if not specs:
+            raise MismatchError(f"{target}: cannot export the model: it has no weights")
+        other_files = {} if like is None else _read_like(source, specs, bool(different))
+        encode = functools.partial(_encode, base_plan, leaves, changed, file_dtype)
+        specs, sources = (
+            _split_experts(resolved, specs) if resolved.per_expert else (specs, {key: (key, ()) for key in specs})
+        )
+
+        # The gate, up and down tensors of an expert come from the same two fused tensors.
+        @functools.lru_cache(maxsize=2 if resolved.per_expert else 0)
+        def join(key: str) -> Any:
+            return plan.join_parts([encode(part) for part in part_keys[key]], part_keys[key], np)
+
+        def read(key: str) -> Any:
+            name, index = sources[key]
+            return join(name)[index] if index else join(name)
+
+        def not_finite_error(keys: list[str]) -> MismatchError:
+            return MismatchError(f"{target}: {regions.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
+
+        with name_donated_arrays(leaves):
+            total = write_folder(
+                target, specs, read, not_finite_error if strict else None, max_shard_size, other_files, "export", report
+            )
     # With a KeyMap of the caller's, the names may be those of any program.
     if not isinstance(keymap, KeyMap) and not location.exists(target / hf_model.CONFIG):
         warn(

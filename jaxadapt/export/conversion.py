@@ -103,25 +103,26 @@ def convert_format(
     ...     jaxadapt.inspect(f"{tmp}/b").dtypes
     ('BF16',)
     """
-    place = location.to_location(target)
-    is_single = place.suffix == ".safetensors"
-    if format is not None:
-        where = " for a file whose name ends in .safetensors" if is_single else " for a folder"
-        formats.require_style(place, format, FILES if is_single else FOLDERS, where)
-    refuse_same(source, target)
-    with atomic.clean_target(target), reporter(progress) as report, _open_parts(source, report) as opened:
-        origin = next(iter(opened.values()))
-        style = format or (origin.style if is_single else "safetensors")
-        if not style:
-            raise ConfigError(
-                "the names in the target file are not decided: pass --format kohya-ss or --format diffusers, or --to"
-                " for the tree of a JAX library"
-            )
-        parts = {name: with_dtype(each.tensors, dtype) for name, each in opened.items()}
-        join = formats.writer(style).join
-        if join is not None and "" not in parts:
-            parts = {"": join(parts, os.fspath(source))}
-        return _write_parts(parts, place, origin, style, report)
+    with atomic.clean_target(target), reporter(progress) as report:
+        place = location.to_location(target)
+        is_single = place.suffix == ".safetensors"
+        if format is not None:
+            where = " for a file whose name ends in .safetensors" if is_single else " for a folder"
+            formats.require_style(place, format, FILES if is_single else FOLDERS, where)
+        refuse_same(source, target)
+        with _open_parts(source, report) as opened:
+            origin = next(iter(opened.values()))
+            style = format or (origin.style if is_single else "safetensors")
+            if not style:
+                raise ConfigError(
+                    "the names in the target file are not decided: pass --format kohya-ss or --format diffusers, or"
+                    " --to for the tree of a JAX library"
+                )
+            parts = {name: with_dtype(each.tensors, dtype) for name, each in opened.items()}
+            join = formats.writer(style).join
+            if join is not None and "" not in parts:
+                parts = {"": join(parts, os.fspath(source))}
+            return _write_parts(parts, place, origin, style, report)
 
 
 def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -294,20 +295,20 @@ def convert(
         AdapterError: the conversion is impossible, and nothing is written. The message names the options of
             `jaxadapt convert`.
     """
-    options = options or TreeOptions()
-    is_adapter = _is_adapter_file(source)
-    from_tree = location.to_location(source).suffix == ".safetensors" and not is_adapter
-    to_tree = location.to_location(target).suffix == ".safetensors" and not is_adapter and format not in FILES
-    if not from_tree and not to_tree:
-        if options.like is not None or options.sizes:
-            raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
-        if is_adapter or (options.from_keymap is None and options.to_keymap is None):
-            options.refuse(source)
-            done = convert_format(source, target, format=format, dtype=dtype, progress=progress)
-            return done[0]._replace(path=str(target), tensors=sum(part.tensors for part in done))
-    if dtype is not None:
-        raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
     with atomic.clean_target(target):
+        options = options or TreeOptions()
+        is_adapter = _is_adapter_file(source)
+        from_tree = location.to_location(source).suffix == ".safetensors" and not is_adapter
+        to_tree = location.to_location(target).suffix == ".safetensors" and not is_adapter and format not in FILES
+        if not from_tree and not to_tree:
+            if options.like is not None or options.sizes:
+                raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
+            if is_adapter or (options.from_keymap is None and options.to_keymap is None):
+                options.refuse(source)
+                done = convert_format(source, target, format=format, dtype=dtype, progress=progress)
+                return done[0]._replace(path=str(target), tensors=sum(part.tensors for part in done))
+        if dtype is not None:
+            raise ConfigError("--dtype cannot be combined with --from or --to; convert the result again with --dtype")
         return _convert_layout(source, target, options, from_tree, to_tree, format or "safetensors", progress)
 
 

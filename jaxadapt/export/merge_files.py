@@ -381,44 +381,47 @@ def merge_folder(
     Raises:
         AdapterError: something does not fit. Then nothing is written.
     """
-    source, target = location.to_location(base), location.to_location(out)
-    base_folder = source.parent if location.is_file(source) else source
-    _refuse_target(
-        target,
-        {
-            "a .gguf file is written only for a base that is one; merge into a folder, and convert that with"
-            " llama.cpp's converter": target.suffix == ".gguf",
-            "this is the base model; choose another folder": location.is_same(base_folder, target),
-            "the folder contains an adapter, which transformers would load instead; choose another folder": (
-                location.exists(target / location.CONFIG)
-            ),
-        },
-    )
-    with atomic.clean_target(out), reporter(progress) as report, hf_model.open_model(source) as base_tensors:
-        hf_model.refuse_packed(base_tensors)
-        config = base_folder / hf_model.CONFIG
-        plan = plan_merge(base_tensors, config, _read_adapter(adapter, base_tensors, allow_nan, report))
-        file_dtype = None if dtype is None else float_dtype(dtype)
-        specs = {
-            key: (dtype_name(file_dtype if file_dtype is not None and is_float(spec.dtype) else spec.dtype), spec.shape)
-            for key, spec in plan.base_tensors.specs.items()
-        }
-
-        def read(key: str) -> Any:
-            value = plan.value(key, unrounded=file_dtype is not None)
-            with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
-                return value.astype(numpy_dtype(specs[key][0]), copy=False)
-
-        def not_finite_error(keys: list[str]) -> MismatchError:
-            names = [f"{key}{'' if regions.is_finite(plan.base_tensors[key]) else ', of the base'}" for key in keys]
-            return MismatchError(
-                f"{target}: in the merged model {regions.not_finite_message(names, conversion.ALLOW.format('merge'))}"
-            )
-
-        other_files = hf_model.read_other_files(source, None if file_dtype is None else file_dtype.name, plan.is_untied)
-        total = base_files.write_folder(
-            target, specs, read, None if allow_nan else not_finite_error, max_shard_size, other_files, "merge", report
+    with atomic.clean_target(out), reporter(progress) as report:
+        source, target = location.to_location(base), location.to_location(out)
+        base_folder = source.parent if location.is_file(source) else source
+        _refuse_target(
+            target,
+            {
+                "a .gguf file is written only for a base that is one; merge into a folder, and convert that with"
+                " llama.cpp's converter": target.suffix == ".gguf",
+                "this is the base model; choose another folder": location.is_same(base_folder, target),
+                "the folder contains an adapter, which transformers would load instead; choose another folder": (
+                    location.exists(target / location.CONFIG)
+                ),
+            },
         )
+        with hf_model.open_model(source) as base_tensors:
+            hf_model.refuse_packed(base_tensors)
+            plan = plan_merge(
+                base_tensors, base_folder / hf_model.CONFIG, _read_adapter(adapter, base_tensors, allow_nan, report)
+            )
+            new = None if dtype is None else float_dtype(dtype)
+            specs = {
+                key: (dtype_name(spec.dtype if new is None or not is_float(spec.dtype) else new), spec.shape)
+                for key, spec in plan.base_tensors.specs.items()
+            }
+
+            def read(key: str) -> Any:
+                value = plan.value(key, unrounded=new is not None)
+                with np.errstate(over="ignore"):  # an overflow to infinity raises an error with the tensor's name
+                    return value.astype(numpy_dtype(specs[key][0]), copy=False)
+
+            def not_finite_error(keys: list[str]) -> MismatchError:
+                names = [f"{key}{'' if regions.is_finite(plan.base_tensors[key]) else ', of the base'}" for key in keys]
+                return MismatchError(
+                    f"{target}: in the merged model"
+                    f" {regions.not_finite_message(names, conversion.ALLOW.format('merge'))}"
+                )
+
+            others = hf_model.read_other_files(source, None if new is None else new.name, plan.is_untied)
+            total = base_files.write_folder(
+                target, specs, read, None if allow_nan else not_finite_error, max_shard_size, others, "merge", report
+            )
     LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, plan.count, len(specs), total)
     return plan.count
 
@@ -537,18 +540,18 @@ def merge_gguf(
     Raises:
         AdapterError: something does not fit. Then nothing is written.
     """
-    source, target = location.to_location(base), location.to_location(out)
-    _refuse_target(
-        target,
-        {
-            "expected a file name ending in .gguf": target.suffix != ".gguf",
-            "this is the base model; choose another file": location.is_same(source, target),
-        },
-    )
-    file = gguf_files.File(source)
-    tensors = gguf_files.GgufTensors(file, gguf_files.gguf_base(file))
-    kind = _matrix_kind(file, dtype)
     with atomic.clean_target(out), reporter(progress) as report:
+        source, target = location.to_location(base), location.to_location(out)
+        _refuse_target(
+            target,
+            {
+                "expected a file name ending in .gguf": target.suffix != ".gguf",
+                "this is the base model; choose another file": location.is_same(source, target),
+            },
+        )
+        file = gguf_files.File(source)
+        tensors = gguf_files.GgufTensors(file, gguf_files.gguf_base(file))
+        kind = _matrix_kind(file, dtype)
         exact = tensors if {tensor.kind for tensor in file.tensors.values()} <= _FLOATS else None
         plan = plan_merge(tensors, source, _read_adapter(adapter, exact, allow_nan, report), tensors.base.tied)
         added = {"output.weight": "lm_head.weight"} if plan.is_untied else {}

@@ -88,8 +88,10 @@ def base_family(base: Any, known: tensor_checks.Shapes | KeyMap | None) -> str:
         return ""
     place = location.to_location(cast("str | os.PathLike[str]", base))
     with contextlib.suppress(errors.FormatError):  # the shapes may be sound without it
-        config = hf_model.read_model_config(place if location.is_dir(place) else place.parent)
-        return str((config or {}).get("model_type") or "")
+        return str(
+            (hf_model.read_model_config(place if location.is_dir(place) else place.parent) or {}).get("model_type")
+            or ""
+        )
     return ""
 
 

@@ -204,14 +204,12 @@ def clean_target(path: str | os.PathLike[str]) -> Generator[None]:
     If the block raises an exception, an empty folder at the path is removed, and so are empty parents that the block
     made or that contained leftovers.
     """
-    target = location.to_location(path)
-    if isinstance(target, location.Address):
-        yield
-        return
-    empty = [target, *(parent for parent in target.parents if not os.path.lexists(parent))]
-    remove_leftovers(target, ".+", folders=True)
-    if remove_leftovers(target.parent, re.escape(target.name), folders=True):
-        empty.append(target.parent)
+    target, empty = location.to_location(path), list[Path]()
+    if isinstance(target, Path):
+        empty += [target, *(parent for parent in target.parents if not os.path.lexists(parent))]
+        remove_leftovers(target, ".+", folders=True)
+        if remove_leftovers(target.parent, re.escape(target.name), folders=True):
+            empty.append(target.parent)
     with _removed_if_failed(empty):
         yield
 
@@ -425,8 +423,9 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
         for writer in writers:
             flush_file(writer.fd, writer.path)
         _rename_all(writers)
-        state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
-        with file_errors("flush its directory", targets[0], state):
+        with file_errors(
+            "flush its directory", targets[0], f"the new {'file is' if len(targets) == 1 else 'files are'} in place"
+        ):
             flush_directory(Path(directory))
 
 

@@ -233,9 +233,12 @@ TIE_DEFAULTS: Mapping[str, bool] = {
 def read_model_config(path: location.Location) -> dict[str, Any] | None:
     """Read the fields of a config.json, or of the one in a folder; return None if the file does not exist."""
     path = path if path.name == CONFIG else path / CONFIG
-    if not location.exists(path):
-        return None
-    document = location.read_json(path)
+    try:
+        document = location.read_json(path)
+    except FileError as error:  # not `location.exists`: a part of the path may be a file
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
     if not isinstance(document, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return cast("dict[str, Any]", document)

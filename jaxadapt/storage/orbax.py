@@ -62,8 +62,9 @@ def _resolve_location(path: str | os.PathLike[str]) -> location.Location:
 
 def is_checkpoint(place: location.Location, names: Collection[str]) -> bool:
     """Return True if a folder with these names holds a complete Orbax checkpoint."""
-    is_complete = not isinstance(place, location.Address) or COMMITTED in names
-    return is_complete and not frozenset(location.ORBAX_MARKERS).isdisjoint(names)
+    return any(marker in names for marker in location.ORBAX_MARKERS) and (
+        COMMITTED in names or not isinstance(place, location.Address)
+    )
 
 
 def read_json(path: str | os.PathLike[str], item: str) -> Any:

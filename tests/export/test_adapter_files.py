@@ -285,6 +285,15 @@ def test_extract_one_of_several_adapters_of_a_whole_model(folder: Path, tmp_path
     assert not (tmp_path / "x").exists()
 
 
+def test_extract_of_a_file_without_tensors_says_what_it_expects(folder: Path, tmp_path: Path):
+    (tmp_path / "shapes.json").write_text("{}")
+    for config in (None, folder):
+        with pytest.raises(
+            jaxadapt.FileError, match=r"shapes\.json: expected a file of weights or an Orbax checkpoint"
+        ):
+            adapter_files.extract_files(tmp_path / "shapes.json", tmp_path / "out", config=config)
+
+
 @pytest.mark.parametrize(("bias", "count"), [("none", 0), ("lora_only", 2), ("all", 3)])
 def test_extract_takes_the_trained_biases(bias: str, count: int, tmp_path: Path):
     biases = {f"{P}{module}.base_layer.bias": np.ones(3, "float32") for module in MODULES} | {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main
+from jaxadapt.export import conversion, merge_files
 from jaxadapt.storage import atomic
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -68,6 +70,29 @@ def test_a_refused_run_removes_the_empty_folder_of_a_killed_run_and_nothing_else
         assert CliRunner().invoke(main, [each.format("nowhere") for each in command]).exit_code == 1
         assert (here / "new/out").exists() == bool(content)
         assert (here / "new").exists()
+
+
+def test_a_run_that_is_refused_at_once_removes_what_a_killed_run_left(here, monkeypatch):
+    """By a check of its arguments, before it opens any file of the adapter or the base."""
+    monkeypatch.chdir(here)
+    model, tree = {"q": {"kernel": np.ones((4, 4), "f4")}}, conversion.TreeOptions(sizes={"q": 4})
+    calls: dict[str, tuple[str, type[jaxadapt.AdapterError], Callable[[Path], object]]] = {
+        "merge": ("out", jaxadapt.FileError, lambda out: merge_files.merge_folder("nowhere", "in", out)),
+        "merge gguf": ("out.gguf", jaxadapt.FileError, lambda out: merge_files.merge_gguf("nowhere.gguf", "in", out)),
+        "program": ("out", jaxadapt.ConfigError, lambda out: jaxadapt.export.export_adapter("in", out, "other")),
+        "gguf": ("out.gguf", jaxadapt.ConfigError, lambda out: jaxadapt.export.export_adapter("in", out, "gguf")),
+        "base": ("out", jaxadapt.KeyMapError, lambda out: jaxadapt.export.export_base(model, out, keymap="llama")),
+        "format": ("out", jaxadapt.FileError, lambda out: conversion.convert_format("in", out, format="other")),
+        "tree": ("out", jaxadapt.ConfigError, lambda out: conversion.convert("in", out, tree)),
+        "dtype": ("out.safetensors", jaxadapt.ConfigError, lambda out: conversion.convert("in", out, dtype="float16")),
+    }
+    for name, (out, kind, call) in calls.items():
+        left(here / "new", out)
+        if out == "out":
+            left(here / "new/out", "model.safetensors")
+        with pytest.raises(kind):
+            call(Path("new", out))
+        assert not (here / "new").exists(), name
 
 
 def test_a_run_in_progress_keeps_its_files(here):
