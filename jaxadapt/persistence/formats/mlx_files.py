@@ -93,9 +93,7 @@ def parse_settings(text: str, source: str) -> lora.LoraConfig:
 
     Raises `ConfigError` for a full fine-tune, for missing or invalid numbers, and for a scale with two meanings.
     """
-    with raise_as(
-        ConfigError, f"{source}: expected JSON, found", ValueError, RecursionError, advice="; write it again"
-    ):
+    with raise_as(ConfigError, f"{source}: expected JSON", ValueError, RecursionError, advice="; write it again"):
         values: Any = json.loads(text)
     if not isinstance(values, dict) or not mlx_keys(values):
         raise ConfigError(
@@ -113,7 +111,8 @@ def parse_settings(text: str, source: str) -> lora.LoraConfig:
     fields: Any = values.get("lora_parameters")
     if not isinstance(fields, dict):
         raise ConfigError(f"{source}: lora_parameters: expected an object, found {fields!r}; write rank and scale")
-    rank, scale, dropout = fields.get("rank"), _number(fields.get("scale")), _number(fields.get("dropout", 0.0))
+    rank: Any = fields.get("rank")
+    scale, dropout = _number(fields.get("scale")), _number(fields.get("dropout", 0.0))
     rules = {
         f"rank: expected a positive integer, found {rank!r}": type(rank) is int and 1 <= rank < 2**31,
         f"scale: expected a number, found {fields.get('scale')!r}": not math.isnan(scale),
