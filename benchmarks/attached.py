@@ -120,7 +120,7 @@ def least_load_way(folder: Path) -> Way:
 
 
 def variables(model: Model) -> list[Any]:
-    return [x for _, x, _ in graph.walk(model) if isinstance(x, jaxadapt.AdapterParam)]
+    return [x for _, x in graph.walk(model) if isinstance(x, jaxadapt.AdapterParam)]
 
 
 def least_convert_way(folder: Path) -> Way:
@@ -129,7 +129,7 @@ def least_convert_way(folder: Path) -> Way:
     adapter = jaxadapt.extract(model)
 
     def convert(_: Any) -> object:
-        entries = [(path, x) for path, x, _ in graph.walk(model) if isinstance(x, jaxadapt.AdapterParam)]
+        entries = [(path, x) for path, x in graph.walk(model) if isinstance(x, jaxadapt.AdapterParam)]
         values = {".".join(map(str, path)): x.get_value() for path, x in entries}
         return values, jaxadapt.to_peft(adapter)
 
