@@ -32,7 +32,7 @@ import numpy as np
 import jaxadapt
 from benchmarks.io import status
 from benchmarks.measure import Way, environment, interleave, judge, parsed, ratio, table
-from jaxadapt.adapters import sites
+from jaxadapt.adapters.adapter import make_file_plan
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families
 from jaxadapt.models import planning
@@ -99,7 +99,7 @@ def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
 
         def plan(model: Any, keymap: str | None = keymap) -> Any:
             _, bounds = planning.plan_adapter(base_params(model), CONFIG, keymap)
-            return sites.make_file_plan(bounds).shapes
+            return make_file_plan(bounds).shapes
 
         ways[name] = Way(plan, new)
         counts[name] = (len(shapes(name)), len(plan(new())))
@@ -122,7 +122,7 @@ def moving(rounds: int, layers: int) -> tuple[list[list[object]], list[str], str
         rng = np.random.default_rng(0)
         leaves = {
             e.path: rng.standard_normal(e.shape, "float32").astype(ml_dtypes.bfloat16)
-            for e in sites.make_file_plan(bounds).entries
+            for e in make_file_plan(bounds).entries
         }
         adapter = jaxadapt.Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap)
         nbytes = sum(x.nbytes for x in leaves.values())
