@@ -252,7 +252,8 @@ class File:
         """Return a tensor in float32. Raises `FormatError` for a type that the package cannot read."""
         gguf, tensor = _gguf(), self.tensors[name]
         rows = np.frombuffer(self._data, "uint8", tensor.nbytes, tensor.start).reshape(*tensor.shape[:-1], -1)
-        with raise_as(FormatError, f"{self.path}: {name}: cannot read the type {tensor.kind}", NotImplementedError):
+        refused = f"{self.path}: {name}: the package gguf cannot read the type {tensor.kind}"
+        with raise_as(FormatError, refused, NotImplementedError, advice="; convert the file to F16 or Q8_0 first"):
             return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
 
     def _read_header(self, gguf: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -176,7 +177,7 @@ def loftq(w: Array, r: int, s: float, bits: int, steps: int) -> Factors:
         u, sigma, vh = jnp.linalg.svd(w - q, full_matrices=False)
         product = _balanced(u[:, :r], sigma[:r], vh[:r])
         residual = w - product.b @ product.a
-    root = s**0.5
+    root = math.sqrt(s)
     return Factors(product.a / root, product.b / root, q)
 
 

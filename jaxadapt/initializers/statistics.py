@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -302,7 +303,7 @@ def find_components(
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
     rows = _state_rows(group_sites, most)
     observe = watch(group_sites, components, rows)
-    states = {b.leaf: np.zeros((int(np.prod(b.stack_sizes)), rows[b.leaf], b.fan_in), "float32") for b in group_sites}
+    states = {b.leaf: np.zeros((math.prod(b.stack_sizes), rows[b.leaf], b.fan_in), "float32") for b in group_sites}
     found, ranks = _iterate(
         observe, batches, tokens, group_sites, states, groups, most, sum(wanted.values()), settings.tau
     )

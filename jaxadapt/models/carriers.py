@@ -612,15 +612,16 @@ class Foreign(Carrier):
 
     def __init__(self, found: foreign_tree.ForeignTree, whole: Carrier) -> None:
         super().__init__(found.given.tree)
-        self.foreign: Any = found
+        self.found: foreign_tree.ForeignTree = found
+        self.foreign: foreign_tree.ForeignTree | None = found
         self.given: foreign_tree.LoraTree = found.given
         self.whole = whole
 
     def extract(self, name: str, keymap: Any = None) -> Adapter:
-        return foreign_tree.extract_adapter(self.foreign, keymap)
+        return foreign_tree.extract_adapter(self.found, keymap)
 
     def inject(self, adapter: Adapter, name: str) -> Any:
-        return foreign_tree.inject_adapter(self.foreign, adapter)
+        return foreign_tree.inject_adapter(self.found, adapter)
 
     def rest(self) -> Any:
         return self.whole.rest()
