@@ -204,7 +204,8 @@ def clean_target(path: str | os.PathLike[str]) -> Generator[None]:
     If the block raises an exception, an empty folder at the path is removed, and so are empty parents that the block
     made or that contained leftovers.
     """
-    target, empty = location.to_location(path), list[Path]()
+    target = location.to_location(path)
+    empty: list[Path] = []
     if isinstance(target, Path):
         empty += [target, *(parent for parent in target.parents if not os.path.lexists(parent))]
         remove_leftovers(target, ".+", folders=True)
