@@ -493,7 +493,7 @@ def load_arrays(
         new, place = entry.dtype(dtypes), shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
         is_cast = {source.specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
-        is_copy = place is None and not is_cast and entry.form.is_identity
+        is_copy = not is_cast and entry.form.is_identity and 2 * size >= entry.form.size
         return _Leaf(entry, new, place, size * new.itemsize, check or is_cast, is_copy, {})
 
     position = {key: number for number, key in enumerate(source)}
@@ -534,8 +534,8 @@ class _Leaf:
         sharding: None for the default device.
         nbytes: the bytes that this process holds.
         is_checked: True to count NaN and infinity.
-        is_copy: True if the array has the bytes of one tensor of the file.
-        regions: the regions that this process needs, in the host's memory.
+        is_copy: True if the array has the bytes of one tensor of the file, and this process needs half of them or more.
+        regions: the regions to read, in the host's memory.
         not_finite: the number of values that are NaN or infinite, if there are any.
     """
 
@@ -548,31 +548,31 @@ class _Leaf:
     regions: dict[Region, np.ndarray]
     not_finite: int | None = None
 
-    def held(self) -> Iterable[Region]:
-        """Return the regions that this process needs."""
-        shape = self.entry.shape
+    def to_read(self) -> Iterable[Region]:
+        """Return the regions to read: those that this process needs, or all of a copy, which is one read for many."""
         return (
-            (regions.full_region(shape),)
-            if self.sharding is None
-            else regions.addressable_regions(self.sharding, shape)
+            (regions.full_region(self.entry.shape),)
+            if self.sharding is None or self.is_copy
+            else regions.addressable_regions(self.sharding, self.entry.shape)
         )
 
     def part(self, index: tuple[slice, ...] | None) -> np.ndarray:
-        """Return one of the regions."""
+        """Return the values of a shard."""
+        if self.is_copy:
+            return self.regions[regions.full_region(self.entry.shape)][index or ()]
         return self.regions[regions.region_from_slices(index or (), self.entry.shape)]
 
 
 def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
     """Return a task that reads the regions of each leaf."""
     # Allocated here, in the caller's thread; see `local_files.run_in_order`. In one piece: that is faster.
-    held = [(leaf, box, regions.region_shape(box)) for leaf in job for box in leaf.held()]
+    held = [(leaf, box, regions.region_shape(box)) for leaf in job for box in leaf.to_read()]
     sizes = [math.prod(shape) * leaf.dtype.itemsize for leaf, _, shape in held]
     block, starts = aligned_block(sizes)
     for (leaf, box, shape), start in zip(held, starts, strict=True):
         leaf.regions[box] = np.ndarray(shape, leaf.dtype, block, start)
-    for leaf in job:
-        for array in leaf.regions.values() if leaf.entry.form.is_partial else ():  # the file does not contain all of it
-            array[...] = 0
+    if any(leaf.entry.form.is_partial for leaf in job):  # the file does not contain all of such a leaf
+        block[...] = 0
     (dtype, *others) = {leaf.dtype for leaf in job}
     is_block = not others and all(leaf.is_copy for leaf in job) and len(block) == sum(sizes)
 

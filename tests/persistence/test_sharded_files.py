@@ -191,13 +191,8 @@ def test_loaded_arrays_may_be_donated_and_keep_their_values(folder: Path) -> Non
             np.testing.assert_array_equal(shard.data, np.asarray(x)[shard.index])
 
 
-def test_only_the_needed_bytes_are_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A leaf wanted on one device of eight: its eighth of the rows is read, each replica's bytes once."""
-    d, r = 1 << 14, 2
-    config = jaxadapt.LoraConfig(r=r, target_modules=["q"])
-    base = {"q": {"kernel": jax.ShapeDtypeStruct((d, d), jnp.float32)}}
-    adapter = jaxadapt.init(base, config, key=jax.random.key(0))
-    jaxadapt.save(adapter, tmp_path)
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the bytes of each read."""
     read: list[int] = []
     real = os.preadv
 
@@ -205,10 +200,38 @@ def test_only_the_needed_bytes_are_read(folder: Path, tmp_path: Path, monkeypatc
         read.append(real(*args))
         return read[-1]
 
+    monkeypatch.setattr(os, "preadv", counted)
+    return read
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(None, "x"), PartitionSpec("x", None), PartitionSpec()])
+def test_one_read_for_all_shards_of_all_tensors(spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that needs all bytes reads the file once, and cuts the shards in memory."""
+    names = [f"q{i}" for i in range(20)]
+    base = {name: {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)} for name in names}
+    adapter = jaxadapt.init(base, jaxadapt.LoraConfig(r=8, target_modules=names), key=jax.random.key(0))
+    jaxadapt.save(adapter, tmp_path)
+    where = {path: NamedSharding(meshes.mesh_of("8"), spec) for path in adapter.flat()}
+    read = count_reads(monkeypatch)
+    found = jaxadapt.load(tmp_path, {"params": base}, shardings=where)
+    assert sum(size == 40 * 8 * 64 * 4 for size in read) == 1
+    assert len(read) <= 4  # the configuration, and the file's header
+    for path, x in jaxadapt.extract(found).flat().items():
+        assert x.sharding == where[path]
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(adapter.flat()[path]))
+
+
+def test_only_the_needed_bytes_are_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leaf wanted on one device of eight: its eighth of the rows is read, each replica's bytes once."""
+    d, r = 1 << 14, 2
+    config = jaxadapt.LoraConfig(r=r, target_modules=["q"])
+    base = {"q": {"kernel": jax.ShapeDtypeStruct((d, d), jnp.float32)}}
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0))
+    jaxadapt.save(adapter, tmp_path)
     mesh = meshes.mesh_of("8")
     cut, whole = NamedSharding(mesh, PartitionSpec(None, "x")), NamedSharding(mesh, PartitionSpec())
     where = {"q.kernel.lora_A": cut, "q.kernel.lora_B": whole}
-    monkeypatch.setattr(os, "preadv", counted)
+    read = count_reads(monkeypatch)
     jaxadapt.load(tmp_path, {"params": base}, shardings=where)
     assert sum(size for size in read if size > 4096) == 2 * d * r * 4  # the header is smaller
     with safetensors.TensorFile(tmp_path / "adapter_model.safetensors") as file:
