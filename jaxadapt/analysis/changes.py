@@ -36,7 +36,6 @@ from jaxadapt.core.errors import AdapterError, ConfigError, MismatchError, Progr
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import PairKeys, read_pairs
-from jaxadapt.storage import local_files
 
 # ---------------------------------------------------------------- norms
 
@@ -399,22 +398,24 @@ def _factors(config: Config, module: str, arrays: Mapping[str, Any]) -> Factors:
     assert isinstance(config, LoraConfig)
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
     pair = read_pairs(arrays, {module: PairKeys(f"{kind}_A", f"{kind}_B")}, config)[module]
-    a, b = (np.array(x if x.ndim == 3 else x[None], float, order="C") for x in (pair.a, pair.b.swapaxes(-1, -2)))
-    kasa = as_float64(arrays["lora_diag"])[:, None] if "lora_diag" in arrays else 1.0
-    return a * kasa, b, float(pair.scale)
+    a, b = (np.array(x if x.ndim == 3 else x[None], float, order="C") for x in (pair.a, pair.b))
+    if "lora_diag" in arrays:
+        a *= as_float64(arrays["lora_diag"])[:, None]
+    return a, b.swapaxes(1, 2), float(pair.scale)
 
 
 def _compare_products(module: str, one: Factors, other: Factors) -> ModuleDifference:
     """Compare s₁·B₁·A₁ with s₂·B₂·A₂ of the same sizes and number of experts; the norms are over all experts."""
-    (a1, b1), (a2, b2) = ((a * scale, b) for a, b, scale in (one, other))
-    a, b = _grams(a1, a2), _grams(b1, b2)
+    (a1, b1, s1), (a2, b2, s2) = one, other
+    b = _grams(b1, b2)
+    a = _Grams(*(scale * gram for scale, gram in zip((s1 * s1, s1 * s2, s2 * s2), _grams(a1, a2), strict=True)))
     squares = [max(float((p * q).sum()), 0.0) for p, q in ((a.x, b.x), (a.y, b.y))]
     norms = math.sqrt(squares[0]), math.sqrt(squares[1])
     product = float((a.xy * b.xy).sum())
     square = squares[0] + squares[1] - 2 * product
     if a1.shape == a2.shape and square < _NEAR * (squares[0] + squares[1]):
         # ΔW₁ − ΔW₂ = F·A₁ + B₂·E, with F = B₁ − B₂, E = A₁ − A₂ and A₁ = A₂ + E
-        e, f = _grams(a1 - a2, a2), _grams(b1 - b2, b2)
+        e, f = _grams(s1 * a1 - s2 * a2, s2 * a2), _grams(b1 - b2, b2)
         square = float((f.x * a.x).sum() + 2 * (f.xy * (e.x + e.xy.swapaxes(1, 2))).sum() + (f.y * e.x).sum())
     distance, ranks = math.sqrt(max(square, 0.0)), (a1.shape[1], a2.shape[1])
     return ModuleDifference(module, "LoRA", norms, distance, _cosine(product, *norms), ranks, _angles(b), _angles(a))
@@ -564,7 +565,7 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
     """Compare two adapters: their settings, modules, and the change of each weight.
 
     Args:
-        first, second: the adapters. Tensors may be read on demand: each thread holds those of one module.
+        first, second: the adapters. Tensors may be read on demand, those of one module at a time.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("diff", bytes done, bytes in all).
 
     LoRA is compared by ΔW, because two runs with other seeds are alike only in ΔW, not in A and B. A distance between
@@ -590,19 +591,14 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
             f" {second.config.peft_type}; compare adapters of one method"
         )
     ours, theirs = _tensors_by_module(first), _tensors_by_module(second)
-    tasks = [
-        functools.partial(_compare, name, (first, second), (keys, theirs[name]))
-        for name, keys in ours.items()
-        if name in theirs
-    ]
     found: list[ModuleDifference | str] = []
     with reporter(progress) as report:
         sources = as_source(first.tensors), as_source(second.tensors)
         count = byte_counter(report, "diff", sum(source.nbytes(key) for source in sources for key in source))
-        with contextlib.closing(local_files.run_in_order(tasks, len(tasks))) as results:
-            for result, nbytes in results:
-                found.append(result)
-                count(nbytes)
+        for name in (name for name in ours if name in theirs):
+            result, nbytes = _compare(name, (first, second), (ours[name], theirs[name]))
+            found.append(result)
+            count(nbytes)
     values = [each.config.to_dict() for each in (first, second)]
     return Difference(
         {name: (values[0].get(name), values[1].get(name)) for name in first.config.changed_keys(second.config)},
