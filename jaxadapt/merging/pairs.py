@@ -403,8 +403,8 @@ def _plain_tensor(
                 [x.astype(dtype, copy=False) for x in (values, first if axis == 0 else -first)], axis
             )
         if scale != 1:
-            wide = values if values.dtype.itemsize >= 4 else values.astype("float32")
-            values = (wide * wide.dtype.type(scale)).astype(new.dtype, copy=False)
+            kind = np.promote_types(values.dtype, "float32")
+            values = np.multiply(values, kind.type(scale), dtype=kind).astype(new.dtype, copy=False)
         missing = new.shape[axis] - values.shape[axis]
         return np.pad(values, [(0, missing if i == axis else 0) for i in range(values.ndim)]) if missing else values
 
