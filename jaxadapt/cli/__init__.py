@@ -37,7 +37,7 @@ COMMANDS: tuple[str, ...] = tuple(_FILES)
 
 INTERRUPTED = 130
 _ERROR_STATUS = {"diff": 2, "compare-logprobs": 2}
-"""{command: exit status after an error}, 1 by default. `diff` exits with 1 if the adapters differ."""
+"""{command: exit status after an error}, 1 by default. With 1 these two answer "no"."""
 
 
 class _Commands(click.Group):
@@ -123,8 +123,8 @@ def main(verbose: bool) -> None:
     of an object store (s3://…, gs://…). `jaxadapt COMMAND --help` explains a command and gives an example.
 
     With --json, a command prints its result as JSON to standard output and nothing else. The exit status is 0 on
-    success, 1 for an error (2 of `jaxadapt diff`), which standard error explains, 2 for wrong usage, and 130 after
-    Ctrl-C.
+    success, 1 for an error (2 of `diff` and `compare-logprobs`), which standard error explains, 2 for wrong usage, and
+    130 after Ctrl-C.
     """
     client = logging.getLogger("huggingface_hub.utils._http")
     client.removeFilter(_is_no_retry) if verbose else client.addFilter(_is_no_retry)
