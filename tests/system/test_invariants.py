@@ -1,4 +1,4 @@
-"""The seven invariants, by name, small. (CONTRIBUTING.md lists them; the long forms are in the tests named.)"""
+"""The seven invariants, by name, small; the long forms are in the tests named."""
 
 from __future__ import annotations
 
