@@ -1,7 +1,7 @@
 """The content of a PEFT file as a value, and the keys of files as training frameworks and exporters write them.
 
-`rules_for` is the one table of rules: each says how programs change PEFT's keys, and undoes it. `without_names`
-applies the rule of adapters' names, as PEFT does. `verify` reports the rules that apply, and `repair` undoes them.
+A `Rule` says how programs change PEFT's keys, and undoes it. `without_names` applies the rule of adapters' names, as
+PEFT does. `verify` reports the rules that apply, and `repair` undoes them.
 This module imports neither JAX nor numpy: to inspect files takes neither.
 """
 

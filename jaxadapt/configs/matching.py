@@ -203,7 +203,7 @@ def select_names(
     """Return the names that `config` targets, in their order.
 
     As in PEFT, an entry of `target_modules` may match nothing as long as another entry matches (see
-    `selection_warnings.unmatched_targets`). No match at all is an error, unless `target_parameters` is set.
+    `adapters.selection.unmatched_targets`). No match at all is an error, unless `target_parameters` is set.
 
     Args:
         names: the modules that can be adapted.
