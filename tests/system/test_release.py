@@ -109,6 +109,15 @@ def test_the_pages_name_each_python(root: Path, project: dict[str, Any]):
         assert name in ("click", "rich") or f"{name} {lowest}" in install, requirement
 
 
+def test_contributing_has_a_reason_for_each_dependency(root: Path, project: dict[str, Any]):
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Dependencies\n")[2].partition("\n## ")[0]
+    asked = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
+    names = {re.split(r"[\[><]", each)[0].removeprefix("google-") for each in asked} - {"jaxadapt"}
+    assert len(names) > 40
+    assert sorted(name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", section)) == []
+
+
 def test_a_site_lists_its_versions(tmp_path: Path, release: dict[str, Any]):
     for name in ("0.9.0", "0.10.0", "0.2.1"):
         (tmp_path / name).mkdir()
