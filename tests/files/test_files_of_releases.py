@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import jaxadapt
+from jaxadapt.methods import METHODS
 from tests.files import record
 
+ROOT = Path(__file__).resolve().parents[2]
 RELEASES = sorted(path.name for path in record.HERE.iterdir() if (path / record.BASE).exists())
 FOLDERS = [path.parent for release in RELEASES for path in sorted((record.HERE / release).glob(f"*/{record.NUMBERS}"))]
 
@@ -17,6 +19,14 @@ FOLDERS = [path.parent for release in RELEASES for path in sorted((record.HERE /
 def test_a_release_has_files_of_every_method():
     assert "0.1.0" in RELEASES
     assert record.cases().keys() <= {folder.name for folder in FOLDERS if folder.parent.name == "0.1.0"}
+
+
+def test_the_page_of_versions_says_which_methods_have_a_folder():
+    kept = {folder.name.partition("-")[0] for folder in FOLDERS}
+    adapting = {name for name, method in METHODS.items() if method.scope != "model"}
+    page = " ".join((ROOT / "docs/versions.md").read_text("utf-8").split())
+    assert f"{len(kept)} of the {len(adapting)} methods that change weights" in page
+    assert f"no folders of {', '.join(sorted(adapting - kept))} and prompts" in page
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}-{path.name}")
