@@ -52,10 +52,11 @@ def adapt(
 ) -> Any:
     """Attach a new adapter to a model.
 
-    By default most new adapters do not change the output; a prompt, and FourierFT, do. NNX: changes the model in place and returns it; the new parameters are `AdapterParam`s. Linen: returns a wrapper
-    with the module's `init` and `apply`, and the adapter's parameters in a collection "lora" (or "ia3") beside
-    "params". A pytree that is called, such as an Equinox module or a `jaxadapt.models.Function`: returns an
-    `AdaptedTree`, called as the model is; pass `key` and `example`.
+    By default most new adapters do not change the output; a prompt, and FourierFT, do. NNX: changes the model in place
+    and returns it; the new parameters are `AdapterParam`s. Linen: returns a wrapper with the module's `init` and
+    `apply`, and the adapter's parameters in a collection "lora" (or "ia3") beside "params". A pytree that is called,
+    such as an Equinox module or a `jaxadapt.models.Function`: returns an `AdaptedTree`, called as the model is; pass
+    `key` and `example`.
 
     Args:
         name: the adapter's name. A second `adapt` under another name adds an adapter and activates it.

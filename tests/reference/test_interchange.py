@@ -1,7 +1,7 @@
 """Adapters go between real PEFT and our twins of its models, both ways, with equal outputs.
 
-Invariants 3 and 5 of tests/system/test_invariants.py: PEFT loads what we save with no missing and no unexpected key, we load
-what PEFT saves, and one file fits NNX and Linen, scanned and unrolled.
+Invariants 3 and 5 of tests/system/test_invariants.py: PEFT loads what we save with no missing and no unexpected key, we
+load what PEFT saves, and one file fits NNX and Linen, scanned and unrolled.
 """
 
 from __future__ import annotations
