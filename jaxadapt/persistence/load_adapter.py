@@ -96,8 +96,8 @@ def load(
         rngs: NNX: for dropout in further training; without it dropout is off.
         shardings: the parameters' shardings: one `Sharding` for all, or a tree of them like the adapter's (an
             `Adapter` or nested dicts). By default each follows the base weight it adapts, axis by axis; the rank is
-            replicated. From a path, a process reads the parts that its own devices hold, or all of a tensor of which
-            they hold half.
+            replicated. From a path, a process reads the parts that its own devices hold, or a whole tensor if they
+            hold half.
         strict: True: every tensor must fit; a base other than the one the adapter was trained on, by the fingerprint
             in the file (a few values of the base's weights), is a warning. "base": as True, and another base is
             refused, and a file or a base without fingerprint. If the base is spread over several processes, all of them
