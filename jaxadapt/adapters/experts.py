@@ -394,22 +394,24 @@ def _stack_factors(
     numbers = range(len(factors) // count)
     a = [xp.concatenate([factors[part, e]["A"] for e in numbers]) for part in range(count)]
     # (expert, out, rank) -> (out, rank, expert)
-    stacked = [xp.stack([factors[part, e]["B"] for e in numbers], axis=-1) for part in range(count)]
-    b = [array.reshape(array.shape[0], -1) for array in stacked]
-    keys_a, keys_b = parameter.keys("A"), parameter.keys("B")
+    b = [
+        xp.stack([factors[part, e]["B"] for e in numbers], axis=-1).reshape(-1, rank * len(numbers))
+        for part in range(count)
+    ]
+    sides = {side: dict(zip(parameter.keys(side), parts, strict=True)) for side, parts in (("A", a), ("B", b))}
     if parameter.split or count == 1:
-        sides = {"A": zip(keys_a, a, strict=True), "B": zip(keys_b, b, strict=True)}
-        return {(side, key): array for side, pairs in sides.items() for key, array in pairs}, 1
-    if bitwise_equal(a):
-        return {("A", ""): a[0], ("B", ""): join_parts(b, [f"B{key}" for key in keys_b], xp)}, 1
+        return {(side, key): array for side, parts in sides.items() for key, array in parts.items()}, 1
+    shared = "B" if parameter.turned else "A"
+    if bitwise_equal(list(sides[shared].values())):
+        return {(side, ""): join_parts(list(parts.values()), parts, xp) for side, parts in sides.items()}, 1
     if on_shared != "concat":
         raise MismatchError(
-            f"{name}: the model stores gate and up in one array with one A for both, but the file has two As, and they"
-            ' differ (or cannot be compared inside jit). Pass jaxadapt.models.LoraTree(model, on_shared="concat")'
-            " instead of the model (jaxadapt convert: --on-shared concat): it concatenates the ranks of the two,"
-            f" which is exact, and multiplies the rank by {count}"
+            f"{name}: the model stores gate and up in one array with one {shared} for both, but the file has two"
+            f" {shared}s, and they differ (or cannot be compared inside jit). Pass jaxadapt.models.LoraTree(model,"
+            ' on_shared="concat") instead of the model (jaxadapt convert: --on-shared concat): it concatenates the'
+            f" ranks of the two, which is exact, and multiplies the rank by {count}"
         )
-    joint_a, joint_b = concatenate_ranks(rank, a, b, [f"A{key}" for key in keys_a], [f"B{key}" for key in keys_b])
+    joint_a, joint_b = concatenate_ranks(rank, a, b, parameter.keys("A"), parameter.keys("B"))
     return {("A", ""): joint_a, ("B", ""): joint_b}, count
 
 

@@ -36,7 +36,7 @@ from jaxadapt.keymaps.weight import MethodTensor
 # ---------------------------------------------------------------- parts
 
 
-_PART_KEY = re.compile(r"(?P<key>.+)\[(?P<same>=?)(?:(?P<axis>\d+):)?(?P<i>\d+)(?P<how>/|::)(?P<n>\d+)\]")
+_PART_KEY = re.compile(r"(?P<key>.*)\[(?P<same>=?)(?:(?P<axis>\d+):)?(?P<i>\d+)(?P<how>/|::)(?P<n>\d+)\]")
 
 
 class Part(NamedTuple):

@@ -28,6 +28,7 @@ TREES = {
     "maxtext-mixtral": ("decoder.layers_{l}.MoeBlock_0.", ("wi_0", "wi_1"), "wo", None),
     "maxtext-gpt_oss": ("decoder.layers_{l}.GptOssMlp.", ("wi_0", "wi_1"), "wo", None),
     "maxtext-qwen3_moe-scan1": ("decoder.layers.moe_block.", ("wi_0", "wi_1"), "wo", 1),
+    "maxtext-llama4-scout": ("decoder.layers_{l}.Llama4MoEBlock_0.MoeBlock_0.", ("wi_0", "wi_1"), "wo", None),
 }
 each = pytest.mark.parametrize("name", TREES)
 shared_b = pytest.mark.parametrize("shared", [False, True], ids=["own B", "one B"])
@@ -48,11 +49,15 @@ def base(name: str) -> dict[str, np.ndarray]:
 
 def experts_of(name: str) -> list[str]:
     at, wide, down, stack = TREES[name]
-    return [at.format(l=i) + leaf for leaf in (*wide, down) for i in ([0] if stack is not None else range(3))]
+    return [at.format(l=i) + leaf for leaf in (*wide, down) for i in ([0] if stack is not None else layers_of(name))]
+
+
+def layers_of(name: str) -> range:
+    return range(4 if name == "maxtext-llama4-scout" else 3)
 
 
 def tree(name: str, shared: bool, seed: int = 0, equal: bool = False) -> dict[str, Any]:
-    """`equal`: gate's A is up's, as a file of PEFT's has it."""
+    """`equal`: gate's A is up's, as a file of PEFT's has it (Llama 4's: its one B, which reads the other way)."""
     rng = np.random.default_rng(seed)
     out: dict[str, Any] = dict(base(name))
     stack = TREES[name][3]
@@ -94,8 +99,8 @@ def computed(held: jaxadapt.PeftTensors, name: str) -> dict[str, np.ndarray]:
     """`{parameter: s·B·A}` as PEFT computes it from a file: A's rows are expert-major, B's columns rank-major."""
     out: dict[str, np.ndarray] = {}
     config, found = held.config, {key: np.asarray(x) for key, x in held.tensors.items()}
-    block = "feed_forward" if name == "llama4" else "mlp"
-    for i in range(3):
+    block = "feed_forward" if "llama4" in name else "mlp"
+    for i in layers_of(name):
         for depth, parameter in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
             at = f"base_model.model.model.layers.{i}.{block}.experts{depth}.lora_"
             r = config.get("rank_pattern").get(parameter, config.get("r"))
@@ -104,7 +109,7 @@ def computed(held: jaxadapt.PeftTensors, name: str) -> dict[str, np.ndarray]:
             delta = np.einsum("oke,eki->eoi", b.reshape(len(b), r, E), a.reshape(E, r, -1)) * alpha / r
             turned = "gpt_oss" in name
             out[f"model.layers.{i}.{block}.experts.{parameter}"] = delta.transpose(0, 2, 1) if turned else delta
-    assert len(found) == 12
+    assert len(found) == 4 * len(layers_of(name))
     return out
 
 
@@ -122,6 +127,16 @@ def test_out(name, shared):
     before, after = in_torch(name, base(name)), in_torch(name, merged(name, shared))
     for key, delta in computed(held, name).items():
         np.testing.assert_allclose(before[key] + delta, after[key], rtol=0, atol=2e-5, err_msg=key)
+
+
+def test_untrained_gate_and_up_of_llama4_share_no_b():
+    """Both Bs of Qwix are zero, so PEFT's As are equal; PEFT's B is Qwix's A, and these differ."""
+    leaves = paths.flatten(tree("maxtext-llama4-scout", False))
+    untrained = paths.unflatten({path: x * (not path.endswith("_lora_b")) for path, x in leaves.items()})
+    with pytest.raises(jaxadapt.MismatchError, match=r'(?s)gate_up_proj.*two Bs.*on_shared="concat"'):
+        jaxadapt.to_peft(LoraTree(untrained, lora_alpha=ALPHA), keymap="maxtext:llama4")
+    held = jaxadapt.to_peft(LoraTree(untrained, lora_alpha=ALPHA, on_shared="concat"), keymap="maxtext:llama4")
+    assert not any(np.any(delta) for delta in computed(held, "maxtext-llama4-scout").values())
 
 
 @each
@@ -161,7 +176,7 @@ def lora_of(tree: Any) -> dict[str, np.ndarray]:
     return {path: np.ascontiguousarray(x) for path, x in paths.flatten(tree).items() if "_lora_" in path}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "llama4", "maxtext-mixtral", "maxtext-qwen3_moe-scan1"])
+@pytest.mark.parametrize("name", [name for name in TREES if name != "maxtext-gpt_oss"])
 def test_files_alone(name, tmp_path):
     """`convert`: a tree's file to a folder as `save` writes it, and back; and with a LoRA for each expert."""
     table, mine = BY_NAME[name].table, tree(name, False, equal=True)
@@ -178,7 +193,7 @@ def test_files_alone(name, tmp_path):
     assert set(back) == set(lora_of(mine))
     for path, x in lora_of(mine).items():
         np.testing.assert_array_equal(back[path], x, err_msg=path)
-    if name == "llama4":  # whose experts were never modules
+    if "llama4" in name:  # whose experts were never modules
         return
     single = f"{table}/per-expert"
     convert(tmp_path / "b", tmp_path / "each", TreeOptions(from_keymap=table, to_keymap=single))
