@@ -50,12 +50,15 @@ Spec = tuple[tuple[int, ...], str]
 
 
 def _resolve_location(path: str | os.PathLike[str]) -> location.Location:
-    """Return the absolute location. Raises `FileError` for an address that Orbax cannot use."""
+    """Return the absolute location. Raises `FileError` for an address that Orbax cannot use.
+
+    The first access to an address of the Hub raises, with the way out that works there: `push`.
+    """
     place = location.absolute(location.to_location(path))
-    if isinstance(place, location.Address) and place.scheme != "gs":
+    if isinstance(place, location.Address) and place.scheme not in ("gs", "hf"):
         raise FileError(
             f"{place}: Orbax cannot use {place.scheme}:// (it fails halfway, or creates a local folder of that name);"
-            " save to a local folder and copy it, or use format='safetensors'"
+            " keep the checkpoint in a local folder, or save with format='safetensors', which works here"
         )
     return place
 

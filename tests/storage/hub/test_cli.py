@@ -109,6 +109,17 @@ def test_a_pull_whose_weights_cannot_be_written_leaves_the_configuration_that_wa
     assert len(list((tmp_path / "copy").iterdir())) == 2
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "orbax"])
+def test_a_conversion_to_the_hub_is_refused_and_push_uploads_it(kind, hub, saved, monkeypatch):
+    refused = run("convert", saved, f"hf://{REPO}", "--format", kind)
+    assert refused.exit_code == 1
+    assert "upload to the Hub with jaxadapt.push" in " ".join(refused.output.split())
+    assert hub.requests == []
+    monkeypatch.setenv("HF_TOKEN", hub_server.WRITE)
+    assert run("push", saved, REPO, "--no-picture").exit_code == 0
+    assert small.same(jaxadapt.read(f"hf://{REPO}").tensors, jaxadapt.read(saved).tensors)
+
+
 def test_errors_of_the_hub_are_readable(hub, saved):
     result = run("push", saved, REPO, "--no-picture")
     assert result.exit_code == 1

@@ -199,8 +199,9 @@ def test_nothing_is_fetched_when_saving(hub, saved, tmp_path):
     jaxadapt.write(jaxadapt.read(saved), tmp_path / "more")
     assert hub.requests == []
     for refused in (lambda: jaxadapt.save(small.trained(), f"hf://{REPO}"),
+                    lambda: jaxadapt.save(small.trained(), f"hf://{REPO}", format="orbax"),
                     lambda: jaxadapt.write(jaxadapt.read(saved), f"hf://{REPO}")):  # fmt: skip
-        with pytest.raises(jaxadapt.FileError, match="push"):
+        with pytest.raises(jaxadapt.FileError, match=r"upload to the Hub with jaxadapt\.push"):
             refused()
     assert hub.requests == []
 
