@@ -55,12 +55,7 @@ def open_model(path: location.Location) -> Generator[TensorSource]:
                 return torch_bin.open_tensors(file) if isinstance(file, Path) else as_source(torch_bin.read(file))
             return stack.enter_context(safetensors.TensorFile(file))
 
-        if isinstance(path, Path) and not location.exists(path):
-            raise FileError(
-                f"{path}: no such folder or file; download a model of the Hub with `hf download ORG/NAME --local-dir"
-                " FOLDER`"
-            )
-        main = path if not location.is_dir(path) else main_file(path)
+        main = main_file(path)
         if main == path or main.suffix != ".json":
             yield combine(str(main), [open_part(main)])
             return
@@ -76,11 +71,15 @@ def open_model(path: location.Location) -> Generator[TensorSource]:
         yield combine(str(path), list(parts.values()))
 
 
-def main_file(folder: location.Location) -> location.Location:
-    """Return the file of a model's weights, or their index."""
-    found = next(filter(location.exists, (folder / name for name in (SINGLE_FILE, INDEX, BIN, BIN_INDEX))), None)
+def main_file(path: location.Location) -> location.Location:
+    """Return the file of a model's weights, or their index, in a folder; the path itself if it is a file."""
+    candidates = [path / name for name in (SINGLE_FILE, INDEX, BIN, BIN_INDEX)] if location.is_dir(path) else [path]
+    found = next(filter(location.exists, candidates), None)
     if found is None:
-        raise FileError(f"{folder}: expected {SINGLE_FILE}, {INDEX} or {BIN}, found none of them; check the path")
+        raise FileError(
+            f"{path}: no such file, and no folder with {SINGLE_FILE}, {INDEX} or {BIN}; check the path, or download a"
+            " model of the Hub with `hf download ORG/NAME --local-dir FOLDER`"
+        )
     return found
 
 
@@ -88,8 +87,8 @@ def read_shapes(path: location.Location) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model's folder, or of one file: of weights, or of shapes (.json). Reads no tensor."""
     if path.suffix == ".json":
         return read_json_shapes(path)
-    if location.is_dir(path):
-        main = main_file(path)
+    main = main_file(path)
+    if main != path:
         files = dict.fromkeys(read_index(main).values()) if main.suffix == ".json" else (main.name,)
         return {key: shape for file in files for key, shape in read_shapes(path / file).items()}
     if path.suffix == ".safetensors":

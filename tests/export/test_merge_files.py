@@ -336,7 +336,7 @@ def test_commands(tmp_path):
     assert jaxadapt.read_config(tmp_path / "c").r == 1
     assert run("combine", tmp_path / "adapter", "--weights", "nan", "--out", tmp_path / "d").exit_code == 2
     wrong = run("merge", "org/name", tmp_path / "adapter", "--out", tmp_path / "d")
-    assert "org/name: no such folder or file; download a model of the Hub with `hf download" in wrong.output
+    assert "org/name: no such file, and no folder with model.safetensors" in wrong.output
     wrong = run("combine", tmp_path / "adapter", "--weights", "1,2", "--out", tmp_path / "d")
     assert wrong.exit_code == 1
     assert "expected one for each of the 1 adapters" in wrong.output

@@ -166,7 +166,10 @@ def test_used_wrongly(tmp_path, shapes):
     assert run("llama").exit_code == 2
     assert run("auto", "--checkpoint", tmp_path).exit_code == 2
     assert run("lama", "--model", shapes(LEAVES)).exit_code == 1
-    assert run("llama", "--checkpoint", tmp_path).exit_code == 1  # an empty folder
+    for place in (tmp_path, tmp_path / "nowhere", "org/name"):  # an empty folder, and missing ones
+        result = run("llama", "--checkpoint", place)
+        assert result.exit_code == 1
+        assert "download a model of the Hub with `hf download ORG/NAME --local-dir FOLDER`" in result.output
 
 
 def test_as_a_process_it_loads_no_jax(checkpoint):
