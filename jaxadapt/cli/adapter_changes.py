@@ -71,7 +71,7 @@ def repair_command(path: str, out: str | None, in_place: bool, as_json: bool) ->
 
 @click.command("resize", short_help="Change the rank of a LoRA adapter.")
 @click.argument("adapter", type=click.Path())
-@click.option("--rank", required=True, type=click.IntRange(1), help="The new rank of every module.")
+@click.option("--rank", required=True, type=output.Integer(1), help="The new rank of every module.")
 @click.option("--out", required=True, type=click.Path(), help="Folder to write, or a file for an image adapter.")
 @output.dtype
 @output.as_json
@@ -170,7 +170,7 @@ def undo_start_command(adapter: str, first: str, out: str, as_json: bool) -> Non
 @click.option("--lora-alpha", type=float, help="Alpha that a SOURCE tree was trained with.")
 @click.option("--like", type=click.Path(), help="A .safetensors file to read the model's shapes from.")
 @click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE",
-              callback=output.named_values("NAME=SIZE", click.IntRange(1)),
+              callback=output.named_values("NAME=SIZE, such as h=128", int, r"[1-9]\d{0,17}"),
               help="Size of one axis of the model, instead of --like.")  # fmt: skip
 @click.option("--on-shared", type=click.Choice(["concat"]),
               help="If modules share one A in TARGET, concatenate their As.")  # fmt: skip
@@ -343,8 +343,8 @@ _METHODS = (
 @click.option("--weights", required=True, metavar="W,W,…", help="One factor for each adapter, in order.")
 @click.option("--out", required=True, type=click.Path(), help="Folder to write the combined adapter into.")
 @click.option("--method", default="svd", show_default=True, help=_METHODS)
-@click.option("--rank", type=click.IntRange(1), help="Rank of the result. Default: decided by the method.")
-@click.option("--density", type=click.FloatRange(0, 1), help="Share of the values to keep (the last four methods).")
+@click.option("--rank", type=output.Integer(1), help="Rank of the result. Default: decided by the method.")
+@click.option("--density", type=float, help="Share of the values to keep, 0 to 1 (the last four methods).")
 @click.option("--seed", default=0, show_default=True, help="Seed for the random choice of the dare_… methods.")
 @click.option("--allow-nan", is_flag=True, help="Accept tensors with a NaN or an infinity.")
 @output.dtype

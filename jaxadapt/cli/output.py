@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +27,25 @@ dtype: Callable[[Any], Any] = click.option(
 )
 
 
-def named_values(form: str, convert: Callable[[str], Any]) -> Callable[..., dict[str, Any]]:
-    """Return a callback of click that reads the texts NAME=VALUE of an option as `{name: convert(value)}`."""
+class Integer(click.IntRange):
+    """An integer in a range. For a text without a number, click's own class says "not a valid integer range"."""
+
+    name = "integer"
+
+
+def named_values(form: str, convert: Callable[[str], Any], value: str = "(?s:.*)") -> Callable[..., dict[str, Any]]:
+    """Return a callback of click that reads the texts NAME=VALUE of an option as `{name: convert(value)}`.
+
+    Args:
+        form: what to expect, for errors.
+        value: a regular expression that each VALUE matches.
+    """
 
     def parse(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> dict[str, Any]:
-        split = {text: text.partition("=") for text in texts}
-        if wrong := [text for text, (name, equals, _) in split.items() if not name or not equals]:
+        matches = {text: re.fullmatch(f"([^=]+)=({value})", text) for text in texts}
+        if wrong := [text for text, match in matches.items() if match is None]:
             raise click.BadParameter(f"expected {form}, found {wrong[0]!r}")
-        return {name: convert(value) for name, _, value in split.values()}
+        return {match[1]: convert(match[2]) for match in matches.values() if match}
 
     return parse
 

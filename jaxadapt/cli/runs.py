@@ -25,7 +25,7 @@ from jaxadapt.storage import atomic, location
     "--steps",
     default=40,
     show_default=True,
-    type=click.IntRange(1),
+    type=output.Integer(1),
     help="Number of training steps, each on 4 × 64 tokens.",
 )
 @click.option(
@@ -146,21 +146,21 @@ def _print_steps(
 @click.option("--adapters", required=True, type=click.Path(), help="Folder of adapter folders.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 takes a free one."
+    "--port", default=8000, show_default=True, type=output.Integer(0, 65535), help="Port; 0 takes a free one."
 )
-@click.option("--rows", default=8, show_default=True, type=click.IntRange(1), help="Requests computed at once.")
-@click.option("--slots", type=click.IntRange(2), help="Adapters on the device, with the base. Default: 2 × rows + 1.")
+@click.option("--rows", default=8, show_default=True, type=output.Integer(1), help="Requests computed at once.")
+@click.option("--slots", type=output.Integer(2), help="Adapters on the device, with the base. Default: 2 × rows + 1.")
 @click.option(
-    "--length", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a prompt and its answer."
+    "--length", default=512, show_default=True, type=output.Integer(2), help="Tokens of a prompt and its answer."
 )
 @click.option(
     "--rank",
     default=16,
     show_default=True,
-    type=click.IntRange(1),
+    type=output.Integer(1),
     help="Largest rank of adapters that are loaded later; the folder's own ranks fit in any case.",
 )
-@click.option("--queue", default=64, show_default=True, type=click.IntRange(0), help="Requests that may wait.")
+@click.option("--queue", default=64, show_default=True, type=output.Integer(0), help="Requests that may wait.")
 @output.as_json
 def serve_command(
     base: str,
@@ -227,12 +227,14 @@ def serve_command(
 
 @click.command("export", short_help="Write an adapter for vLLM, llama.cpp, MLX and others.")
 @click.argument("source", type=click.Path())
-@click.option("--for", "program", metavar=f"[{'|'.join(consumers.PROGRAMS)}]", default="plain", show_default=True,
-              help="The program that reads the result.")  # fmt: skip
+@click.option("--for", "program", metavar="PROGRAM", default="plain", show_default=True,
+              help="The program that reads the result.",
+              shell_complete=lambda ctx, param, start: [name for name in consumers.PROGRAMS if name.startswith(start)],
+)  # fmt: skip
 @click.option("--out", required=True, type=click.Path(), help="Folder to write, or FILE.gguf for gguf.")
 @click.option("--base", type=click.Path(), help="Base model: its folder, config.json or (for gguf) its .gguf file.")
 @click.option("--first", type=click.Path(), help="The initial adapter of PiSSA, OLoRA, CorDA or LoRA-GA.")
-@click.option("--rank", type=click.IntRange(1), help="Approximate the adapter by the nearest LoRA of this rank.")
+@click.option("--rank", type=output.Integer(1), help="Approximate the adapter by the nearest LoRA of this rank.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Dtype of the result. Default: the adapter's; float32 for gguf.")  # fmt: skip
 @output.as_json

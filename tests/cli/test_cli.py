@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import COMMANDS, main
+from jaxadapt.persistence import consumers
 from tests.support import small
 
 
@@ -206,10 +207,41 @@ def test_completion(shell):
         ("merge --dtype b", {"bfloat16"}),
         ("completion ", {"bash", "zsh", "fish"}),
         ("push --no", {"--no-picture"}),
+        ("export out/ --for t", {"transformers", "tgi", "tensorrt-llm"}),
     ],
 )
 def test_completion_knows_commands_options_and_choices(typed, offered, monkeypatch):
     assert completed(typed, monkeypatch) == {("plain", word) for word in offered}
+
+
+def test_the_help_of_export_names_every_program():
+    text = run("export", "--help").output
+    assert [name for name in consumers.PROGRAMS if not re.search(rf"\b{name}\b", text)] == []
+
+
+def options():
+    """Every option of every command that takes a number."""
+    for name in COMMANDS:
+        command = main.get_command(click.Context(main), name)
+        yield from (
+            pytest.param(each, id=f"{name} {each.name}")
+            for each in command.params
+            if isinstance(each.type, click.types.IntParamType | click.types.FloatParamType)
+        )
+
+
+@pytest.mark.parametrize("option", options())
+def test_a_number_of_letters_is_called_no_valid_number(option):
+    """click's own types for a range call it "not a valid integer range", as if a range was expected."""
+    with pytest.raises(click.BadParameter, match="^'a' is not a valid (integer|float)\\.$"):
+        option.type.convert("a", option, None)
+
+
+@pytest.mark.parametrize("given", ["x=a", "x", "=3", "x=0", "x=-1", "x=1.5", "x=1" + "0" * 18])
+def test_an_axis_of_another_form_is_told_what_is_expected(given):
+    result = run("convert", "a", "b", "--axis", "h=2", "--axis", given)
+    assert result.exit_code == 2
+    assert f"--axis': expected NAME=SIZE, such as h=128, found '{given}'" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("typed", ["inspect ", "push ", "merge base/ out/ --out ", "inspect x --plot "])
