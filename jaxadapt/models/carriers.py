@@ -503,8 +503,7 @@ class Params(Carrier):
         return {k: v for k, v in kept.items() if k not in {"params", *PER_CALL}}
 
     def with_rest(self, rest: Any) -> Any:
-        mapping_type: Any = type(self.tree)
-        return mapping_type({**self.tree, **rest})
+        return trees.like(self.tree, {**self.tree, **rest})
 
 
 class Variables(Params):

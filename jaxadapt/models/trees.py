@@ -82,12 +82,16 @@ def overlay(tree: Mapping[str, Any], leaves: Mapping[Keys, Any]) -> dict[str, An
     return {**out, **{key: overlay(out.get(key, {}), below) for key, below in inner.items()}}
 
 
+def like(tree: Any, items: Mapping[str, Any]) -> Any:
+    """Return `items` in a mapping of the tree's type, such as a FrozenDict."""
+    return type(tree)(items)
+
+
 def with_value(tree: Any, value: Any, *keys: str) -> Any:
     """Return nested mappings of the same types with `value` at these keys."""
     if not keys:
         return value
-    mapping_type: Any = type(tree)
-    return mapping_type({**tree, keys[0]: with_value(tree.get(keys[0], {}), value, *keys[1:])})
+    return like(tree, {**tree, keys[0]: with_value(tree.get(keys[0], {}), value, *keys[1:])})
 
 
 def replace_adapter_values(
@@ -133,8 +137,7 @@ def replace_values(
             filled[key] = (
                 leaf.replace_boxed(values[path]) if boxes and isinstance(leaf, meta.AxisMetadata) else values[path]
             )
-    mapping_type: Any = type(tree)
-    return mapping_type(filled)
+    return like(tree, filled)
 
 
 # ---------------------------------------------------------------- finding and reading adapters
@@ -192,19 +195,19 @@ def collection_names(tree: Mapping[str, Any]) -> list[str]:
     return [name for name in map(str.lower, METHODS) if name in tree]
 
 
-def without_adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Linen variables without the adapters' collections."""
+def without_adapters(tree: Mapping[str, Any]) -> Any:
+    """Return Linen variables without the adapters' collections, in a mapping of the same type."""
     dropped = {each for name in collection_names(tree) for each in (name, integers_name(name))}
-    return {name: value for name, value in tree.items() if name not in dropped}
+    return like(tree, {name: value for name, value in tree.items() if name not in dropped})
 
 
-def without_adapter(tree: Mapping[str, Any], name: str, collection: str) -> dict[str, Any]:
+def without_adapter(tree: Mapping[str, Any], name: str, collection: str) -> Any:
     """Return Linen variables without one adapter of a collection, and without a collection that is then empty."""
     out = dict(tree)
     for each in (collection, integers_name(collection)):
         kept = {k: v for k, v in out.pop(each, {}).items() if k != name}
         out |= {each: kept} if kept else {}
-    return out
+    return like(tree, out)
 
 
 def map_adapters(tree: Any, f: Callable[[str, Adapter], Mapping[str, Any]], names: Sequence[str] | None = None) -> Any:
@@ -392,7 +395,7 @@ def open_tree(tree: Any) -> tuple[Leaves, Put]:
         return _open_nnx(tree)
     if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
         leaves, put = _open_pytree(tree["params"])
-        return leaves, lambda new: {**tree, "params": put(new)}
+        return leaves, lambda new: with_value(tree, put(new), "params")
     return _open_pytree(tree)
 
 

@@ -398,6 +398,33 @@ def test_trees_keep_their_structure():
     assert empty["empty"] == {}
 
 
+CALLS = {
+    "merge": lambda variables, adapter, out: jaxadapt.merge(variables),
+    "merge a value": lambda variables, adapter, out: jaxadapt.merge(variables["params"], adapter),
+    "merge without one": lambda variables, adapter, out: jaxadapt.merge(jaxadapt.detach(variables), adapter),
+    "unmerge": lambda variables, adapter, out: jaxadapt.unmerge(variables["params"], adapter),
+    "inject": lambda variables, adapter, out: jaxadapt.inject(variables, adapter),
+    "load": lambda variables, adapter, out: jaxadapt.load(out, variables),
+    "load without one": lambda variables, adapter, out: jaxadapt.load(out, jaxadapt.detach(variables)),
+    "load another": lambda variables, adapter, out: jaxadapt.load(out, variables, name="other"),
+    "replace": lambda variables, adapter, out: jaxadapt.load(out / "ia3", variables, replace=True),
+    "delete": lambda variables, adapter, out: jaxadapt.delete(variables, name="default"),
+    "detach": lambda variables, adapter, out: jaxadapt.detach(variables),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_frozen_variables_stay_frozen(call, tmp_path):
+    """What a call returns for Flax's FrozenDict is that for a dict, frozen, with or without an adapter in it."""
+    variables = small.variables(LORA)
+    jaxadapt.save(variables, tmp_path)
+    jaxadapt.save(small.variables(IA3), tmp_path / "ia3")
+    adapter = jaxadapt.extract(variables)
+    frozen = CALLS[call](freeze(variables), adapter, tmp_path)
+    assert type(frozen) is FrozenDict
+    assert small.same(frozen, freeze(CALLS[call](variables, adapter, tmp_path)))
+
+
 def test_numpy_stays_numpy_and_what_is_not_adapted_stays_itself():
     params = jax.tree.map(np.asarray, small.base()["params"])
     merged = jaxadapt.merge(params, made(LORA, params))
