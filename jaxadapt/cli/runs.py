@@ -76,8 +76,9 @@ def checkpoints_command(
 ) -> None:
     """List the checkpoints of a training run and their metrics, or export one.
 
-    FOLDER is the folder of the run's jaxadapt.CheckpointManager. An exported step is a folder that PEFT can load. The
-    best step is chosen by the metric that the run passed as minimize= or maximize=, or by the option given here.
+    FOLDER is the folder of the run's jaxadapt.CheckpointManager. An exported step is a folder that PEFT can load,
+    without a fingerprint of the base. The best step is chosen by the metric that the run passed as minimize= or
+    maximize=, or by the option given here.
 
     \b
     Example:

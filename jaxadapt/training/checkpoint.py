@@ -541,8 +541,9 @@ class CheckpointManager(run_folder.RunFolder):
         on_shared: str | None = None,
         **options: Any,
     ) -> None:
-        """Write the adapters of a step to a folder that PEFT can load. No model is needed; `step` is as in `restore`.
+        """Write the adapters of a step to a folder that PEFT can load; `step` is as in `restore`.
 
+        No model is needed, so the folder has no fingerprint of the base; restore the step and `save` it for one.
         `options` are those of `jaxadapt.save`. `name=` selects one of several adapters. `config`, `lora_alpha` and
         `on_shared` are those of `jaxadapt.models.LoraTree`: a tree of another library needs `lora_alpha=` or `config=`.
         """
