@@ -1,6 +1,6 @@
 """Random numbers as JAX and as PyTorch draw them.
 
-JAX draws all arrays of an adapter in one program, in chunks of one size, so that few programs are compiled. The values
+JAX draws all arrays in blocks of one size, so that one compiled program draws every adapter of a process. The values
 are the same, bit for bit, inside and outside jit: all operations on the bits are exact except one multiplication.
 
 `TorchRandom` draws as PyTorch does on the CPU after `torch.Generator().manual_seed(seed)`.
@@ -17,10 +17,11 @@ from typing import Any, Literal, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import ShapedArray, Tracer
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from jaxadapt.arrays import regions
 from jaxadapt.core.errors import ConfigError
 
 # ---------------------------------------------------------------- random draws
@@ -29,7 +30,7 @@ from jaxadapt.core.errors import ConfigError
 Array = Any
 
 _CHUNK = 4096
-_FEW = 1024  # numbers of chunks below this are rounded up to a power of two
+_BLOCK = 16  # chunks of one call; small, since the last block is filled up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,22 +90,20 @@ def draw_arrays(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtyp
     sizes = {path: math.prod(shape) for path, (draw, shape) in wanted.items() if draw.kind != "constant"}
     counts = {path: -(-size // _CHUNK) for path, size in sizes.items()}
     words = [(zlib.crc32(path.encode()), i) for path, count in counts.items() for i in range(count)]
-    if 0 < len(words) < _FEW:  # XLA compiles a program for each number of words, so round it up
-        words += [(0, 0)] * ((1 << (len(words) - 1).bit_length()) - len(words))
-    bits = _bits(key, np.array(words, np.uint32)) if words else np.zeros((0, _CHUNK), np.uint32)
-    xp: Any = jnp if isinstance(bits, Tracer) else np
-    rows = xp.asarray(bits)
+    words += [(0, 0)] * (-len(words) % _BLOCK)
+    xp: Any = jnp if regions.is_tracing() else np
+    step = _BLOCK if xp is np else max(1, len(words))  # inside jit, each call is compiled again
+    blocks = (_bits(key, np.array(words[i : i + step], np.uint32)) for i in range(0, len(words), step))
+    rows = xp.concatenate([np.zeros((0, _CHUNK), np.uint32), *blocks])
+    chunks_of = dict(zip(counts, xp.split(rows, np.cumsum([*counts.values()], dtype=int)), strict=False))
     out: dict[str, Array] = {}
-    start = 0
     for path, (draw, shape) in wanted.items():
         if draw.kind == "constant":
             out[path] = xp.full(shape, draw.scale, dtype)
             continue
-        chunks = rows[start : start + counts[path]]
-        start += counts[path]
+        chunks = chunks_of[path]
         # `_normal` is compiled, so it gets complete chunks: that keeps the number of shapes small.
-        flat = chunks.reshape(-1)[: sizes[path]] if draw.kind == "uniform" else xp.asarray(_normal(chunks)).reshape(-1)
-        values = _unit(flat) if draw.kind == "uniform" else flat[: sizes[path]]
+        values = xp.asarray(_unit(chunks) if draw.kind == "uniform" else _normal(chunks)).reshape(-1)[: sizes[path]]
         out[path] = (values * np.float32(draw.scale)).reshape(shape).astype(dtype, copy=False)
     return out
 
