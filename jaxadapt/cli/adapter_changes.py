@@ -7,21 +7,15 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import jaxadapt
 from jaxadapt.cli import output, reports
-from jaxadapt.core.lazy import LazyModule, jax
+from jaxadapt.cli.output import adapter_files, conversion, merge_files
+from jaxadapt.core.lazy import jax
 from jaxadapt.persistence import FILES, FOLDERS
-
-if TYPE_CHECKING:
-    from jaxadapt.export import adapter_files, conversion, merge_files
-else:
-    adapter_files, conversion, merge_files = (
-        LazyModule(f"jaxadapt.export.{name}") for name in ("adapter_files", "conversion", "merge_files")
-    )
 
 # ---------------------------------------------------------------- repair
 

@@ -14,10 +14,31 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jaxadapt.core.errors import escape_text
+from jaxadapt.core.lazy import LazyModule
 
+# pyright: reportUnusedImport=false
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from jaxadapt.analysis import changes
+    from jaxadapt.export import adapter_files, conversion, merge_files
+    from jaxadapt.keymaps import check, families
+    from jaxadapt.persistence import consumers, folder, run_folder
+    from jaxadapt.storage import atomic, hf_model, orbax
+else:  # Imported from here by the files of commands. A command imports those that it uses, when it runs.
+    (changes, adapter_files, conversion, merge_files, check, families, consumers, folder, run_folder, atomic, hf_model,
+     orbax) = (
+        LazyModule(f"jaxadapt.{package}.{name}")
+        for package, names in (
+            ("analysis", ("changes",)),
+            ("export", ("adapter_files", "conversion", "merge_files")),
+            ("keymaps", ("check", "families")),
+            ("persistence", ("consumers", "folder", "run_folder")),
+            ("storage", ("atomic", "hf_model", "orbax")),
+        )
+        for name in names
+    )  # fmt: skip
 
 as_json: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dtype: Callable[[Any], Any] = click.option(
@@ -194,8 +215,6 @@ def print_heat(
     """Print an empty line and a heat map: a table of numbers on shades of blue, or several if it is too wide."""
     from rich.text import Text
 
-    from jaxadapt.analysis.changes import number_text
-
     console = _console()
     click.echo()
     title, rows, columns = escape_text(title), [*map(escape_text, rows)], [*map(escape_text, columns)]
@@ -207,7 +226,7 @@ def print_heat(
         for column in columns[begin:end]:
             table.add_column(column, justify="right", overflow="fold")
         for name, row in zip(rows, values, strict=True):
-            table.add_row(name, *(Text(number_text(v), style=_shade(v, high)) for v in row[begin:end]))
+            table.add_row(name, *(Text(changes.number_text(v), style=_shade(v, high)) for v in row[begin:end]))
         _print(console, Text(title if begin == 0 else f"{title}, continued", style="bold"), table)
 
 

@@ -17,13 +17,12 @@ import click
 
 import jaxadapt
 from jaxadapt.cli import output
+from jaxadapt.cli.output import atomic, changes, check, consumers, families, folder, hf_model, orbax, run_folder
 from jaxadapt.core import errors
-from jaxadapt.persistence import consumers
-from jaxadapt.storage import atomic, hf_model, location
+from jaxadapt.storage import location
 
 if TYPE_CHECKING:
     from jaxadapt.analysis.changes import Difference, Norms
-    from jaxadapt.keymaps.check import KeyMapReport
     from jaxadapt.persistence.folder import Info
     from jaxadapt.persistence.formats import Finding
 
@@ -80,20 +79,20 @@ def inspect_command(folder: str, base: str | None, as_json: bool, tensors: bool,
     """
     info = jaxadapt.inspect(folder, progress=True)
     is_measured = norms or plot is not None
-    changes = jaxadapt.analysis.measure_norms(jaxadapt.read(folder, progress=True)) if is_measured else None
-    if changes is not None and plot is not None:
-        atomic.write_bytes(plot, jaxadapt.analysis.norms_png(changes, info.config))
+    found = jaxadapt.analysis.measure_norms(jaxadapt.read(folder, progress=True)) if is_measured else None
+    if found is not None and plot is not None:
+        atomic.write_bytes(plot, jaxadapt.analysis.norms_png(found, info.config))
     model = {} if base is None else hf_model.read_model_config(location.to_location(base))
     if model is None:
         raise jaxadapt.FileError(f"{base}: no config.json; pass the folder of the base model, or its config.json")
     tied, kind = (hf_model.is_tied(model), str(model.get("model_type"))) if model else (None, None)
     readers = consumers.judge_readers(info.config, info.tensors, tied, kind)
-    measured = {} if changes is None else {"norms": changes.to_dict()}
+    measured = {} if found is None else {"norms": found.to_dict()}
     document = info.to_dict() | {"readers": [reader.to_dict() for reader in readers]} | measured
-    output.print_result(as_json, document, lambda: _print_info(info, readers, changes, tensors))
+    output.print_result(as_json, document, lambda: _print_info(info, readers, found, tensors))
 
 
-def _print_info(info: Info, readers: Sequence[consumers.Reader], changes: Norms | None, tensors: bool) -> None:
+def _print_info(info: Info, readers: Sequence[consumers.Reader], found: Norms | None, tensors: bool) -> None:
     config, targets = info.config, info.config.get("target_modules")
     dtypes, size = "/".join(info.dtypes), consumers.size_text(info.file_bytes)
     rows = [
@@ -113,8 +112,8 @@ def _print_info(info: Info, readers: Sequence[consumers.Reader], changes: Norms 
             ("tensor", "dtype", "shape"),
             [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()],
         )
-    if changes is not None:
-        _print_norms(changes)
+    if found is not None:
+        _print_norms(found)
 
 
 def reader_rows(readers: Sequence[consumers.Reader]) -> list[tuple[str, str]]:
@@ -259,12 +258,10 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
       jaxadapt diff run/step-000000100.safetensors run/step-000000200.safetensors --plot diff.png
       jaxadapt diff a/ b/ --json | jq .totals
     """
-    from jaxadapt.analysis.changes import diff, difference_png
-
     with _open(first) as one, _open(second) as two:
-        found = diff(one, two, progress=True)
+        found = changes.diff(one, two, progress=True)
     if plot is not None:
-        atomic.write_bytes(plot, difference_png(found, (first, second)))
+        atomic.write_bytes(plot, changes.difference_png(found, (first, second)))
     document = {"first": first, "second": second, **found.to_dict()}
     output.print_result(as_json, document, lambda: _print_difference(found, modules))
     if not found.is_equal:
@@ -273,8 +270,6 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
 
 def _open(path: str) -> contextlib.AbstractContextManager[jaxadapt.PeftTensors]:
     """Open an adapter, or the only adapter of a run's step."""
-    from jaxadapt.persistence import folder, run_folder
-
     place = location.to_location(path)
     step = run_folder.number_in(place.name)
     if step is None:
@@ -369,10 +364,8 @@ def families_command(name: str | None, as_json: bool) -> None:
       jaxadapt families llama
       jaxadapt families llama/scan0 --json
     """
-    from jaxadapt.keymaps.families import FAMILIES, get_family
-
     if name is None:
-        keymaps = list(FAMILIES.values())
+        keymaps = list(families.FAMILIES.values())
         rows = [(k.name, str(len(k.weights)), "yes" if k.proved else "no") for k in keymaps]
         output.print_result(
             as_json,
@@ -380,7 +373,7 @@ def families_command(name: str | None, as_json: bool) -> None:
             lambda: output.print_table(("family", "entries", "proved"), rows, numbers=("entries",)),
         )
         return
-    rows = [(w.leaf, w.key, w.pattern) for w in get_family(name).weights]
+    rows = [(w.leaf, w.key, w.pattern) for w in families.get_family(name).weights]
     output.print_result(
         as_json,
         [dict(zip(("leaf", "key", "pattern"), row, strict=True)) for row in rows],
@@ -437,8 +430,6 @@ def check_keymap_command(family: str, model: str | None, checkpoint: str | None,
         raise click.UsageError("nothing to check the keymap against: give --model, --checkpoint or both")
     if family == "auto" and model is None:
         raise click.UsageError("'auto' recognizes the family of a model: give --model, or name the family")
-    from jaxadapt.keymaps import check, families
-
     leaves = None if model is None else read_model_shapes(Path(model))
     tensors = None if checkpoint is None else hf_model.read_shapes(Path(checkpoint))
     is_custom = ".py:" in family
@@ -471,7 +462,7 @@ def _run_keymap_file(text: str) -> jaxadapt.KeyMap:
     return variables[name]
 
 
-def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes | None, is_custom: bool) -> None:
+def _print_report(report: check.KeyMapReport, leaves: Shapes | None, tensors: Shapes | None, is_custom: bool) -> None:
     keys = set[str]().union(*report.claims.values()) & (tensors or {}).keys()
     output.print_pairs(
         [
@@ -503,7 +494,7 @@ def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes |
     )
 
 
-def _describe_unused(report: KeyMapReport) -> list[str]:
+def _describe_unused(report: check.KeyMapReport) -> list[str]:
     """Describe each entry that matches nothing, with similar names among the unmatched weights."""
     texts: list[str] = []
     for entry in (w for w, count in report.counts.items() if not count):
@@ -515,8 +506,6 @@ def _describe_unused(report: KeyMapReport) -> list[str]:
 
 def read_model_shapes(path: Path) -> Shapes:
     """Read `{leaf: shape}` of a model: an Orbax folder, a .safetensors file, or JSON under any other name."""
-    from jaxadapt.storage import orbax
-
     if location.is_dir(path):  # of a training run; if any leaf is below a key "params", only such leaves are the base
         shapes: Shapes = {}
         for leaves in orbax.leaf_specs(path).values():

@@ -10,9 +10,9 @@ import click
 
 import jaxadapt
 from jaxadapt.cli import output, reports
+from jaxadapt.cli.output import atomic, consumers, run_folder
 from jaxadapt.core.errors import escape_text, raise_as, warn
-from jaxadapt.persistence import consumers
-from jaxadapt.storage import atomic, location
+from jaxadapt.storage import location
 
 # ---------------------------------------------------------------- demo
 
@@ -86,9 +86,7 @@ def checkpoints_command(
       jaxadapt checkpoints run/ --step best --export out/
       jaxadapt checkpoints run/ --maximize accuracy --step best --export out/
     """
-    from jaxadapt.persistence.run_folder import RunFolder
-
-    run = RunFolder(folder, minimize=minimize, maximize=maximize)
+    run = run_folder.RunFolder(folder, minimize=minimize, maximize=maximize)
     if step is not None and out is None:
         raise click.UsageError("--step selects the step to export; add --export FOLDER")
     rows = {s: run.metrics(s) for s in run.steps}

@@ -10,7 +10,6 @@ import click
 
 import jaxadapt
 from jaxadapt.cli import output
-from jaxadapt.configs.base import unique_keys
 from jaxadapt.storage import location
 
 if TYPE_CHECKING:
@@ -51,6 +50,8 @@ def compare_logprobs_command(served: str, expected: str, base: str, as_json: boo
 
 
 def _read(path: str) -> dict[str, Table]:
+    from jaxadapt.configs.base import unique_keys
+
     place = location.to_location(path)
     try:
         document: Any = json.loads(location.read_text_bytes(place, _MAX_BYTES), object_pairs_hook=unique_keys)

@@ -24,12 +24,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxadapt.arrays.layout import RANK, Array, FileLayout, part_sizes
 from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
+from jaxadapt.core.lazy import np
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries, shape_problem
 from jaxadapt.keymaps.weight import MethodTensor
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import COMMANDS, main
@@ -309,10 +309,11 @@ def test_completion_works_in_a_real_shell(tmp_path):
 LIGHT = {
     "inspect": (("inspect", "out"), set(), 0),
     "inspect --norms": (("inspect", "out", "--norms"), {"numpy"}, 0),
+    "inspect, of PEFT": (("inspect", "theirs"), set(), 0),
     "families": (("families",), set(), 0),
     "methods": (("methods",), set(), 0),
     "families NAME": (("families", "llama"), set(), 0),
-    "check-keymap": (("check-keymap", "auto", "--model", "shapes.json"), {"numpy"}, 0),
+    "check-keymap": (("check-keymap", "auto", "--model", "shapes.json"), set(), 0),
     "completion": (("completion", "zsh"), set(), 0),
     "checkpoints": (("checkpoints", "run"), set(), 0),
     "checkpoints, best": (("checkpoints", "run", "--minimize", "loss", "--json"), set(), 0),
@@ -327,6 +328,9 @@ LIGHT = {
 def test_commands_that_need_no_jax_start_without_it(name, folder, run_folder):
     words, needs, status = LIGHT[name]
     (folder.parent / "shapes.json").write_text('{"model.layers.0.self_attn.q_proj.kernel": [8, 6]}')
+    shutil.copytree(folder, folder.parent / "theirs")
+    weights = folder.parent / "theirs" / small.WEIGHTS
+    save_file(load_file(weights), weights, metadata={"format": "pt"})  # without jaxadapt's copy of the configuration
     code = (
         "import sys; from jaxadapt.cli import main\n"
         "try: main(sys.argv[2:])\n"

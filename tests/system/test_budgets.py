@@ -49,7 +49,7 @@ OVER_15_BRANCHES, OVER_25_BRANCHES, OVER_10_PARAMETERS = 40, 0, 1
 CHAIN, CIRCLES = 17, ()
 # {call on a warm NNX model of two layers: (files, moves into a function of another file)}.
 WALKS = {
-    "load": (25, 243),
+    "load": (25, 240),
     "save": (22, 233),
     "to_peft": (9, 28),
     "adapt": (20, 155),

@@ -30,14 +30,13 @@ import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
-import numpy as np
-
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.arrays.tensor_source import Derived, TensorSource, TensorSpec, combine, is_float, rename
 from jaxadapt.configs.base import Config, unique_keys
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, ConfigError, FileError, MismatchError, Report, raise_listed
+from jaxadapt.core.lazy import np
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.keymaps.pytorch import flow_position
 from jaxadapt.persistence.formats import EXPECTED, Finding, Format, Opened, Place, Wanted, error, module_keys, read_text
