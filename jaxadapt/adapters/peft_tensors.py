@@ -259,7 +259,8 @@ def _each(change: Callable[[str], str], names: Names) -> dict[str, str]:
     return {key: change(name) for key, name in names.items()}
 
 
-_REPEATED, _BARE = f"^(?:{re.escape(PEFT_PREFIX)})+", (".lora_A", ".lora_B")
+_REPEATED = f"^(?:{re.escape(PEFT_PREFIX)})+"
+_BARE = (".lora_A", ".lora_B")
 _WITHOUT_EFFECT = "PEFT loads an adapter without effect"
 WRAPPERS = Rule(
     "wrapper-names",

@@ -127,10 +127,12 @@ def main(verbose: bool) -> None:
     130 after Ctrl-C.
     """
     client = logging.getLogger("huggingface_hub.utils._http")
-    client.removeFilter(_is_no_retry) if verbose else client.addFilter(_is_no_retry)
     if verbose:
+        client.removeFilter(_is_no_retry)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("jaxadapt").setLevel(logging.INFO)
+    else:
+        client.addFilter(_is_no_retry)
 
 
 def _is_no_retry(record: logging.LogRecord) -> bool:

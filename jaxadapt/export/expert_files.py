@@ -450,7 +450,8 @@ def _place_parts(
     names = [_LABELS[label]] if _LABELS[label] else ["gate_proj", "up_proj"]
     count, parts = len(names), dict[str, tuple[str, tuple[slice, ...]]]()
     for i, name in enumerate(names):
-        new, size = f"{PEFT_PREFIX}{_name(stacks, f'{owner}.{name}')}.lora_", outputs // count
+        new = f"{PEFT_PREFIX}{_name(stacks, f'{owner}.{name}')}.lora_"
+        size = outputs // count
         rows = slice(i, None, count) if stacks.family.interleaved else slice(i * size, (i + 1) * size)
         parts |= {f"{new}A.weight": (keys[0], ()), f"{new}B.weight": (keys[1], (slice(None), rows))}
     return parts

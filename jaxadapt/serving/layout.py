@@ -70,7 +70,8 @@ def _refuse(site: Site) -> Refusal | None:
         return Refusal(
             f"{site.leaf}: a full or partial copy of the weight (modules_to_save, bias, trainable_token_indices)", MERGE
         )
-    way_out, form = APPROXIMATE if site.effects.bias is None else MERGE, "form with a separate adapter for each row"
+    way_out = APPROXIMATE if site.effects.bias is None else MERGE
+    form = "form with a separate adapter for each row"
     if method.rows == "no":
         return Refusal(f"{site.leaf}: {peft_type} has no {form}", way_out)
     if (kind := site.match.weight.kind) not in ("linear", "attention", "fused"):
