@@ -302,9 +302,15 @@ def _linear_modules(method: Method, mapped: Mapped) -> frozenset[str]:
 
 
 def resolve_config(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
+    config: Config,
+    keymap: KeyMap,
+    shapes: Mapping[str, Shape],
+    unsure: frozenset[str] = NONE,
+    never_linear: Collection[str] = NONE,
 ) -> Config:
     """Return the configuration with "all-linear" spelled out, and with the fields that PEFT sets from task and layers.
+
+    `never_linear` are leaves that "all-linear" does not select, whatever the keymap says of them.
 
     Raises `KeyMapError` if "all-linear" meets weights that may or may not be linear.
     """
@@ -316,7 +322,7 @@ def resolve_config(
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
         return config
     mapped, unmapped = _inventory(keymap, shapes, unsure)
-    linear = _linear_modules(get_method(config), mapped)
+    linear = _linear_modules(get_method(config), {leaf: mapped[leaf] for leaf in mapped if leaf not in never_linear})
     if matching.is_all_linear(config):
         all_modules = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
         raise_listed(
@@ -325,7 +331,8 @@ def resolve_config(
             [
                 f"{leaf} {shapes[leaf]}"
                 for leaf, possible_names in unmapped.items()
-                if (leaf in unsure or len(shapes[leaf]) > 2)
+                if leaf not in never_linear
+                and (leaf in unsure or len(shapes[leaf]) > 2)
                 and all(matching.is_target(all_modules, name) for name in possible_names)
             ],
             layout_advice(config, "name them in exclude_modules"),
@@ -582,6 +589,7 @@ def make_recipe(
     entries: Collection[Weight] = (),
     *,
     unsure: frozenset[str] = NONE,
+    never_linear: Collection[str] = NONE,
     found: Mapping[str, Shape] | None = None,
     check: Callable[[Config, KeyMap], None] | None = None,
     weights: Callable[[], Mapping[str, Any]] | None = None,
@@ -592,6 +600,7 @@ def make_recipe(
         shapes: `{dotted path: shape}` of the base leaves.
         entries: the model's own entries, which come before those of the keymap. The recipe stores those of the sites.
         unsure: leaves for whose axes the keymap could only guess.
+        never_linear: as in `resolve_config`.
         found: the shapes of the tensors of an adapter file, by key, if the sites are for a file.
         check: called with the resolved configuration and the keymap with `entries`, before the selection.
         weights: returns the base weights, whose values replicated layers are compared by.
@@ -600,7 +609,7 @@ def make_recipe(
     `KeyMapError` for layers of a new adapter that a complete keymap has no entry for.
     """
     full = keymap.with_entries(entries)
-    config = resolve_config(config, full, shapes, unsure)
+    config = resolve_config(config, full, shapes, unsure, never_linear)
     if check is not None:
         check(config, full)
     sites = select_sites(config, full, shapes, unsure, found)

@@ -545,17 +545,15 @@ def _plan_on_model(
 ) -> tuple[Recipe, Sites]:
     owners, shapes = walked.leaves, base.shapes
     all_linear = matching.is_all_linear(config)
-    if all_linear:
-        shapes = {
-            leaf: shape for leaf, shape in shapes.items() if base_class(owners[leaf][0]).__call__ not in _NEVER_LINEAR
-        }
+    never_linear = {leaf for leaf in shapes if base_class(owners[leaf][0]).__call__ in _NEVER_LINEAR}
     entries, traced = class_entries(owners, base.shapes, keymap, stack_axes), {}
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
         known = dataclasses.replace(keymap, weights=()) if keymap == GENERIC else keymap
-        wanted = custom_leaves(owners, selection.unselected_matrices(config, known.with_entries(entries), shapes))
+        matrices = selection.unselected_matrices(config, known.with_entries(entries), shapes)
+        wanted = [leaf for leaf in custom_leaves(owners, matrices) if not all_linear or leaf not in never_linear]
         traced, others = trace_axes(base.target, walked, example, wanted, required=not all_linear)
-        shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
+        never_linear |= others
         for leaf, (axes, layer_shape) in traced.items():
             stack = _find_stack(leaf, base.shapes[leaf], layer_shape, stack_axes)
             entries.append(entry_from_axes(leaf, base.shapes[leaf], axes, stack))
@@ -581,6 +579,7 @@ def _plan_on_model(
             shapes,
             entries,
             unsure=unsure - {entry.leaf for entry in entries},
+            never_linear=never_linear,
             found=found,
             check=check,
             weights=lambda: base.leaves,

@@ -22,7 +22,6 @@ from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, Site, Sites, is_array
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays import quantized
-from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed, repeated
@@ -338,13 +337,13 @@ class TreeParams(planning.BaseParams):
         ]
         known = {*survey.roles, *(entry.leaf for entry in entries)}
         guessed = [leaf for leaf, shape in self.shapes.items() if len(shape) > 1 and leaf not in known]
-        left_out = survey.refused if matching.is_all_linear(config) else ()
         return selection.make_recipe(
             config,
             keymap,
-            {leaf: shape for leaf, shape in self.shapes.items() if leaf not in left_out},
+            self.shapes,
             entries,
-            unsure=frozenset(guessed).difference(left_out) if keymap == GENERIC else selection.NONE,
+            unsure=frozenset(guessed) if keymap == GENERIC else selection.NONE,
+            never_linear=survey.refused,
             found=found,
             check=survey.check,
             weights=lambda: self.leaves,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -59,3 +62,28 @@ def test_what_adapt_refuses_is_refused() -> None:
         jaxadapt.select(small.net(), jaxadapt.LoraConfig(target_modules=["nothing_here"]))
     with pytest.raises(jaxadapt.AttachError, match="holds no parameters"):
         jaxadapt.select(nn.Dense(3), jaxadapt.LoraConfig(target_modules=["q_proj"]))
+
+
+class Patches(nnx.Module):
+    """A convolution called as a linear layer of the blocks, as in many vision models."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.proj = nnx.Conv(4, 4, (3,), rngs=rngs)
+
+
+class Vision(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.patches = Patches(rngs)
+        self.blocks = nnx.List([nnx.Dict(proj=nnx.Linear(4, 4, rngs=rngs)) for _ in range(20)])
+
+
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["patches.proj"]}])
+def test_all_linear_does_not_name_a_layer_of_another_kind(more: dict[str, Any], tmp_path: Path) -> None:
+    """From twenty modules on PEFT stores suffixes of their names, which must select no other module."""
+    model = Vision()
+    jaxadapt.adapt(model, jaxadapt.LoraConfig(r=2, target_modules="all-linear", **more), rngs=nnx.Rngs(1))
+    jaxadapt.save(model, tmp_path)
+    adapter = jaxadapt.extract(jaxadapt.load(tmp_path, Vision()))
+    copied = {"patches.proj.kernel", "patches.proj.bias"} if more else set[str]()
+    assert set(adapter.sites) == {f"blocks.{i}.proj.kernel" for i in range(20)} | copied

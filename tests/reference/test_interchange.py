@@ -259,6 +259,23 @@ def test_all_linear_is_saved_resolved(twin, tmp_path):
     assert isinstance(json.loads((tmp_path / harness.CONFIG).read_text())["target_modules"], list)
 
 
+@pytest.mark.filterwarnings("ignore:Model (has|with)")  # PEFT's advice on tied weights
+@pytest.mark.parametrize("field", ["modules_to_save", "trainable_token_indices"])
+@pytest.mark.parametrize("twin", FINE_TWINS, ids=str)
+def test_all_linear_beside_a_trained_embedding(twin, field, tmp_path):
+    """The embedding is no linear layer, but it is still there to be trained."""
+    embedding = "embed_tokens" if twin.family == "llama" else "wte"
+    fields = {"target_modules": "all-linear", field: [embedding] if field == "modules_to_save" else [1, 5]}
+    fields |= {"fan_in_fan_out": True} if twin.family == "gpt2" else {}
+    setting = harness.Setting("all-linear", twin.family, "LORA", {**fields, "r": 2, "task_type": "CAUSAL_LM"})
+    base = torch_base(twin.family)
+    output = twin.save(ours(setting), tmp_path)
+    assert harness.specs(harness.read_tensors(tmp_path)) == harness.peft_specs(base, setting.peft())
+    loaded = harness.load(base, tmp_path)
+    assert loaded.missing == loaded.unexpected == []
+    close(harness.logits(loaded.model, IDS), output)
+
+
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_conv1d_is_marked_fan_in_fan_out(api, tmp_path):
     """PEFT turns the flag on for a Conv1D and warns; what we save already says it."""
