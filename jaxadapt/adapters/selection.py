@@ -293,12 +293,28 @@ def _module_names(mapped: Mapped, unmapped: Mapping[str, tuple[str, ...]]) -> li
     return list(dict.fromkeys([*mapped_names, *(name for names in unmapped.values() for name in names)]))
 
 
-def _linear_modules(method: Method, mapped: Mapped) -> frozenset[str]:
+def _linear_modules(method: Method, mapped: Mapped, never_linear: Collection[str]) -> frozenset[str]:
     """Return the linear modules, for a method that adapts such ones; fused ones are refused later if it cannot."""
     kinds = {"linear", "fused"} if "linear" in method.kinds else ()
     return frozenset(
-        name for match, _, modules in mapped.values() if match.weight.kind in kinds for name in modules.values()
+        name
+        for leaf, (match, _, modules) in mapped.items()
+        if match.weight.kind in kinds and leaf not in never_linear
+        for name in modules.values()
     )
+
+
+def _may_be_linear(
+    config: Config, shapes: Mapping[str, Shape], unmapped: Mapping[str, tuple[str, ...]], unsure: Collection[str]
+) -> list[str]:
+    """Return the leaves without a known layout that "all-linear" may select."""
+    all_modules = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
+    return [
+        leaf
+        for leaf, possible_names in unmapped.items()
+        if (leaf in unsure or len(shapes[leaf]) > 2)
+        and all(matching.is_target(all_modules, name) for name in possible_names)
+    ]
 
 
 def resolve_config(
@@ -322,18 +338,15 @@ def resolve_config(
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
         return config
     mapped, unmapped = _inventory(keymap, shapes, unsure)
-    linear = _linear_modules(get_method(config), {leaf: mapped[leaf] for leaf in mapped if leaf not in never_linear})
+    linear = _linear_modules(get_method(config), mapped, never_linear)
     if matching.is_all_linear(config):
-        all_modules = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
         raise_listed(
             KeyMapError,
             'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:',
             [
                 f"{leaf} {shapes[leaf]}"
-                for leaf, possible_names in unmapped.items()
+                for leaf in _may_be_linear(config, shapes, unmapped, unsure)
                 if leaf not in never_linear
-                and (leaf in unsure or len(shapes[leaf]) > 2)
-                and all(matching.is_target(all_modules, name) for name in possible_names)
             ],
             layout_advice(config, "name them in exclude_modules"),
         )
@@ -403,7 +416,7 @@ def _select_sites(
         matching.select_names(
             config,
             names,
-            linear=_linear_modules(method, mapped),
+            linear=_linear_modules(method, mapped, ()),
             output=keymap.output,
             advice=lambda: "".join(routed_left_out(config, (), routed)) or advise_stacked(keymap, shapes),
         )
