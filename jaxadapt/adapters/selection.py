@@ -162,8 +162,8 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
     ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
     """
     # "all-linear" becomes a list of all linear modules; modules_to_save and exclude_modules may name some of them.
-    rules = {field: None for field in ("modules_to_save", "exclude_modules") if config.get(field)}
-    unmatched = unmatched_targets(config.replace(**rules) if rules else config, names)
+    rules = (field for field in ("modules_to_save", "exclude_modules") if config.get(field))
+    unmatched = unmatched_targets(config.replace(**dict.fromkeys(rules)), names)
     warnings = [
         *(f"target_modules: {entry!r} matches no module" + _near_misses(entry, names) for entry in unmatched[:_LIMIT]),
         *_remaining(unmatched, "target_modules: {} more entries match no module"),
@@ -296,25 +296,21 @@ def _module_names(mapped: Mapped, unmapped: Mapping[str, tuple[str, ...]]) -> li
 def _linear_modules(method: Method, mapped: Mapped, never_linear: Collection[str]) -> frozenset[str]:
     """Return the linear modules, for a method that adapts such ones; fused ones are refused later if it cannot."""
     kinds = {"linear", "fused"} if "linear" in method.kinds else ()
-    return frozenset(
-        name
-        for leaf, (match, _, modules) in mapped.items()
-        if match.weight.kind in kinds and leaf not in never_linear
-        for name in modules.values()
-    )
+    chosen = [leaf for leaf, (match, _, _) in mapped.items() if match.weight.kind in kinds and leaf not in never_linear]
+    return frozenset(name for leaf in chosen for name in mapped[leaf][2].values())
 
 
 def _may_be_linear(
-    config: Config, shapes: Mapping[str, Shape], unmapped: Mapping[str, tuple[str, ...]], unsure: Collection[str]
+    config: Config,
+    shapes: Mapping[str, Shape],
+    unmapped: Mapping[str, tuple[str, ...]],
+    unsure: Collection[str],
+    never_linear: Collection[str],
 ) -> list[str]:
     """Return the leaves without a known layout that "all-linear" may select."""
-    all_modules = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
-    return [
-        leaf
-        for leaf, possible_names in unmapped.items()
-        if (leaf in unsure or len(shapes[leaf]) > 2)
-        and all(matching.is_target(all_modules, name) for name in possible_names)
-    ]
+    every = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
+    doubtful = [leaf for leaf in unmapped if leaf not in never_linear and (leaf in unsure or len(shapes[leaf]) > 2)]
+    return [leaf for leaf in doubtful if all(matching.is_target(every, name) for name in unmapped[leaf])]
 
 
 def resolve_config(
@@ -343,11 +339,7 @@ def resolve_config(
         raise_listed(
             KeyMapError,
             'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:',
-            [
-                f"{leaf} {shapes[leaf]}"
-                for leaf in _may_be_linear(config, shapes, unmapped, unsure)
-                if leaf not in never_linear
-            ],
+            [f"{leaf} {shapes[leaf]}" for leaf in _may_be_linear(config, shapes, unmapped, unsure, never_linear)],
             layout_advice(config, "name them in exclude_modules"),
         )
     resolved = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
@@ -414,11 +406,7 @@ def _select_sites(
     routed = expert_parameters(keymap, shapes)
     selected = dict.fromkeys(
         matching.select_names(
-            config,
-            names,
-            linear=_linear_modules(method, mapped, ()),
-            output=keymap.output,
-            advice=lambda: "".join(routed_left_out(config, (), routed)) or advise_stacked(keymap, shapes),
+            config, names, advice=lambda: "".join(routed_left_out(config, (), routed)) or advise_stacked(keymap, shapes)
         )
     )
     parameter_sites, unmatched = (

@@ -85,13 +85,13 @@ mlir.register_lowering(_MISSING, _refuse)
 def draw_arrays(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtype: Any) -> dict[str, Array]:
     """Draw `{path: array}` for `{path: (draw, shape)}`. Each array depends only on the key, its path and its shape.
 
-    Values are drawn in float32 and rounded to `dtype`. The results are NumPy arrays, or traced arrays inside jit.
+    Values are drawn in float32 and rounded to `dtype`. The results are NumPy arrays; inside jit and vmap traced ones.
     """
     sizes = {path: math.prod(shape) for path, (draw, shape) in wanted.items() if draw.kind != "constant"}
     counts = {path: -(-size // _CHUNK) for path, size in sizes.items()}
     words = [(zlib.crc32(path.encode()), i) for path, count in counts.items() for i in range(count)]
     words += [(0, 0)] * (-len(words) % _BLOCK)
-    xp: Any = jnp if regions.is_tracing() else np
+    xp: Any = jnp if regions.is_tracing(key) else np
     step = _BLOCK if xp is np else max(1, len(words))  # inside jit, each call is compiled again
     blocks = (_bits(key, np.array(words[i : i + step], np.uint32)) for i in range(0, len(words), step))
     rows = xp.concatenate([np.zeros((0, _CHUNK), np.uint32), *blocks])

@@ -336,9 +336,10 @@ def concrete_sharding(sharding: Sharding) -> Sharding:
     return NamedSharding(mesh, sharding.spec)
 
 
-def is_tracing() -> bool:
-    """Return True inside jit, even if no argument is traced."""
-    return isinstance(jax.device_put(np.float32(0)), Tracer)  # device_put compiles nothing
+def is_tracing(*values: Any) -> bool:
+    """Return True inside jit, even if no argument is traced, and if one of the values is traced, as inside vmap."""
+    # device_put compiles nothing
+    return any(isinstance(x, Tracer) for x in (jax.device_put(np.float32(0)), *values))
 
 
 def move_to(x: Any, sharding: Sharding) -> Any:

@@ -550,9 +550,14 @@ def _plan_on_model(
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
         known = dataclasses.replace(keymap, weights=()) if keymap == GENERIC else keymap
-        matrices = selection.unselected_matrices(config, known.with_entries(entries), shapes)
-        wanted = [leaf for leaf in custom_leaves(owners, matrices) if not all_linear or leaf not in never_linear]
-        traced, others = trace_axes(base.target, walked, example, wanted, required=not all_linear)
+        wanted = [
+            leaf
+            for leaf in selection.unselected_matrices(config, known.with_entries(entries), shapes)
+            if not all_linear or leaf not in never_linear
+        ]
+        traced, others = trace_axes(
+            base.target, walked, example, custom_leaves(owners, wanted), required=not all_linear
+        )
         never_linear |= others
         for leaf, (axes, layer_shape) in traced.items():
             stack = _find_stack(leaf, base.shapes[leaf], layer_shape, stack_axes)

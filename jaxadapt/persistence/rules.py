@@ -441,11 +441,10 @@ def _new_tensors(absent: set[str], source: TensorSource, expected: Expected) -> 
         raise type(error)(f"{expected.file.source}: cannot initialize the missing tensors: {error}") from error
     new = incomplete.file_plan.encode(leaves, host=not expected.on_device)
     dtypes = {spec.dtype for spec in source.specs.values()}
-    copied = incomplete.copied_keys
     own = dtypes.pop() if len(dtypes) == 1 else None
 
     def value(key: str) -> Any:
-        keeps = own is None or key in copied or new.specs[key].dtype.kind in "iu"
+        keeps = own is None or key in incomplete.copied_keys or new.specs[key].dtype.kind in "iu"
         return new[key] if keeps else new[key].astype(own)
 
     return {key: value(key) for key in new if key in absent}
