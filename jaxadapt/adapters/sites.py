@@ -70,6 +70,8 @@ NAMES = ("embed_tokens", "lm_head")
 def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
     """Return a configuration with `ensure_weight_tying` as PEFT rewrites it: the token embedding replaces the head.
 
+    PEFT ties nothing if the embedding is adapted under another name than those it knows; the result then says so.
+
     Raises `ConfigError` if, by its keymap, the model ties no weights.
     """
     tied = tied_heads(keymap, leaves)
@@ -80,19 +82,29 @@ def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
         )
     for field in ("modules_to_save", "target_modules"):
         names: Any = config.get(field) or ()
-        if not isinstance(names, str) and any(name.rpartition(".")[2] in NAMES for name in names):
+        if not isinstance(names, str) and any(_is_tied_name(name, tied) for name in names):
             return config.replace(**{field: _with_embeddings(names, tied)})
     targets: Any = config.get("target_modules")
     if isinstance(targets, str):
         (embedding,) = set(tied.values())
         suffix = f"|^{re.escape(embedding)}$)"
-        names_one = any(re.fullmatch(targets, name) for name in (*NAMES, embedding)) and not targets.endswith(suffix)
-        return config.replace(target_modules=f"(?:{targets}{suffix}") if names_one else config
+        if any(re.fullmatch(targets, name) for name in NAMES):
+            return config.replace(target_modules=targets if targets.endswith(suffix) else f"(?:{targets}{suffix}")
     if config.get("trainable_token_indices") is None:
         warn(
-            "ensure_weight_tying=True has no effect: neither target_modules nor modules_to_save names the embeddings",
+            "ensure_weight_tying=True has no effect: neither target_modules nor modules_to_save names the embeddings"
+            f" {' or '.join(NAMES)}, which are the only names that PEFT ties",
         )
-    return config
+    return config.replace(
+        ensure_weight_tying=not any(
+            matching.is_target(config, name) or matching.is_saved(config, name) for name in tied.values()
+        )
+    )
+
+
+def _is_tied_name(name: str, tied: Mapping[str, str]) -> bool:
+    """Return True for a name that PEFT knows as that of an embedding, or the full name that it adds for it."""
+    return name.rpartition(".")[2] in NAMES or name in tied.values()
 
 
 def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]:

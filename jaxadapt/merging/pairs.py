@@ -217,8 +217,11 @@ def convert_variant(tensors: PeftTensors) -> PeftTensors:
             for key, a in arrays.items()
             if key.endswith(".lora_A.weight") and len(a.shape) == 2  # `pair_keys` refuses others
         }
-    config = config.replace(use_bdlora=None, use_qalora=False, **dict.fromkeys(_ONLY_IN_TRAINING))
-    return dataclasses.replace(tensors, config=config, tensors=arrays)
+    return dataclasses.replace(
+        tensors,
+        config=config.replace(use_bdlora=None, use_qalora=False, **dict.fromkeys(_ONLY_IN_TRAINING)),
+        tensors=arrays,
+    )
 
 
 def _blocks_to_matrix(bdlora: Mapping[str, Any], key: str, x: Array, source: str) -> Array:

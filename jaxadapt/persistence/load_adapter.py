@@ -535,5 +535,6 @@ def base_keymap(
     """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
     shapes = as_source(tensors.tensors).shapes
     sizes = functools.partial(file_sizes, get_method(tensors.config), tensors.config)
-    turned = bool(tensors.config.get("fan_in_fan_out"))
-    return pytorch.state_dict_keymap(base, shapes, tensors.source, sizes, turned, tied)
+    return pytorch.state_dict_keymap(
+        base, shapes, tensors.source, sizes, bool(tensors.config.get("fan_in_fan_out")), tied
+    )

@@ -19,7 +19,7 @@ import torch
 
 import jaxadapt
 from tests.support import peft_harness as harness
-from tests.support.twins import llama
+from tests.support.twins import gpt2, llama
 
 pytestmark = [pytest.mark.peft, pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")]
 
@@ -158,3 +158,39 @@ def test_it_warns_where_it_has_no_effect():
     _, params = llama.twin_of(base(), "linen")
     with pytest.warns(UserWarning, match="ensure_weight_tying=True has no effect"):
         jaxadapt.init(params["params"], jaxadapt.LoraConfig(target_modules=["q_proj"], **TIED))
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["c_attn", "wte"]},
+        {"target_modules": r".*(c_attn|wte)"},
+        {"target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+    ],
+)
+def test_peft_ties_no_embedding_of_another_name(fields, api, tmp_path):
+    """GPT-2's table is called wte, which PEFT does not know: it adapts the lookup alone, and so do we."""
+    from peft import LoraConfig
+
+    torch_model, twin = gpt2.make_gpt2(api, layers=1)
+    options = {"r": 2, "lora_alpha": 3, "fan_in_fan_out": True, "task_type": "CAUSAL_LM", **fields, **TIED}
+    model = harness.make_peft(torch_model, LoraConfig(**options))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name:
+                p.add_(0.3)
+    want = harness.logits(model, IDS)
+    harness.save(model, tmp_path / "peft")
+    with pytest.warns(UserWarning, match="ensure_weight_tying=True has no effect: .* the only names that PEFT ties"):
+        tree = jaxadapt.load(tmp_path / "peft", twin if api == "nnx" else twin[1])
+    if api == "nnx":
+        output = np.asarray(tree(jnp.asarray(IDS)))
+    else:
+        output = np.asarray(jaxadapt.adapt(twin[0], jaxadapt.extract(tree).config).apply(tree, IDS))
+    np.testing.assert_allclose(output, want, rtol=0, atol=1e-5 * abs(want).max())
+    jaxadapt.save(tree, tmp_path / "ours")
+    loaded = harness.load(torch_model, tmp_path / "ours")
+    assert loaded.missing == loaded.unexpected == []
+    np.testing.assert_allclose(harness.logits(loaded.model, IDS), want, rtol=0, atol=1e-5 * abs(want).max())
