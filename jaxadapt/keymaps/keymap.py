@@ -655,10 +655,10 @@ def entry_for_copy(leaf: str, shape: Sequence[int]) -> Weight:
 
 
 def linen_example(config: Config) -> str:
-    """Return the lines that create an adapter's collection with the adapted Linen module."""
+    """Return the lines that get the shapes of an adapter's collection from the adapted Linen module, and load it."""
     name = config.peft_type.lower()
     return (
-        f'\n  adapter = jaxadapt.adapt(module, config).init(key, x)["{name}"]  # or its shapes only: jax.eval_shape\n'
+        f'\n  adapter = jax.eval_shape(jaxadapt.adapt(module, config).init, key, x)["{name}"]\n'
         f'  jaxadapt.load(path, {{"params": params, "{name}": adapter}})'
     )
 
@@ -668,5 +668,6 @@ def layout_advice(config: Config, leave_out: str) -> str:
     return (
         "\nFor an NNX model or a pytree, pass example=[inputs of one call] (in load, LoraTree(model, example=…)): the"
         f" computation shows the layouts. Or pass keymap=<family>, or a KeyMap with an entry for each; or {leave_out}."
-        f" In Linen, create the collection with the adapted module, whose call shows them:{linen_example(config)}"
+        f" In Linen, a call of the adapted module shows them:{linen_example(config)}\n  jaxadapt.init(params, config,"
+        f' key=key, keymap=jaxadapt.extract({{"{config.peft_type.lower()}": adapter}}).keymap)  # for a new adapter'
     )

@@ -43,6 +43,33 @@ def adapted(**changes: Any) -> Any:
     return jaxadapt.adapt(Net(), jaxadapt.LoraConfig(r=2, target_modules=["q"], **changes))
 
 
+class Headed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(2, name="head")(Own(name="q")(x))
+
+
+def test_the_advice_of_the_error_makes_an_adapter_of_pretrained_parameters(tmp_path: Path):
+    """The start of DoRA and of copies is that of the parameters, and not of those that `init` draws."""
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], use_dora=True, modules_to_save=["head"])
+    module, path, key, x = Headed(), tmp_path / "out", KEY, X
+    params = module.init(jax.random.key(1), X)["params"]  # the pretrained ones
+    with pytest.raises(jaxadapt.KeyMapError, match="is not known") as refused:
+        jaxadapt.init(params, config, key=KEY)
+    first, load, new = str(refused.value).splitlines()[-3:]
+    given = {"module": module, "config": config, "params": params, "path": path, "key": key, "x": x}
+    names: dict[str, Any] = {"jax": jax, "jaxadapt": jaxadapt, **given}
+    exec(f"{first.strip()}\nloaded = lambda: {load.strip()}\nmade = {new.strip()}", names)
+    adapter = names["made"]
+    apply = jaxadapt.adapt(module, config).apply
+    want = module.apply({"params": params}, X)
+    np.testing.assert_allclose(apply({"params": params, **adapter.collection}, X), want, atol=1e-6)
+    drawn = jaxadapt.adapt(module, config).init(KEY, X)["lora"]
+    assert jnp.abs(apply({"params": params, "lora": drawn}, X) - want).max() > 0.1
+    jaxadapt.save(adapter, path)
+    np.testing.assert_allclose(apply(names["loaded"](), X), want, atol=1e-6)
+
+
 # ---------------------------------------------------------------- shapes are independent of initial values
 
 
@@ -272,5 +299,5 @@ def test_the_advice_for_an_unknown_layout_names_the_collection_of_the_method():
     base = {"q": {"kernel": jnp.ones((2, 4, 3))}}
     for config in (jaxadapt.IA3Config(target_modules=["q"]), jaxadapt.LoraConfig(target_modules=["q"])):
         name = config.peft_type.lower()
-        with pytest.raises(jaxadapt.KeyMapError, match=rf'init\(key, x\)\["{name}"\].*\n.*params, "{name}": adapter'):
+        with pytest.raises(jaxadapt.KeyMapError, match=rf'init, key, x\)\["{name}"\].*\n.*params, "{name}": adapter'):
             jaxadapt.init(base, config)
