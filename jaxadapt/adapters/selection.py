@@ -450,15 +450,14 @@ def _refuse_selected(
     """Raise `TargetError` for selected weights that the method cannot adapt, `KeyMapError` for unknown layouts."""
     refused = [
         f"{leaf}: kind {match.weight.kind!r}, {method.peft_type} adapts {sorted(method.kinds)}"
+        + ("; if it is a convolution, its keymap entry needs kind='conv'" if match.weight.kind == "other" else "")
         for leaf, (match, _, module_names) in mapped.items()
         if match.weight.kind not in method.kinds and selected & set(module_names.values())
     ]
     named_leaves = {
         leaf: set(possible_names) for leaf, possible_names in unmapped.items() if selected & set(possible_names)
     }
-    matrices = {
-        name for leaf, possible_names in named_leaves.items() if len(shapes[leaf]) >= 2 for name in possible_names
-    }
+    matrices = {name for leaf, names in named_leaves.items() if len(shapes[leaf]) >= 2 for name in names}
     refused += [
         f"{leaf} {shapes[leaf]}: not a matrix"
         for leaf, possible_names in named_leaves.items()

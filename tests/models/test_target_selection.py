@@ -87,3 +87,13 @@ def test_all_linear_does_not_name_a_layer_of_another_kind(more: dict[str, Any], 
     adapter = jaxadapt.extract(jaxadapt.load(tmp_path, Vision()))
     copied = {"patches.proj.kernel", "patches.proj.bias"} if more else set[str]()
     assert set(adapter.sites) == {f"blocks.{i}.proj.kernel" for i in range(20)} | copied
+
+
+def test_a_convolution_without_its_kind_is_refused_with_the_remedy() -> None:
+    params, config = {"patch": jnp.ones((4, 4, 3, 8))}, jaxadapt.LoraConfig(r=2, target_modules=["stem"])
+    entry = ("patch", "stem.weight", "y x i o -> o i y x")
+    with pytest.raises(jaxadapt.TargetError, match="patch: kind 'other'.*keymap entry needs kind='conv'"):
+        jaxadapt.init(params, config, keymap=jaxadapt.KeyMap("mine", (jaxadapt.Weight(*entry),)))
+    keymap = jaxadapt.KeyMap("mine", (jaxadapt.Weight(*entry, kind="conv"),))
+    found = jaxadapt.init(params, config, keymap=keymap).flat()
+    assert {path: x.shape for path, x in found.items()} == {"patch.lora_A": (2, 3, 4, 4), "patch.lora_B": (8, 2)}
