@@ -107,6 +107,7 @@ def _check_mixture(bank: Bank, ids: Any, weights: Any, implementation: Implement
             for row in bank.layout.rows.sites
             if row.method.effects(row.hparams).weight != "adds"
         ],
+        "\nName one adapter for each row (jaxadapt.combine makes one of several LoRAs), or create a bank without these",
     )
     return weights
 
