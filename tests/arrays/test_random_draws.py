@@ -32,6 +32,14 @@ def test_the_same_in_and_outside_jit_bit_for_bit(dtype):
         np.testing.assert_array_equal(x, outside[path])
 
 
+def test_the_same_inside_vmap():
+    keys = jax.random.split(KEY, 3)
+    found = jax.vmap(lambda key: random_draws.draw_arrays(key, WANTED, "float32"))(keys)
+    for i, key in enumerate(keys):
+        for path, x in random_draws.draw_arrays(key, WANTED, "float32").items():
+            np.testing.assert_array_equal(found[path][i], x)
+
+
 def test_each_array_depends_on_its_own_path_and_shape_only():
     found = random_draws.draw_arrays(KEY, WANTED, "float32")
     for path, x in random_draws.draw_arrays(KEY, {p: WANTED[p] for p in reversed(WANTED)}, "float32").items():
