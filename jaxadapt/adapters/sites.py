@@ -52,7 +52,16 @@ from jaxadapt.core.errors import (
     raise_listed,
     warn,
 )
-from jaxadapt.keymaps.keymap import KeyMap, Match, entry_for_copy, is_guess, is_square, layout_advice, tied_heads
+from jaxadapt.keymaps.keymap import (
+    GENERIC,
+    KeyMap,
+    Match,
+    entry_for_copy,
+    is_guess,
+    is_square,
+    layout_advice,
+    tied_heads,
+)
 from jaxadapt.keymaps.plan import Encoded, PlanEntry, axis_sizes, make_plan, plan_entry, stack_sizes
 from jaxadapt.keymaps.weight import MethodTensor, Modules, Weight
 from jaxadapt.methods.base import METHODS, Method, Target, get_method
@@ -247,6 +256,7 @@ def bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ada
         if (copied := copied_entries(config, match, sizes, counts, inputs))
     ]
     _check_layouts(config, keymap, {match.leaf: shapes[match.leaf] for match, _, _ in copies})
+    _warn_of_tables(config, keymap, shapes, [match for match, _, _ in copies])
     adapted_leaves = {site.leaf for site in adapted}
     raise_listed(
         TargetError,
@@ -258,6 +268,26 @@ def bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ada
         bind_site(config, next(iter(copied.values())), keymap, (match, sizes, parameter_names(match, sizes)), copied)
         for match, sizes, copied in copies
     ]
+
+
+def _warn_of_tables(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], copied: Iterable[Match]) -> None:
+    """Warn of copied token embeddings that may be the head too, where no keymap tells."""
+    for match in copied if keymap.name == GENERIC.name else ():
+        if (
+            match.leaf.rpartition(".")[2] == "embedding"
+            and not match.braced
+            and matching.is_saved(config, match.parameter({})[0])
+            and not any(
+                shapes[match.leaf][0] in shape
+                for leaf, shape in shapes.items()
+                if leaf != match.leaf and len(shape) > 1
+            )
+        ):
+            warn(
+                f"modules_to_save copies {match.leaf}, and no other weight has as many rows or columns. If the model"
+                " computes its logits with it too (`attend`), the copy is used there as well, but PEFT copies the"
+                " lookup only. Pass a KeyMap with entries for both, and list them in its tied="
+            )
 
 
 def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> None:
@@ -385,8 +415,9 @@ def may_need_embeddings(config: Config, mode: bool | str) -> bool:
     """
     if mode not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers: expected true, false or 'auto', found {mode!r}")
-    is_expression = isinstance(config.get("target_modules"), str)
-    return mode is True or (mode == "auto" and (is_expression or _targets_embedding(config, ())))
+    return mode is True or (
+        mode == "auto" and (isinstance(config.get("target_modules"), str) or _targets_embedding(config, ()))
+    )
 
 
 def add_embeddings(

@@ -92,8 +92,9 @@ def changes_base(config: Config) -> bool:
 
 def init_field(config: Config) -> str:
     """Return the field that selects the initialization, for messages."""
-    has_kasa = config.get("kasa_config") is not None
-    return "kasa_config" if has_kasa else f"init_lora_weights={config.get('init_lora_weights')!r}"
+    return (
+        f"init_lora_weights={config.get('init_lora_weights')!r}" if config.get("kasa_config") is None else "kasa_config"
+    )
 
 
 def require_original_base(config: Config, source: str) -> None:

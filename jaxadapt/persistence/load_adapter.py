@@ -525,8 +525,13 @@ def with_pytorch_names(tensors: PeftTensors) -> Adapter:
     shapes = as_source(tensors.tensors).shapes
     weights = pytorch.weight_shapes(shapes)
     base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
-    sizes = functools.partial(file_sizes, get_method(tensors.config), tensors.config)
-    return from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source, sizes))
+    return from_peft(
+        tensors,
+        base,
+        keymap=pytorch.state_dict_keymap(
+            weights, shapes, tensors.source, functools.partial(file_sizes, get_method(tensors.config), tensors.config)
+        ),
+    )
 
 
 def base_keymap(
@@ -534,7 +539,11 @@ def base_keymap(
 ) -> KeyMap:
     """Return the keymap for an adapter of a model in files, from the shapes of its parameters; see `pytorch`."""
     shapes = as_source(tensors.tensors).shapes
-    sizes = functools.partial(file_sizes, get_method(tensors.config), tensors.config)
     return pytorch.state_dict_keymap(
-        base, shapes, tensors.source, sizes, bool(tensors.config.get("fan_in_fan_out")), tied
+        base,
+        shapes,
+        tensors.source,
+        functools.partial(file_sizes, get_method(tensors.config), tensors.config),
+        bool(tensors.config.get("fan_in_fan_out")),
+        tied,
     )

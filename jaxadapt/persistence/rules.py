@@ -240,8 +240,9 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
 
 
 def _is_saved(name: str, config: Config) -> bool:
-    ends = {str(each).rpartition(".")[2] for each in config.get("modules_to_save") or ()}
-    return name.removesuffix(".weight").rpartition(".")[2] in ends
+    return name.removesuffix(".weight").rpartition(".")[2] in {
+        str(each).rpartition(".")[2] for each in config.get("modules_to_save") or ()
+    }
 
 
 def _judge_base_weight(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 
 import jaxadapt
 from tests.support import peft_harness as harness
-from tests.support.twins import gpt2, llama
+from tests.support.twins import gpt2, llama, trees
+from tests.support.twins.tiny import Net
 
 pytestmark = [pytest.mark.peft, pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")]
 
@@ -194,3 +196,30 @@ def test_peft_ties_no_embedding_of_another_name(fields, api, tmp_path):
     loaded = harness.load(torch_model, tmp_path / "ours")
     assert loaded.missing == loaded.unexpected == []
     np.testing.assert_allclose(harness.logits(loaded.model, IDS), want, rtol=0, atol=1e-5 * abs(want).max())
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_copied_table_that_may_be_the_head_is_told_of(api, tmp_path):
+    """No keymap tells that the head is tied; with one that does, the copy is PEFT's: of the lookup alone."""
+    from peft import LoraConfig, get_peft_model
+
+    net = Net(emb=True, tied=True)
+    torch_net = net.torch().eval()
+    model = get_peft_model(torch_net, LoraConfig(r=2, target_modules=["lin"], modules_to_save=["emb"])).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+        want = model(torch.from_numpy(net.input())).numpy()
+    harness.save(model, tmp_path)
+    unnamed = {"params": trees.nest(net.leaves("nnx", None, net.torch()))}
+    with pytest.warns(UserWarning, match=r"modules_to_save copies emb\.embedding, .* PEFT copies the lookup only"):
+        jaxadapt.load(tmp_path, net.nnx(net.torch()) if api == "nnx" else unnamed, keymap="generic")
+    keymap = dataclasses.replace(net.table(api), tied=(("head.weight", "emb.weight"),))
+    if api == "nnx":
+        output = jaxadapt.load(tmp_path, net.nnx(net.torch()), keymap=keymap)(net.ours(net.input()))
+    else:
+        tree = jaxadapt.load(tmp_path, {"params": trees.nest(net.leaves(api, None, net.torch()))}, keymap=keymap)
+        module = jaxadapt.adapt(net.linen(), jaxadapt.extract(tree).config, keymap=keymap)
+        output = module.apply(tree, net.ours(net.input()))
+    np.testing.assert_allclose(output, want, rtol=0, atol=1e-5 * abs(want).max())
