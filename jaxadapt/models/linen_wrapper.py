@@ -362,7 +362,7 @@ class Adapted:
         """Initialize the variables, `{"params": base, …, "lora": {name: tree}}`.
 
         The base values are bit for bit those of the module's `init`. Under `jax.eval_shape` the result is abstract.
-        DoRA and copies (`modules_to_save`) start from these values. For other parameters, make them with
+        DoRA, copies (`modules_to_save`) and trained tokens start from these values. For other parameters, make them with
         `jaxadapt.init(params, config, key=key, keymap=jaxadapt.extract(variables).keymap)`.
 
         Args:
