@@ -177,3 +177,26 @@ def test_a_release_is_tested_before_it_is_published(workflow: dict[str, Any], pr
     assert rights == {"build": {"contents": "read"}, "test": {"contents": "read"}, "publish": {"id-token": "write"}}
     assert workflow["publish"]["steps"][-1]["with"] == {"attestations": True}
     assert "secrets." not in (root / ".github/workflows/release.yml").read_text(encoding="utf-8")
+
+
+def test_pull_requests_run_what_ci_runs(root: Path):
+    """With each Python whose environment `.ci/run` makes, more time than it may take, and no rights."""
+    workflow = yaml.safe_load((root / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the key `on` as a truth value
+    (job,) = workflow["jobs"].values()
+    assert (workflow["permissions"], job["permissions"]) == ({}, {"contents": "read"})
+    script = (root / ".ci/run").read_text(encoding="utf-8")
+    installed = next(step["with"]["python-version"] for step in job["steps"] if "setup-python" in step.get("uses", ""))
+    assert set(installed.split()) == set(re.findall(r"python(3\.\d+) -m venv", script))
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    (budget,) = re.findall(r"^budget=(\d+)", script, re.M)
+    assert job["timeout-minutes"] * 60 > int(budget)
+
+
+def test_the_host_of_the_site_builds_it_as_the_tests_do(root: Path, project: dict[str, Any]):
+    host = yaml.safe_load((root / ".readthedocs.yaml").read_text(encoding="utf-8"))
+    assert host["sphinx"] == {"configuration": "docs/conf.py", "fail_on_warning": True}
+    (install,) = host["python"]["install"]
+    assert set(install["extra_requirements"]) <= set(project["optional-dependencies"])
+    python = host["build"]["tools"]["python"]
+    assert f"Programming Language :: Python :: {python}" in project["classifiers"]
