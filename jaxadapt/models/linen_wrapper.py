@@ -362,8 +362,8 @@ class Adapted:
         """Initialize the variables, `{"params": base, …, "lora": {name: tree}}`.
 
         The base values are bit for bit those of the module's `init`. Under `jax.eval_shape` the result is abstract.
-        DoRA, copies (`modules_to_save`) and trained tokens start from these values. For other parameters, make them with
-        `jaxadapt.init(params, config, key=key, keymap=jaxadapt.extract(variables).keymap)`.
+        DoRA, copies (`modules_to_save`) and trained tokens start from these values. For other parameters, make the
+        adapter with `jaxadapt.init(params, config, key=key, keymap=jaxadapt.extract(variables).keymap)`.
 
         Args:
             rngs: a key or `{stream: key}`. The initial values of an adapter come from the stream that is named like its
