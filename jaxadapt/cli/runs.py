@@ -206,6 +206,7 @@ def serve_command(
     ):  # fmt: skip
         from jaxadapt.server import app
         from jaxadapt.server.engine import open_base
+    app.listen(host, port).close()  # an address that cannot be used is an error before the model is compiled
     server = app.make_server(open_base(base), adapters, rows=rows, slots=slots, length=length, rank=rank, queue=queue)
     if not app.is_loopback(host):
         warn(f"{host} can be reached from other machines, and the server has no authentication")

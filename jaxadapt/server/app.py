@@ -278,7 +278,7 @@ class Server:
             if room < 1 or wanted > room:
                 raise RequestError(
                     400,
-                    f"{len(ids)} tokens of the prompt and {wanted} of the answer exceed {self.length}",
+                    f"{len(ids)} tokens of the prompt and {max(wanted, 1)} of the answer exceed {self.length}",
                     code="context_length_exceeded",
                     param="prompt",
                 )
@@ -288,7 +288,7 @@ class Server:
                     adapter=adapter,
                     sampling=dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32),
                     max_tokens=wanted,
-                    text=TextStream(self.base.decode, request.stop),
+                    text=TextStream(self.base.decode, request.stop, ids[-5:]),  # as many as in vLLM
                     emit=functools.partial(session.emit, index),
                     top=request.top,
                     echo=request.echo,
@@ -466,9 +466,15 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
         return JSONResponse(next(entry for entry in server.models() if entry["id"] == name))
 
     async def metrics(_: requests.Request) -> Response:
-        adapters = {"adapters": len(server.pool.names()), "adapters_resident": len(server.pool.resident())}
         return PlainTextResponse(
-            server.engine.metrics.text(server.engine.gauges() | adapters), media_type="text/plain; version=0.0.4"
+            server.engine.metrics.text(
+                {
+                    **server.engine.gauges(),
+                    "adapters": len(server.pool.names()),
+                    "adapters_resident": len(server.pool.resident()),
+                }
+            ),
+            media_type="text/plain; version=0.0.4",
         )
 
     async def health(_: requests.Request) -> Response:
@@ -502,7 +508,6 @@ def make_app(server: Server, *, hosts: Sequence[str] = ("*",), started: Callable
 
 
 GRACE_SECONDS = 10
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 def make_server(
@@ -569,7 +574,7 @@ def allowed_hosts(host: str) -> tuple[str, ...]:
     >>> allowed_hosts("127.0.0.2"), allowed_hosts("0.0.0.0")
     (('localhost', '127.0.0.1', '[::1]', '127.0.0.2'), ('*',))
     """
-    return (*LOOPBACK_HOSTS, _in_url(host)) if is_loopback(host) else ("*",)
+    return ("localhost", "127.0.0.1", "[::1]", _in_url(host)) if is_loopback(host) else ("*",)
 
 
 def _in_url(host: str) -> str:
@@ -591,7 +596,7 @@ def run(server: Server, *, host: str = "127.0.0.1", port: int = 8000, started: C
     Raises:
         FileError: the address cannot be used.
     """
-    listener = _listen(host, port)
+    listener = listen(host, port)
     url = f"http://{_in_url(host)}:{listener.getsockname()[1]}"
     app = make_app(server, hosts=allowed_hosts(host), started=lambda: started(url))
 
@@ -606,10 +611,17 @@ def run(server: Server, *, host: str = "127.0.0.1", port: int = 8000, started: C
         Ending(config).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; raise `FileError` if the address cannot be used."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # IPv4 too on "::", as Linux does
-        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=dual)
+        return socket.create_server(
+            address,
+            family=family,
+            backlog=128,
+            dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6(),  # IPv4 too on "::", as on Linux
+        )
     except OSError as error:
-        raise FileError(f"cannot listen on {host}, port {port}: {error}. Choose another one with --port") from error
+        raise FileError(
+            f"cannot listen on {host}, port {port}: {error}. Choose another address with --host and --port"
+        ) from error

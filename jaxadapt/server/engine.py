@@ -71,8 +71,8 @@ class Base:
         return config, to_nnx(config, self.weights)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, to which nothing is added."""
-        return _encode(self.tokenizer, text)
+        """Return the token ids of a text, with the tokens that the tokenizer adds, such as Llama 2's first one."""
+        return _encode(self.tokenizer, text, add=True)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of token ids, without special tokens, or with them."""
@@ -83,8 +83,10 @@ class Base:
 
         A token whose bytes are no whole text has the name that the vocabulary gives it, and False.
         """
-        text, name = self.decode([token], special=True), self.tokenizer.id_to_token(token)
-        return (text, True) if name is None or INCOMPLETE not in text else (name, False)
+        alone, name = self.decode([token], special=True), self.tokenizer.id_to_token(token)
+        # After another token: some decoders drop the space before the first one.
+        text = self.decode([token, token], special=True)[len(alone) :]
+        return (text, True) if name is None or INCOMPLETE not in alone else (name, False)
 
     @property
     def chats(self) -> bool:
@@ -106,10 +108,9 @@ class Base:
         return [*ids, start, *_encode(self.text_tokenizer, "assistant\n")]
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def _encode(tokenizer: Any, text: str, *, add: bool = False) -> list[int]:
     # Other threads run meanwhile; while `encode` runs, they do not.
-    (encoded,) = tokenizer.encode_batch([text], add_special_tokens=False)
-    return encoded.ids
+    return tokenizer.encode_batch([text], add_special_tokens=add)[0].ids
 
 
 def open_base(base: str | os.PathLike[str]) -> Base:

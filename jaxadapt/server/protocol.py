@@ -423,6 +423,7 @@ class TextStream:
     Args:
         decode: returns the text of token ids.
         stop: strings that end the text, which does not contain them.
+        context: token ids before the text. A decoder may drop the space before its first token.
 
     Attributes:
         stopped: True after a stop string.
@@ -432,11 +433,13 @@ class TextStream:
     (['a', ' ', '', 'Ea', '', '', ''], True)
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), context: Sequence[int] = ()
+    ) -> None:
         self._decode, self._stop = decode, [text for text in stop if text]
-        self._ids: list[int] = []
+        self._ids: list[int] = [*context]
         self._begin = 0  # ids before it are decoded for good; those from it on give the next characters their context
-        self._read = 0  # ids before it are in the text
+        self._read = len(context)  # ids before it are in the text, or before it
         self._held = ""
         self.stopped: bool = False
 

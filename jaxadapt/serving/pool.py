@@ -74,10 +74,13 @@ class Version:
 def find_folders(root: str | os.PathLike[str]) -> dict[str, Path]:
     """Return `{name: folder}` of the adapter folders directly in a folder, sorted by name.
 
-    A folder with the base's name is left out with a warning. Raises `FileError` if the folder cannot be read.
+    A folder with the base's name is left out with a warning. Raises `FileError` if the folder cannot be read, or is
+    itself that of an adapter.
     """
     with raise_as(FileError, f"cannot list the adapters in {os.fspath(root)}", OSError):
         found = {path.name: path for path in sorted(Path(root).iterdir()) if is_adapter(path)}
+    if not found and is_adapter(Path(root)):
+        raise FileError(f"{os.fspath(root)} is the folder of one adapter; give the folder that contains it")
     if BASE in found:
         warn(f"{found.pop(BASE)}: {BASE!r} is the name of the base, so the adapter cannot be leased; rename the folder")
     return found

@@ -86,11 +86,11 @@ def server(base: Base, root: Path) -> Iterator[Any]:
 call = nnx.jit(lambda model, tokens: model(tokens))
 
 
-def alone(base: Base, folder: Path | None, prompt: str, count: int) -> list[int]:
+def alone(base: Base, folder: Path | None, prompt: str | list[int], count: int) -> list[int]:
     """The greedy answer of the uncached model, with one adapter loaded by `jaxadapt.load`."""
     model = llama.to_nnx(base.config, base.weights)
     model = model if folder is None else jaxadapt.load(folder, model)
-    tokens = base.encode(prompt)
+    tokens = base.encode(prompt) if isinstance(prompt, str) else [*prompt]
     for _ in range(count):
         padded = np.zeros((1, LENGTH), np.int32)
         padded[0, : len(tokens)] = tokens

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import json
+import string
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,11 +15,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tokenizers
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load_file, save_file
 
 from jaxadapt.server.app import MAX_BODY, make_app
-from tests.server.conftest import LENGTH, NAMES, ROWS, alone, write_adapter
+from tests.server.conftest import CONFIG, LENGTH, NAMES, ROWS, alone, write_adapter
 
 GREEDY = {"prompt": "Hello", "max_tokens": 12, "temperature": 0}
 
@@ -104,6 +108,46 @@ def test_a_stop_string_ends_the_answer_before_it(server, base):
     assert stopped["usage"]["completion_tokens"] < 12
 
 
+def llama2_tokenizer() -> tokenizers.Tokenizer:
+    """A tokenizer of SentencePiece as in Llama 2's tokenizer.json: a first token, and "▁" for a space before a word."""
+    words = [*string.ascii_lowercase, "▁", *(f"▁{a}" for a in string.ascii_lowercase)]
+    words += [f"▁{a}{b}" for a, b in itertools.product(string.ascii_lowercase, string.ascii_lowercase)]
+    names = ["<unk>", "<s>", "</s>", *words[: CONFIG.vocab_size - 3]]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    made.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
+@pytest.mark.peft
+def test_a_tokenizer_as_llama2s_adds_its_first_token_and_an_answer_keeps_its_space(server):
+    """As in transformers, which reads the same file. Without the first token, a Llama 2 answers something else."""
+    transformers = pytest.importorskip("transformers")
+    made = llama2_tokenizer()
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    base = dataclasses.replace(server.base, tokenizer=made, text_tokenizer=made)
+    other, spaces = dataclasses.replace(server, base=base), 0
+    for prompt in "abcdefgh":
+        ids = reference(prompt)["input_ids"]
+        assert ids[0] == reference.bos_token_id
+        answer = alone(base, None, ids, 6)
+        before = reference.decode(ids, skip_special_tokens=True)
+        expected = reference.decode(ids + answer, skip_special_tokens=True)[len(before) :]
+        body = {"model": base.name, "prompt": prompt, "max_tokens": 6, "temperature": 0, "logprobs": 0}
+        (choice,) = ask(other, body)[0].json()["choices"]
+        assert choice["text"] == expected
+        assert "".join(choice["logprobs"]["tokens"]) == expected
+        assert ask(other, {**body, "echo": True})[0].json()["choices"][0]["text"] == prompt + expected
+        spaces += expected.startswith(" ")
+    assert spaces
+
+
 def test_a_seed_repeats_an_answer(server):
     body = {"model": "de", **GREEDY, "temperature": 1.5, "top_p": 0.9, "top_k": 50}
     first, again, other = ask(server, {**body, "seed": 5}, {**body, "seed": 5}, {**body, "seed": 6})
@@ -127,6 +171,8 @@ def test_a_chat_is_chatml_and_special_tokens_in_it_are_text(server, base):
     assert chat.json()["object"] == "chat.completion"
     (long,) = ask(server, {"model": "fr", "messages": messages, "max_tokens": 40}, path="/v1/chat/completions")
     assert long.json()["error"]["code"] == "context_length_exceeded"
+    (without,) = ask(server, {"model": "fr", "messages": messages * 2}, path="/v1/chat/completions")
+    assert without.json()["error"]["message"].endswith("tokens of the prompt and 1 of the answer exceed 64")
 
 
 WRONG = [

@@ -17,7 +17,9 @@ from typing import Any
 
 import openai
 import pytest
+from click.testing import CliRunner
 
+from jaxadapt.cli import main
 from tests.server.conftest import alone, write_base
 from tests.support import compiling
 
@@ -70,6 +72,14 @@ def end(process: subprocess.Popen[str], url: str) -> None:
     assert {code for code, _ in replies} == {200, 503}
     assert all(json.loads(text)["error"]["code"] == "shutting_down" for text in refused)
     assert process.wait(60) == -signal.SIGTERM
+
+
+def test_an_address_in_use_is_an_error_before_the_base_is_read(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["serve", "--base", tmp_path, "--adapters", tmp_path, "--port", taken.getsockname()[1]]
+        result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 1
+    assert "cannot listen on 127.0.0.1" in result.output
 
 
 @pytest.fixture

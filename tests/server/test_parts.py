@@ -260,6 +260,8 @@ def test_scan_leaves_out_links_that_leave(root, tmp_path):
     assert list(app.scan(root))[:3] == ["broken", "de", "fr"]
     with pytest.raises(FileError, match="cannot list the adapters"):
         app.scan(tmp_path / "none")
+    with pytest.raises(FileError, match="fr is the folder of one adapter; give the folder that contains it"):
+        app.scan(root / "fr")
 
 
 def test_bases(tmp_path, base, root):
