@@ -392,7 +392,7 @@ class Lora(Method, peft_type="LORA"):
             assert start.axes is not None
             return output_norms(start.axes, _changed_weight(start.hparams, start.params, start.axes, start.w))
         init = config.init_lora_weights
-        if init not in (True, False, "gaussian") or config.kasa_config is not None:
+        if str(init).lower() not in ("true", "false", "gaussian") or config.kasa_config is not None:
             setting = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
             raise ConfigError(
                 f"cannot initialize with {setting} from random numbers: it needs the base weights, data or gradients."
@@ -405,7 +405,7 @@ class Lora(Method, peft_type="LORA"):
             return Draw("normal", 1.0)
         own_sizes = dict(tensor.own)
         r = own_sizes.get("r", 1)
-        if init == "gaussian":
+        if str(init).lower() == "gaussian":
             return Draw("normal", 1 / r)
         return Draw.kaiming(start.fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r)
 
