@@ -264,6 +264,7 @@ class InitKind:
         per_entry: True if the layers or parts of a leaf may differ in rank or scale.
         conv1d: True if PEFT supports it for weights stored as (in, out).
         limit: returns the largest rank for the smaller side of W; None for no limit, but an even rank.
+        divides: True if it divides A and B by the root of the scale.
         from_run: why `load` cannot repeat it; "" if it can.
     """
 
@@ -277,6 +278,7 @@ class InitKind:
     per_entry: bool = False
     conv1d: bool = True
     limit: Callable[[int], int] | None = int
+    divides: bool = False
     from_run: str = ""
 
 
@@ -323,8 +325,14 @@ KINDS: Mapping[str, InitKind] = {
     kind.name: kind
     for kind in (
         InitKind("", needs=("key",)),
-        InitKind("pissa", lambda x: pissa(x.w, x.r, x.s)),
-        InitKind("pissa_niter", _pissa_fast, ("key",), from_run="a randomized SVD, which differs in each run"),
+        InitKind("pissa", lambda x: pissa(x.w, x.r, x.s), divides=True),
+        InitKind(
+            "pissa_niter",
+            _pissa_fast,
+            ("key",),
+            divides=True,
+            from_run="a randomized SVD, which differs in each run",
+        ),
         InitKind("olora", lambda x: olora(x.w, x.r), conv1d=False),
         InitKind(
             "mica",
@@ -332,9 +340,15 @@ KINDS: Mapping[str, InitKind] = {
             kinds=("linear", "embedding"),
             in_8_bits=True,
         ),
-        InitKind("loftq", _loftq, base=lambda x, pair: None if pair is None else pair.left, conv1d=False),
+        InitKind(
+            "loftq",
+            _loftq,
+            base=lambda x, pair: None if pair is None else pair.left,
+            conv1d=False,
+            divides=True,
+        ),
         InitKind("orthogonal", _orthogonal, ("key",), limit=None),
-        InitKind("corda", _corda, ("batches",), from_run="the initialization's data"),
+        InitKind("corda", _corda, ("batches",), divides=True, from_run="the initialization's data"),
         InitKind(
             "eva",
             lambda x: Factors(x.data, jnp.zeros((x.out, len(x.data)))),

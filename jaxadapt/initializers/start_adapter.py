@@ -88,7 +88,7 @@ class Initialization:
 
     def _obstacles(self, b: Site) -> list[str]:
         """Return the first reason why the initialization does not support a site, if there is one."""
-        r, leaf = _rank(b), self.weights[b.leaf]
+        r, leaf, scale = _rank(b), self.weights[b.leaf], b.hparams.scale
         if quantized.is_quantized(leaf):
             return ["it is quantized; initialize with the original weights, then quantize the changed base"]
         out_size, in_size = factors.matrix_sizes(b)
@@ -100,7 +100,10 @@ class Initialization:
                 leaf.dtype.itemsize == 1 and not self.kind.in_8_bits
             ),
             "its layers or parts differ in rank or scale; use an unrolled model": (
-                isinstance(b.hparams.scale, PerEntry) and not self.kind.per_entry
+                isinstance(scale, PerEntry) and not self.kind.per_entry
+            ),
+            f"expected a positive scale, whose root divides its factors, found {scale}; set lora_alpha above 0": (
+                self.kind.divides and not isinstance(scale, PerEntry) and scale <= 0
             ),
             f"expected an even rank, found {r}": self.kind.limit is None and r % 2,
             "PEFT decomposes a Conv1D's transposed weight, and its layer then fails or is wrong": (

@@ -212,6 +212,8 @@ def check_site(config: LoraConfig, match: Match, r: int) -> None:
         "kasa_config is not supported on a part of an nn.Linear, whose parts would share one diagonal; remove the"
         " setting, or exclude the module": kind == "fused" and config.kasa_config is not None,
         f"alora_invocation_tokens with {', '.join(alora)}: PEFT has no such adapter": alora,
+        "init_lora_weights='mica' with use_dora=True: PEFT has no such adapter": (init, config.use_dora)
+        == ("mica", True),
         "lora_bias=True is not supported on an embedding, which has no output bias; set lora_bias=False, or exclude the"
         " module": kind == "embedding" and config.lora_bias,
     }
@@ -221,8 +223,11 @@ def check_site(config: LoraConfig, match: Match, r: int) -> None:
 
 def check_parameter(config: LoraConfig, match: Match) -> None:
     """Raise `ConfigError` for settings that PEFT's ParamWrapper lacks: it computes only W + s·B·A."""
-    unsupported = fields_set(config, "tensor", "token")
-    unsupported |= {name: value for name in ("lora_dropout", "fan_in_fan_out") if (value := config.get(name))}
+    unsupported = fields_set(config, "tensor", "token") | {
+        name: value
+        for name in ("lora_dropout", "fan_in_fan_out", "init_lora_weights")
+        if (value := config.get(name)) and (name != "init_lora_weights" or value == "mica")
+    }
     problems = [f"{name}={value!r}" for name, value in unsupported.items() if name != "bias"]
     if problems:
         raise ConfigError(

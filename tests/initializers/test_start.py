@@ -89,6 +89,9 @@ def test_the_randomized_svd_is_exact_with_as_many_vectors_as_the_matrix_has(shap
     [
         (config("pissa", r=7), {}, ConfigError, r"q_proj.kernel: rank 7 exceeds 6, the most for 8 x 6"),
         (config("orthogonal", r=3), {"key": 0}, ConfigError, "expected an even rank, found 3"),
+        (config("pissa", lora_alpha=-2), {}, ConfigError, r"positive scale, .*found -1.0"),  # PEFT's are NaN
+        (config("pissa_niter_4", lora_alpha=0), {"key": 0}, ConfigError, "positive scale"),
+        (config("loftq", lora_alpha=0, loftq_config={"loftq_bits": 4}), {}, ConfigError, "positive scale"),
         (config("pissa_niter_4"), {}, AttachError, "key is needed"),
         (config("corda"), {}, AttachError, "data is needed: jaxadapt.initializers.Batches"),
         (config("lora_ga"), {"key": 0}, AttachError, "data is needed: the gradients"),

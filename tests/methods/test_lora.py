@@ -159,6 +159,7 @@ TURNED = Weight("w", "a.q.weight", "i o -> i o", fan_in_fan_out=True)
         ({"alora_invocation_tokens": [1], "use_dora": True}, LINEAR, "alora_invocation_tokens with use_dora"),
         ({"alora_invocation_tokens": [1], "kasa_config": {}}, LINEAR, "alora_invocation_tokens with kasa_config"),
         ({"alora_invocation_tokens": [1], "init_lora_weights": "mica"}, LINEAR, "with init_lora_weights='mica'"),
+        ({"init_lora_weights": "mica", "use_dora": True}, LINEAR, "init_lora_weights='mica' with use_dora=True"),
         ({"alora_invocation_tokens": []}, LINEAR, "with an empty list of tokens"),
         ({"alora_invocation_tokens": [1]}, TABLE, "with a layer that is not linear"),
         ({"lora_bias": True}, TABLE, "lora_bias=True is not supported on an embedding"),
@@ -183,7 +184,7 @@ def test_what_peft_combines_is_accepted(fields):
 PARAMETER = Weight("w", "a.q", "e i o -> e o i", kind="experts")
 
 
-@pytest.mark.parametrize("field", ["lora_dropout=0.5", "lora_bias=True", "use_dora=True"])
+@pytest.mark.parametrize("field", ["lora_dropout=0.5", "lora_bias=True", "use_dora=True", "init_lora_weights='mica'"])
 def test_a_parameter_takes_no_setting_of_modules(field):
     name, _, value = field.partition("=")
     config = LoraConfig(r=2, target_parameters=["a.q"], **{name: ast.literal_eval(value)})
