@@ -111,7 +111,11 @@ class RunFolder:
         """
         number = self.best if step == "best" else self.latest if step in (None, "latest") else step_number(step)
         if number is None:
-            found = "no step has the metric" if step == "best" and self.steps else "no checkpoint found"
+            found = (
+                f"no step has the metric {', '.join(self.objective.values())!r}"
+                if step == "best" and self.steps
+                else "no checkpoint found"
+            )
             raise FileError(f"{self.folder}: {problem}{found}")
         return number
 
@@ -176,7 +180,7 @@ def make_record(
 ) -> StepRecord:
     """Return the record of a new step; `best` is the number and the metric of the best step before it.
 
-    Raises `ConfigError` for a metric that is no number.
+    Warns of metrics without the one that decides. Raises `ConfigError` for a metric that is no number.
     """
     floats: dict[str, float] = {}
     for name, value in metrics.items():
@@ -184,6 +188,8 @@ def make_record(
             floats[str(name)] = float(value)
     values = {} if best is None else {int(best[0]): float(best[1])}
     for mode, metric in objective.items():
+        if floats and metric not in floats:
+            warn(f"metrics: step {step} has {', '.join(floats)}, and not {metric}, which decides what step is best")
         values = _rank_values({**values, step: floats.get(metric, math.nan)}, mode)
     return StepRecord(step, floats, objective, next(iter(values.items()), None))
 

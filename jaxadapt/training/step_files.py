@@ -436,14 +436,8 @@ def read_stored_step(path: location.Location) -> StoredStep:
     kinds = {f.name: list if f.name == "hosts" else dict for f in dataclasses.fields(Snapshot) if f.name != "arrays"}
     if wrong := [name for name, kind in kinds.items() if not isinstance(document.get(name), kind)]:
         raise FormatError(f"{path}: not a checkpoint of jaxadapt: {', '.join(wrong)} missing or damaged")
-    return StoredStep(
-        specs,
-        *(document[name] for name in kinds),
-        path=path,
-        metrics=document["metrics"],
-        byte_dtypes=document["odd"],
-        crcs=crcs,
-    )
+    return StoredStep(specs, *(document[name] for name in kinds), path=path, metrics=document["metrics"],
+                      byte_dtypes=document["odd"], crcs=crcs)  # fmt: skip
 
 
 def read_step_arrays(step: StoredStep, wanted: Mapping[str, Any], report: Report = no_report) -> dict[str, Any]:
@@ -572,10 +566,12 @@ def fill_parts(model: Any, parts: Mapping[str, Any], stored: StoredStep, report:
     values = {n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v
               for n, v in values.items()}  # fmt: skip
     values |= {n: _wrap_keys(values[n], stored.keys[n], examples[n]) for n in values.keys() & stored.keys.keys()}
-    # Rebuild these parts first: they may be damaged, and the model and given parts are filled in place.
-    filled = {part: _rebuild(part, stored.plain[part], values) for part in rebuilt}
-    filled["model"] = _fill_model(held, others, stored, values)
-    return filled | {part: _fill_example(part, example, values) for part, example in given.items()}
+    return {
+        # First, because they may be damaged: the model and given parts are filled in place.
+        **{part: _rebuild(part, stored.plain[part], values) for part in rebuilt},
+        "model": _fill_model(held, others, stored, values),
+        **{part: _fill_example(part, example, values) for part, example in given.items()},
+    }
 
 
 def _find_targets(held: Carrier, stored: Snapshot) -> tuple[Mapping[str, Any], dict[str, Adapter], list[str]]:
@@ -599,8 +595,11 @@ def _find_targets(held: Carrier, stored: Snapshot) -> tuple[Mapping[str, Any], d
             problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(held)}: attach it first")
             continue
         adapters[name] = held.extract(name)
-        if adapters[name].config != Recipe.from_text(text).config:
-            problems.append(f"the adapter {name!r} has another configuration; attach it with the checkpoint's")
+        if adapters[name].config != (saved := Recipe.from_text(text).config):
+            problems.append(
+                f"the adapter {name!r} has another configuration; attach it with the checkpoint's:"
+                f" {adapters[name].config.differences(saved, 'saved')}"
+            )
     return guests, adapters, problems
 
 
@@ -671,7 +670,8 @@ def _fill_model(held: Carrier, others: Any, stored: Snapshot, values: Mapping[st
 def _rebuild(part: str, plain: Any, values: Mapping[str, Any]) -> Any:
     """Build a tree from its stored structure and the values by path."""
     with raise_as(FormatError, f"{part}: its stored structure is damaged", ValueError, KeyError, TypeError):
-        return _build_node(plain, part, values)
+        # The value at a dict's one key "" has the part's own name.
+        return _build_node(plain, part, {f"{part}/": values[part], **values} if part in values else values)
 
 
 def _build_node(node: Any, path: str, values: Mapping[str, Any]) -> Any:

@@ -476,6 +476,7 @@ def test_checkpoints_are_listed(run_folder):
     assert "no step has the metric 'los'; found ['loss', 'seen']" in misspelt.output
 
 
+@pytest.mark.filterwarnings("ignore:metrics. step . has loss, seen, and not other")
 def test_the_best_checkpoint_is_the_one_by_the_metric_that_the_run_optimized(tmp_path):
     runs = {"loss": {"minimize": "loss"}, "seen": {"maximize": "seen"}, "other": {"minimize": "other"}}
     for name, objective in runs.items():

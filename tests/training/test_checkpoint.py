@@ -383,6 +383,7 @@ LOSSES = [5.0, 1.0, 4.0, 0.5, 3.0, 0.5, 2.0, float("nan"), 6.0]
         ({"keep": 1, "keep_best": 1, "minimize": "accuracy"}, [8]),
     ],
 )
+@pytest.mark.filterwarnings("ignore:metrics. step . has loss, and not accuracy")
 def test_which_steps_stay(policy: dict[str, Any], kept: Any, tmp_path: Path):
     adapter = small.host_adapter()
     with jaxadapt.CheckpointManager(tmp_path, **policy) as manager:
@@ -454,7 +455,7 @@ def test_best_and_latest_name_a_step(tmp_path: Path):
     like = small.host_adapter()
     assert [manager.restore(like, name).step for name in ("best", "latest", None, 0)] == [1, 2, 2, 0]
     assert [manager.adapter(name).flat()["q_proj.kernel.lora_A"][0, 0] for name in ("best", "latest")] == [1, 2]
-    with pytest.raises(jaxadapt.FileError, match="cannot restore: no step has the metric"):
+    with pytest.raises(jaxadapt.FileError, match="cannot restore: no step has the metric 'error'"):
         jaxadapt.CheckpointManager(tmp_path, minimize="error").restore(like, "best")
     with pytest.raises(jaxadapt.ConfigError, match="'best' or 'latest' to restore: 'str' object"):
         manager.restore(like, "first")

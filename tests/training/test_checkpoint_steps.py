@@ -118,6 +118,23 @@ def test_best_says_so_if_the_best_step_is_deleted(tmp_path: Path) -> None:
     assert again.best == 1  # what a rollback deletes does not count
 
 
+def test_metrics_without_the_one_that_decides_are_a_warning(tmp_path: Path) -> None:
+    """With a misspelled name, `keep=` would delete the best step without a word. Steps without metrics are no fault."""
+    adapter = small.host_adapter()
+    with jaxadapt.CheckpointManager(tmp_path, keep=1, minimize="loss") as manager:
+        with pytest.warns(UserWarning, match="step 1 has eval_loss, seen, and not loss, which decides"):
+            manager.save(1, adapter, metrics={"eval_loss": 1.0, "seen": 3})
+        manager.save(2, adapter)
+        manager.save(3, adapter, metrics={"loss": 1.0, "seen": 9})
+
+
+@pytest.mark.parametrize("data", [{"": 7}, {"": {"": 7}}, {"a": {"": 7}, "": [8]}, 7])
+def test_data_with_empty_keys_is_restored(data: Any, tmp_path: Path) -> None:
+    with jaxadapt.CheckpointManager(tmp_path) as manager:
+        manager.save(1, small.host_adapter(), data=data)
+    assert manager.restore(small.host_adapter()).data == data
+
+
 def test_the_best_is_exported_right_after_it_was_saved(tmp_path: Path) -> None:
     with jaxadapt.CheckpointManager(tmp_path / "run", minimize="loss") as manager:
         for step, loss in LOSSES.items():
@@ -283,6 +300,9 @@ def test_a_model_is_restored_without_its_optimizer(tmp_path: Path) -> None:
     # What else a model has is still checked, and still put back.
     with pytest.raises(jaxadapt.MismatchError, match="the adapter 'default' has another configuration"):
         manager.restore(small.trained(small.IA3), 1, model_only=True)
+    scaled = small.trained(jaxadapt.extract(model).config.replace(lora_alpha=99))
+    with pytest.raises(jaxadapt.MismatchError, match=r"the checkpoint's: lora_alpha \(99 attached, \d+ saved\)"):
+        manager.restore(scaled, 1, model_only=True)
 
 
 @pytest.mark.parametrize("part", PARTS)
