@@ -331,6 +331,8 @@ class Adapted:
         """
         return dataclasses.replace(self, **changes)
 
+    copy = clone  # the module's own would leave the adapters out
+
     def with_adapter(self, name: str, config: Config, shared: Mapping[str, Any]) -> Adapted:
         """Return a wrapper with one more adapter. Only the new adapter is active.
 
@@ -446,10 +448,11 @@ class Adapted:
                 return self.module.apply(variables, *args, mutable=mutable, **kwargs)
 
         variables = overlay.module_variables()
-        if overlay.prompt is not None:
-            out = call_module(self.module, overlay.prompt, call, variables, args, kwargs)
-        else:
-            out = call(variables, *args, **kwargs)
+        out = (
+            call(variables, *args, **kwargs)
+            if overlay.prompt is None
+            else call_module(self.module, overlay.prompt, call, variables, args, kwargs)
+        )
         return out if mutable is False else (out[0], overlay.restore(out[1], mutable))
 
     def bind(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> BoundModule:
@@ -467,7 +470,7 @@ class Adapted:
         def check(method: str, args: Any, kwargs: Any) -> None:
             self._check_reads(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)
 
-        return BoundModule(self.module.bind(overlay.module_variables(), *args, **options), overlay, check)
+        return BoundModule(self.module.bind(overlay.module_variables(), *args, **options), overlay, check, self)
 
     def notes(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, str]:
         """Return `{leaf: note}` on how each adapted weight is followed in one abstract `apply`."""
@@ -567,6 +570,7 @@ class BoundModule:
     module: Any
     overlay: Overlay
     check: Callable[[str, Any, Any], None] | None = None  # None for submodules
+    wrapper: Adapted | None = None  # None for submodules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrap_call(self.module, "__call__")(*args, **kwargs)
@@ -576,9 +580,9 @@ class BoundModule:
         """The variables, including the adapters' collections."""
         return self.overlay.restore(self.module.variables, True, self.module.path)
 
-    def unbind(self) -> tuple[nn.Module, Any]:
-        """Return the unbound base module and the variables, including the adapters' collections."""
-        return self.module.unbind()[0], self.variables
+    def unbind(self) -> tuple[Adapted | nn.Module, Any]:
+        """Return the adapted module and all variables; of a submodule, the base's module, which applies no adapter."""
+        return self.wrapper or self.module.unbind()[0], self.variables
 
     def __getattr__(self, name: str) -> Any:
         return self._wrap(getattr(self.module, name), name)
