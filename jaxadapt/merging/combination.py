@@ -466,7 +466,8 @@ def resize_rank(adapter: factors.Plain, r: int, *, key: Any = None) -> Reduced[f
         key: a JAX random key. If given, new rows of A are drawn as those of a new adapter, so that they can be trained.
             ΔW stays the same, since their columns of B are zero.
 
-    Raises `ConfigError` for an adapter that is not a plain LoRA (`to_lora` makes one).
+    Raises `ConfigError` for an adapter that is not a plain LoRA (`to_lora` makes one), or whose initialization changed
+    the base (PiSSA, OLoRA, …).
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
@@ -478,6 +479,14 @@ def resize_rank(adapter: factors.Plain, r: int, *, key: Any = None) -> Reduced[f
     _check_rank(r)
     adapter = factors.normalize(adapter)
     pairs = factors.pairs_of(adapter)
+    config: Any = adapter.config
+    raise_listed(
+        ConfigError,
+        "cannot change the rank of an adapter whose initialization changed the base: a load takes the part of this rank"
+        " and scale out of the base, and of others another part. Convert it to a plain LoRA first"
+        " (jaxadapt.initializers.for_original_base):",
+        [lora.init_field(config)] if lora.changes_base(config) else [],
+    )
     parts_of = factors.find_parts([pairs])
     whole = factors.join_parts(pairs, parts_of)
     keys = {name: None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode())) for name in whole}
@@ -490,9 +499,15 @@ def resize_rank(adapter: factors.Plain, r: int, *, key: Any = None) -> Reduced[f
         resized[matrix] = dataclasses.replace(whole[matrix], a=a, b=b, scale=1.0)
         names = [matrix] if error.ndim == 0 else [f"{matrix}#{expert}" for expert in range(len(error))]
         errors |= _error_by_module(names, error.reshape(-1))
-    config: Any = adapter.config
-    config = config.with_scale_one(r) if lora.changes_base(config) else config.with_scale_one(r).with_default_init()
-    return Reduced(factors.build(factors.split_parts(resized, parts_of), config, [adapter], "resize_rank"), errors)
+    return Reduced(
+        factors.build(
+            factors.split_parts(resized, parts_of),
+            config.with_scale_one(r).with_default_init(),
+            [adapter],
+            "resize_rank",
+        ),
+        errors,
+    )
 
 
 def _resize_pair(static: tuple[int, float], tree: tuple[Array, Array, Any]) -> tuple[Array, Array, Array]:

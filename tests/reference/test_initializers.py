@@ -317,6 +317,23 @@ def test_a_converted_adapter_applies_to_the_original_base_in_peft(kind, use_rslo
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * abs(found).max())  # A·B − A₀·B₀ cancels
 
 
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_another_rank_would_take_another_part_out_of_the_base(kind, tmp_path):
+    """PEFT takes W − s·B₀·A₀ of the rank and the scale in the file, so that only a converted adapter is resized."""
+    base, forward = twin("llama", "linen", 0)
+    left, first = jaxadapt.initializers.start(base, jaxadapt.LoraConfig(**fields("llama", kind, task_type="CAUSAL_LM")))
+    now = trained(left, first)
+    for change in (jaxadapt.merging.resize_rank, jaxadapt.merging.to_lora):
+        with pytest.raises(jaxadapt.ConfigError, match=f"for_original_base.*\n  init_lora_weights='{kind}'"):
+            change(now, 4)
+    small, error = jaxadapt.merging.resize_rank(jaxadapt.initializers.for_original_base(now, first), 8)
+    assert max(error.values()) < 1e-6
+    jaxadapt.save(small, tmp_path)
+    expected = forward(jaxadapt.merge(left, now), {"input_ids": IDS})
+    found = harness.logits(harness.load(torch_base("llama"), tmp_path).model, IDS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * abs(found).max())  # A·B − A₀·B₀ cancels
+
+
 def test_the_conversion_is_the_one_peft_makes(tmp_path):
     theirs = peft.LoraConfig(**fields("llama", "pissa", task_type="CAUSAL_LM"))
     model = peft.get_peft_model(copy.deepcopy(torch_base("llama")), theirs)
