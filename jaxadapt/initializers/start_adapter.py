@@ -105,6 +105,10 @@ class Initialization:
             f"expected a positive scale, whose root divides its factors, found {scale}; set lora_alpha above 0": (
                 self.kind.divides and not isinstance(scale, PerEntry) and scale <= 0
             ),
+            "layer_replication may repeat its layer, and PEFT then takes a part out of the one shared weight for each"
+            " repetition; choose an initialization that leaves the base as it is": (
+                lora.changes_base(self.recipe.config) and self.recipe.config.get("layer_replication")
+            ),
             f"expected an even rank, found {r}": self.kind.limit is None and r % 2,
             "PEFT decomposes a Conv1D's transposed weight, and its layer then fails or is wrong": (
                 b.match.weight.fan_in_fan_out and not self.kind.conv1d

@@ -291,6 +291,21 @@ def test_a_merge_of_repeated_layers_is_right_here(tmp_path):
     np.testing.assert_allclose(output, want, rtol=0, atol=1e-5 * abs(want).max())
 
 
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_peft_takes_from_a_repeated_layer_more_than_once(kind, tmp_path):
+    """Its repetitions share one weight, so that PEFT's own start is not the base: no such start here."""
+    fields = {"r": 2, "target_modules": ["q_proj"], "layer_replication": PAIRS, "init_lora_weights": kind}
+    model = peft.get_peft_model(llama.torch_llama(), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+    harness.save(model, tmp_path)
+    mine = repeated("nnx")
+    assert abs(harness.logits(model, IDS) - mine(IDS)).max() > 0.1
+    refused = pytest.raises(jaxadapt.ConfigError, match=r"layers\.1\..*one shared weight")
+    with refused:
+        jaxadapt.load(jaxadapt.read(tmp_path, change_base=True), mine)
+    with refused:
+        jaxadapt.initializers.start(mine, jaxadapt.LoraConfig(**fields))
+
+
 @pytest.mark.parametrize(
     ("order", "message"),
     [((0, 1), r"3 layers, found 2.*\[0, 1, 1\]"), ((0, 1, 0), "layers.2.self_attn")],
