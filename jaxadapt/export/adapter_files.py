@@ -81,7 +81,7 @@ def resize_files(
 
     Raises `ConfigError` for an adapter that is not a plain LoRA, `FileError` if `out` has an adapter already.
     """
-    conversion.refuse_same(adapter, out)
+    conversion.refuse_same(out, adapter)
     place = location.to_location(out)
     if location.is_file(place) or location.exists(place / location.CONFIG):
         raise FileError(f"{place}: has an adapter already; choose another path, or delete the old adapter")
@@ -115,8 +115,7 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
 
     Raises what `jaxadapt.initializers.for_original_base` raises.
     """
-    conversion.refuse_same(trained, out)
-    conversion.refuse_same(first, out)
+    conversion.refuse_same(out, trained, first)
     with reporter(progress) as report:
         new, old = (folder.read(path, progress=report) for path in (trained, first))
         if not lora.changes_base(new.config):
@@ -167,7 +166,7 @@ def combine_folders(
         combined = _replace_base(combined, tensors)
         if not allow_nan:
             conversion.refuse_nan([dataclasses.replace(combined, source=f"{os.fspath(out)}, the result")], "combine")
-        conversion.refuse_same(adapters[0], out)
+        conversion.refuse_same(out, *adapters)
         conversion.write_like(combined, out, opened[0], dtype, report)
         return combined
 
@@ -243,6 +242,7 @@ def extract_files(
             tensors = _from_state_dict(stored, settings, name)
         else:
             raise FileError(f"{os.fspath(checkpoint)}: expected a file of weights or an Orbax checkpoint")
+        conversion.refuse_same(location.to_location(out) / location.WEIGHTS[0], checkpoint)
         folder.write(tensors, out, progress=report)
         return tensors
 
@@ -405,9 +405,7 @@ def export_adapter(
     """
     with atomic.clean_target(path), reporter(progress) as report:
         chosen = _find_program(program, path)
-        for place in (source, first):
-            if isinstance(place, str | os.PathLike):
-                conversion.refuse_same(place, path)
+        conversion.refuse_same(path, *(place for place in (source, first) if isinstance(place, str | os.PathLike)))
         dtype = None if dtype is None else float_dtype(dtype).name
         if dtype not in (None, "float32", "float16", "bfloat16"):
             raise ConfigError(f"dtype: expected 'float32', 'float16' or 'bfloat16', found {dtype!r}")

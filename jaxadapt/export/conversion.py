@@ -109,7 +109,7 @@ def convert_format(
         if format is not None:
             where = " for a file whose name ends in .safetensors" if is_single else " for a folder"
             formats.require_style(place, format, FILES if is_single else FOLDERS, where)
-        refuse_same(source, target)
+        refuse_same(target, source)
         with _open_parts(source, report) as opened:
             origin = next(iter(opened.values()))
             style = format or (origin.style if is_single else "safetensors")
@@ -125,9 +125,10 @@ def convert_format(
             return _write_parts(parts, place, origin, style, report)
 
 
-def refuse_same(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Raise `FileError` for a target that would replace the source."""
-    if not location.is_hub_address(source) and location.is_same(*map(location.to_location, (source, target))):
+def refuse_same(target: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
+    """Raise `FileError` for a target that would replace a source."""
+    places = [location.to_location(source) for source in sources if not location.is_hub_address(source)]
+    if any(location.is_same(place, location.to_location(target)) for place in places):
         raise FileError(f"{os.fspath(target)}: the target is the source; choose another name")
 
 
@@ -392,7 +393,7 @@ def rename_files(
 
     Raises `MismatchError` if no name changes, two names become equal, or the base has no such modules.
     """
-    refuse_same(adapter, out)
+    refuse_same(out, adapter)
     with reporter(progress) as report, formats.open_place(formats.look(adapter, report)) as origin:
         tensors = origin.tensors
         modules, copied = _named_modules(tensors)

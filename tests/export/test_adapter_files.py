@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,19 @@ def test_a_command_does_not_replace_what_it_reads(command: str, folder: Path, tm
     }.get(command, [])  # fmt: skip
     target = [str(tmp_path / "link")] if command == "convert" else ["--out", str(tmp_path / "link")]
     result = CliRunner().invoke(main, [command, str(folder), *target, *options])
+    assert (result.exit_code, "the target is the source" in " ".join(result.output.split())) == (1, True), result.output
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["combine", "extract"])
+def test_nor_what_it_reads_in_second_place_or_as_one_file(command: str, folder: Path, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "first")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words = {
+        "combine": [str(tmp_path / "first"), str(folder), "--weights", "1,1"],
+        "extract": [str(folder / "adapter_model.safetensors"), "--config", str(tmp_path / "first")],
+    }[command]
+    result = CliRunner().invoke(main, [command, *words, "--out", str(folder)])
     assert (result.exit_code, "the target is the source" in " ".join(result.output.split())) == (1, True), result.output
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
