@@ -136,7 +136,8 @@ def combine(
 ) -> factors.Plain:
     """Combine several LoRA adapters of one base into one, as PEFT's `add_weighted_adapter` does.
 
-    For adapters of IA3 the only method is "linear", the weighted sum of their vectors, and all adapt the same modules.
+    For adapters of IA3 the only method is "linear", the weighted sum of their vectors, and all adapt the same modules
+    and have no full copies (`modules_to_save`).
     (PEFT takes zeros for the vectors of a module that an adapter leaves alone, which would remove its outputs.)
 
     Args:
@@ -260,11 +261,12 @@ def _sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any],
             if len({each.get(name) for each in shapes}) > 1
         ],
     )
-    summed: dict[str, Array] = {}
-    for name in names:
-        total: Any = sum(w * at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True))
-        summed[name] = total.astype(tensors[0][name].dtype)
-    return summed
+    return {
+        name: sum(
+            (w * at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True)), jnp.zeros(())
+        ).astype(tensors[0][name].dtype)
+        for name in names
+    }
 
 
 # ---------------------------------------------------------------- checks
@@ -287,9 +289,11 @@ def _check_arguments(
             problems.append(
                 f"adapter {i}: expected an Adapter (jaxadapt.extract takes one out), found {type(adapter).__name__}"
             )
-        elif not is_summed:
+        else:
             label = adapter.source if isinstance(adapter, PeftTensors) else f"adapter {i}"
-            problems += [f"{label}: {reason}" for reason in lora.reasons_not_a_product(known[i])]
+            copies = [f"{name}={value!r}" for name, value in lora.fields_set(known[i], "copy").items()]
+            reasons = copies if is_summed else lora.reasons_not_a_product(known[i])
+            problems += [f"{label}: {reason}" for reason in reasons]
             if lora.changes_base(known[i]):
                 problems.append(f"{label}: {lora.init_field(known[i])}: its base differs from the others'")
     raise_listed(ConfigError, "cannot combine these adapters:", problems, limit=16)

@@ -445,6 +445,20 @@ def test_ia3_is_the_weighted_sum_of_its_vectors_as_in_peft(scan, tmp_path):
         np.testing.assert_allclose(x, mix.tensors[key], **CLOSE)
 
 
+@pytest.mark.peft
+def test_copies_of_modules_are_not_summed():
+    """PEFT refuses two copies of one module too; their sum with weights 1 and 1 would be twice the module."""
+    made = pytest.importorskip("peft").IA3Config
+    from tests.support import peft_pairs
+
+    model = peft_pairs.model_with({n: {**f, "modules_to_save": ["o_proj"]} for n, f in IA3.items()}, made=made)
+    with pytest.raises(ValueError, match="same module with modules_to_save"):
+        model.add_weighted_adapter(list(IA3), [1, 1], "mix")
+    for adapters in (peft_pairs.ours(model, list(IA3)), [peft_pairs.tensors_of(model, name) for name in IA3]):
+        with pytest.raises(ConfigError, match=r"modules_to_save=\('o_proj',\)"):
+            jaxadapt.combine(adapters, [1, 1], method="linear")
+
+
 def test_what_cannot_be_summed():
     base = {name: {"kernel": jnp.ones((3, 3))} for name in ("q", "v")}
     one, two = (
