@@ -342,3 +342,15 @@ def test_a_state_that_lost_its_configuration_is_not_taken_for_another_librarys()
     found = jaxadapt.extract(jaxadapt.models.LoraTree(plain, config=config), keymap=table)
     assert found.flat().keys() == want.flat().keys()
     assert all(found.flat()[path] is x for path, x in want.flat().items())
+
+
+def test_a_program_with_strict_promotion_of_dtypes():
+    """docs/training.md says so: an adapter in float32 and a layer in bfloat16 meet in each call."""
+    config = jaxadapt.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    linear = nnx.Linear(4, 4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x, results = jnp.ones((1, 4), jnp.bfloat16), list[Any]()
+    for mode in ("standard", "strict"):
+        with jax.numpy_dtype_promotion(mode), jax.numpy_dtype_promotion("standard"):
+            model = adapt(nnx.Sequential(copy.deepcopy(linear)), config)
+            results += [model(x), jaxadapt.merge(copy.deepcopy(model))(x)]
+    np.testing.assert_array_equal(results[:2], results[2:])
