@@ -118,8 +118,6 @@ def undo_start(trained: Path, first: Path, out: Path, *, progress: Progress = No
     conversion.refuse_same(out, trained, first)
     with reporter(progress) as report:
         new, old = (folder.read(path, progress=report) for path in (trained, first))
-        if not lora.changes_base(new.config):
-            raise ConfigError(f"{new.source}: its initialization did not change the base; nothing to undo")
         result = _kept(start_adapter.convert_start(new, pairs.as_start(old, new.config)), new)
         folder.write(result, out, progress=report)
         return result

@@ -482,8 +482,8 @@ def for_original_base(trained: Any, first: Adapter, *, name: str = DEFAULT) -> A
         trained: a model, variables or an `Adapter`, as in `extract`.
         first: `start(…).adapter`.
 
-    Raises `ConfigError` if ΔW is not such a product (DoRA; rsLoRA with patterns, as in PEFT), `MismatchError` if
-    `first` belongs to another adapter.
+    Raises `ConfigError` if the start did not change the base or ΔW is not such a product (DoRA; rsLoRA with patterns,
+    as in PEFT), `MismatchError` if `first` belongs to another adapter.
 
     >>> import numpy as np, jaxadapt
     >>> params = {"q": {"kernel": np.arange(24.0).reshape(4, 6).astype("float32")}}
@@ -527,6 +527,10 @@ def convert_start(trained: factors.Plain, first: factors.Plain) -> factors.Plain
 
 def _require_product_start(config: Config) -> lora.LoraConfig:
     """Return the configuration; raise `ConfigError` if the change since the start is no product of twice the rank."""
+    if not lora.changes_base(config):
+        raise ConfigError(
+            f"cannot convert: {lora.init_field(config)}: this initialization did not change the base; nothing to undo"
+        )
     if config.get("init_lora_weights") == "loftq":
         raise ConfigError(
             "cannot convert a LoftQ adapter: LoftQ quantized the base, and the adapter does not contain the rounding"

@@ -137,6 +137,9 @@ def test_conversion_refuses_what_is_no_product():
     _, first = jaxadapt.initializers.start(base, config("pissa", use_rslora=True, rank_pattern={"q_proj": 1}))
     with pytest.raises(ConfigError, match="use_rslora with rank_pattern"):
         jaxadapt.initializers.for_original_base(first, first)
+    _, first = jaxadapt.initializers.start(base, config(False), key=jax.random.key(0))
+    with pytest.raises(ConfigError, match="init_lora_weights=False: .*did not change the base; nothing to undo"):
+        jaxadapt.initializers.for_original_base(first, first)  # it is for this base, B₀·A₀ included
     _, first = jaxadapt.initializers.start(base, config("pissa"))
     _, other = jaxadapt.initializers.start(base, config("olora"))
     with pytest.raises(MismatchError, match="configuration"):
