@@ -550,8 +550,8 @@ def to_lora(
             differ are in `error`, with 1.
         dtype: the dtype of the new adapter; float32 by default.
 
-    Raises `ConfigError` or `AttachError` if no LoRA expresses the change (IA3 scales biases too), `MismatchError` for
-    trees that do not fit.
+    Raises `ConfigError` or `AttachError` if no LoRA expresses the change (IA3 scales biases too) or the adapter's
+    initialization changed the base, `MismatchError` for trees that do not fit.
 
     >>> import numpy as np, jaxadapt
     >>> base = {"q": {"kernel": np.zeros((4, 6), "float32")}}
@@ -595,6 +595,12 @@ def _change_by_adapter(
     adapter: Adapter, params: Any, r: int
 ) -> tuple[dict[str, Any], dict[str, Any], Config, KeyMap, Sites]:
     """Return the base, the merged parameters, and the configuration, the keymap and the sites of the new LoRA."""
+    raise_listed(
+        ConfigError,
+        "to_lora: the initialization of this adapter changed the base, and the change from there is not one of the"
+        " original base. Merge the adapter into the changed base, and pass (original, merged):",
+        [lora.init_field(adapter.config)] if lora.changes_base(adapter.config) else [],
+    )
     base, sites = _flat_params(params), sites_of(adapter)
     tuned = paths.flatten(base_merge.merge(paths.unflatten(base), adapter))
     raise_listed(

@@ -314,7 +314,8 @@ def _refuse_fields(config: LoraConfig, source: str, converts: bool, keep: Collec
             " initial adapter (first=, `--first FOLDER`), or the original base (base=, `--base FOLDER`) for olora"
             " and pissa": lora.changes_base(config) and not converts and config.kasa_config is None,
             "target_parameters with patterns or a changed base: load the adapter into its model and use"
-            " jaxadapt.merging.resize_rank": config.target_parameters
+            " jaxadapt.merging.resize_rank, for a changed base after"
+            " jaxadapt.initializers.for_original_base": config.target_parameters
             and (config.rank_pattern or config.alpha_pattern or converts),
         }
     )

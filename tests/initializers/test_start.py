@@ -129,6 +129,20 @@ def test_adapt_and_init_name_start():
         jaxadapt.init(small.base()["params"], config("pissa"), key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("more", [{"init_lora_weights": "pissa", "use_dora": True}, {"kasa_config": {}}])
+def test_a_lora_of_a_change_from_a_changed_base_is_not_one_of_the_original(more):
+    base = small.base()["params"]
+    left, adapter = jaxadapt.initializers.start(base, small.LORA.replace(**more), key=jax.random.key(0))
+    for given in (left, base):
+        with pytest.raises(ConfigError, match=r"pass \(original, merged\)"):
+            jaxadapt.merging.to_lora(adapter, 4, params=given)
+    tuned = jaxadapt.merge(left, small.noisy(adapter))
+    plain, error = jaxadapt.merging.to_lora((base, tuned), 6, target_modules=small.LORA.target_modules)
+    assert max(error.values()) < 1e-5
+    for found, expected in zip(jax.tree.leaves(jaxadapt.merge(base, plain)), jax.tree.leaves(tuned), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_conversion_refuses_what_is_no_product():
     base = small.base()["params"]
     _, first = jaxadapt.initializers.start(base, config("pissa", use_dora=True))
