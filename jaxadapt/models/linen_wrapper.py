@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import partial_eval
 
 from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, Sites, collection_name, integers_name, is_array
@@ -377,6 +378,10 @@ class Adapted:
         be adapted.
         """
         return self.init_with_output(rngs, *args, **kwargs)[1]
+
+    def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Initialize the variables from arguments that may be abstract, as the module's `lazy_init` does."""
+        return partial_eval.lazy_init(self.init)(rngs, *args, **kwargs)
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """Return the output of the module's `init_with_output`, without adapters, and the variables as from `init`.

@@ -332,6 +332,13 @@ def test_bind(net):
     close(model.copy().apply(variables, x), reference(x))
 
 
+def test_variables_from_abstract_inputs_have_the_adapters(net):
+    model, _, x = net
+    want, found = model.init(KEY, x), model.lazy_init(KEY, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
 def test_the_variables_of_a_bound_submodule_are_those_that_it_had():
     module = nn.Sequential([nn.Dense(8), nn.Dense(6)])
     model = jaxadapt.adapt(module, lora("layers_0", modules_to_save=["layers_1"]))
