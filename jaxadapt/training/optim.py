@@ -23,7 +23,7 @@ from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
+from jaxadapt.core.errors import AttachError, ConfigError, raise_as, raise_listed
 from jaxadapt.merging import factors
 from jaxadapt.methods.base import at_least_float32, get_method
 from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
@@ -184,14 +184,17 @@ def lora_plus(
     if ratio <= 0:
         raise ConfigError(f"ratio: expected a positive number, found {ratio!r}")
     groups = {"A": "A", "copy": "A", "other": "A", "embedding": "embedding", "frozen": "frozen"}
-    labels = jax.tree.map(lambda leaf: groups.get(leaf.role, "B") + ("" if leaf.decays else " plain"), _leaves(tree))
     rates = {"A": learning_rate, "embedding": embedding_learning_rate, "B": _scale_rate(learning_rate, ratio)}
-    transforms: dict[Any, optax.GradientTransformation] = {
-        name + plain: make(rate, weight_decay=decay)
-        for plain, decay in (("", weight_decay), (" plain", 0.0))
-        for name, rate in rates.items()
-    }
-    return optax.multi_transform({**transforms, "frozen plain": optax.set_to_zero()}, labels)
+    with raise_as(ConfigError, "make: expected optax.adamw or a function that is called like it", TypeError):
+        transforms: dict[Any, optax.GradientTransformation] = {
+            name + plain: make(rate, weight_decay=decay)
+            for plain, decay in (("", weight_decay), (" plain", 0.0))
+            for name, rate in rates.items()
+        }
+    return optax.multi_transform(
+        {**transforms, "frozen plain": optax.set_to_zero()},
+        jax.tree.map(lambda leaf: groups.get(leaf.role, "B") + ("" if leaf.decays else " plain"), _leaves(tree)),
+    )
 
 
 def _scale_rate(rate: Any, ratio: float) -> Any:

@@ -254,6 +254,9 @@ def test_bad_input():
     model = small.trained()
     with pytest.raises(ConfigError, match="ratio"):
         optim.lora_plus(model, optax.adamw, 1e-3, 0)
+    for make, why in ((optax.adamw(1e-3), "not callable"), (optax.adam, "weight_decay")):
+        with pytest.raises(ConfigError, match=f"^make: expected optax.adamw or a function that is called .*{why}"):
+            optim.lora_plus(model, make, 1e-3, 16)
     for tree in (small.net(), small.variables(), small.base()["params"], 3):
         with pytest.raises(AttachError):
             optim.roles(tree)
