@@ -1,7 +1,7 @@
 """A browser opens every page of the site, wide and narrow, light and dark, without an error or a sideways scroll.
 
 pip install selenium; apt install chromium chromium-driver
-pytest tests/full/test_site_browser.py
+pytest -p no:hypothesispytest tests/full/test_site_browser.py  # hypothesis warns of trio, which selenium brings
 """
 
 from __future__ import annotations
