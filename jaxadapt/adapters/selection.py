@@ -3,9 +3,8 @@
 Selection starts from a model's shapes, for attaching and loading. `sites.sites_from_shapes` finds the same sites in an
 adapter without its model.
 
-`make_recipe` resolves a new adapter's configuration and its keymap from the shapes of a base. A selection that may be a
-mistake, and that PEFT accepts silently, is a warning. `rename_targets` returns the configuration of an adapter under
-another keymap's names.
+`make_recipe` resolves a new adapter's configuration and its keymap from the shapes of a base. A likely mistake that
+PEFT accepts is a warning. `rename_targets` returns the configuration of an adapter under another keymap's names.
 
 With `layer_replication`, PEFT builds a model from a base by repeating layers, each repetition with its own adapter.
 Here the model comes with its layers already repeated, so the adapter fits it as any other, and fits the base in PEFT.
@@ -202,22 +201,24 @@ def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
     ]
 
 
-def unmatched_modules_to_save(config: Config, copied: Sequence[str], tied: Mapping[str, str]) -> list[str]:
+def unmatched_modules_to_save(config: Config, copied: Sequence[str], tied: Iterable[str]) -> list[str]:
     """Return a warning for each entry of `modules_to_save` that copies nothing, so that its module is not trained.
 
     Args:
         copied: the modules that are copied, with their parameters' names.
-        tied: `{head: its token embedding}` for a model without a head of its own.
+        tied: the heads that the model ties to its token embedding, so that it has none of its own.
 
-    The heads that PEFT adds for a task (`matching.HEADS`) are guesses: they are reported only if no entry copies a
-    module.
+    The heads that PEFT adds for a task (`matching.HEADS`) are guesses, reported only if no entry copies a module.
     """
     entries: tuple[str, ...] = config.get("modules_to_save") or ()
-    heads_too = (h for h, embedding in tied.items() if any(name.startswith(f"{embedding}.") for name in copied))
-    used = set[str]().union(*(matching.saving_entries(config, name) for name in (*copied, *heads_too)))
+    used = set[str]().union(*(matching.saving_entries(config, name) for name in copied))
+    of_tied = set[str]().union(*(matching.saving_entries(config, head) for head in tied))
     heads = matching.HEADS.get(config.task_type or "", ())
     warnings = [
-        f"modules_to_save: {entry!r} matches no module" for entry in entries if entry not in used and entry not in heads
+        f"modules_to_save: {entry!r} matches no module"
+        + (" of its own, only a tied head; set ensure_weight_tying=True, or leave it out" if entry in of_tied else "")
+        for entry in entries
+        if entry not in used and entry not in heads
     ]
     if not used and not set(heads).isdisjoint(entries):
         warnings.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -17,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import torch
+from peft.utils.save_and_load import get_peft_model_state_dict
 
 import jaxadapt
 from tests.support import peft_harness as harness
@@ -139,6 +141,24 @@ def test_names_that_say_two_things_of_one_weight_are_refused(tmp_path):
     _, params = llama.twin_of(base(), "linen")
     with pytest.raises(jaxadapt.MismatchError, match=rf"(?s)differ.*{key} and {TABLE}.lora_embedding_A"):
         jaxadapt.from_peft(other, params)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_copy_of_the_head_that_the_model_has_no_place_for_is_told_of(names, tmp_path):
+    """PEFT trains a second copy there, and cannot open a file that lacks it."""
+    from peft import LoraConfig, PeftModel
+
+    fields = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": names, "task_type": "CAUSAL_LM"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on tied weights
+        assert f"{HEAD}.weight" in get_peft_model_state_dict(harness.make_peft(base(), LoraConfig(**fields)))
+    _, params = llama.twin_of(base(), "linen")
+    with pytest.warns(UserWarning, match="'lm_head' matches no module of its own.*set ensure_weight_tying=True"):
+        adapter = jaxadapt.init(params["params"], jaxadapt.LoraConfig(**fields), key=jax.random.key(0))
+    jaxadapt.save(adapter, tmp_path)
+    with pytest.raises(KeyError, match=r"lm_head\.weight"):
+        PeftModel.from_pretrained(copy.deepcopy(base()), str(tmp_path))
 
 
 def test_a_model_that_ties_nothing_is_refused():
