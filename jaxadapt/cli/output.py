@@ -1,4 +1,4 @@
-"""Output shared by the commands: JSON, tables and lists on standard output."""
+"""What commands share: JSON, tables and lists on standard output, and modules that are imported on first use."""
 
 from __future__ import annotations
 
