@@ -92,6 +92,20 @@ def is_float(dtype: npt.DTypeLike) -> bool:
     return np.dtype(dtype).kind == "f" or np.dtype(dtype).name.startswith(("bfloat", "float"))
 
 
+def common_dtype(dtypes: Iterable[npt.DTypeLike]) -> np.dtype:
+    """Return the dtype that represents the values of all `dtypes`; where floats differ, float32 or wider.
+
+    NumPy's own promotion of the 8- and 16-bit floats that NumPy lacks depends on the version of ml_dtypes.
+
+    >>> common_dtype(["float16", "float16"]), common_dtype(["float16", "bfloat16"])
+    (dtype('float16'), dtype('float32'))
+    """
+    distinct = {np.dtype(dtype) for dtype in dtypes}
+    if len(distinct) == 1:
+        return distinct.pop()
+    return np.result_type(*(np.promote_types(d, np.float32) if is_float(d) else d for d in distinct))
+
+
 ALIGNED = 64
 """XLA's CPU client uses memory without a copy if its address is a multiple of this number of bytes."""
 

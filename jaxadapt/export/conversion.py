@@ -21,7 +21,7 @@ import numpy as np
 from jaxadapt.adapters import experts
 from jaxadapt.adapters.peft_tensors import PeftTensors, may_have_experts, split_key
 from jaxadapt.arrays import regions
-from jaxadapt.arrays.tensor_source import as_source, cast, float_dtype, rename
+from jaxadapt.arrays.tensor_source import as_source, cast, common_dtype, float_dtype, rename
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import find_pattern_value
@@ -623,7 +623,7 @@ def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: Tre
             arrays |= survey.blank_arrays(
                 dialect, layer_keymap, leaf, shapes, names, rank, known_shapes.get(leaf), sizes
             )
-        dtype = np.result_type(*(a.dtype for a, _ in pairs.values()))
+        dtype = common_dtype(a.dtype for a, _ in pairs.values())
         # Broadcast scalars need no memory; their values are never read.
         leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}
         given = foreign.LoraTree(leaves, lora_alpha=alpha, on_shared=on_shared)

@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxadapt.arrays.layout import RANK, Array, FileLayout, part_sizes
-from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec, common_dtype
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
 from jaxadapt.core.lazy import np
@@ -327,22 +327,9 @@ class PlanEntry:
         return key_number % self.form.count
 
     def dtype(self, dtypes: Mapping[str, Any]) -> np.dtype[Any]:
-        """Return the dtype of the leaf, from the dtypes of its tensors by key.
-
-        Raises `MismatchError` if they differ and no dtype represents them all exactly.
-        """
+        """Return the dtype of the leaf, from the dtypes of its tensors by key: one that represents them all."""
         distinct = {np.dtype(dtypes[key]) for key in self.keys}
-        if len(distinct) == 1:
-            return distinct.pop()
-        try:
-            return np.result_type(*distinct)
-        except TypeError as error:
-            names = ", ".join(sorted(d.name for d in distinct))
-            raise MismatchError(
-                f"cannot choose a dtype for {self.path!r}: it is one array in this model, but its tensors"
-                f" {self.keys[0]!r}, … have the dtypes {names}, and no dtype represents them all exactly. Convert them"
-                " to one dtype"
-            ) from error
+        return distinct.pop() if len(distinct) == 1 else common_dtype(distinct)
 
     def decode(self, tensors: Mapping[str, Array]) -> Array:
         """Return the leaf from `{key: tensor}`, NumPy or JAX arrays (also traced ones); a view where possible."""

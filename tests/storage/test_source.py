@@ -118,3 +118,18 @@ def test_a_block_of_tensors_is_read_only_if_the_file_has_it_so(tensors: source.T
     for keys, size in ((["b", "d"], 96), (["c", "b"], 96), (["b", "c"], 97), (["b"], 96)):
         assert not tensors.read_block(keys, memory[:size] if size < 97 else np.zeros(97, np.uint8))
         np.testing.assert_array_equal(memory, before)
+
+
+FLOATS = [source.numpy_dtype(name) for name in source.NAMES.values() if name[0] == "F" or name == "BF16"]
+
+
+@pytest.mark.parametrize("one", FLOATS, ids=str)
+@pytest.mark.parametrize("other", FLOATS, ids=str)
+def test_the_common_dtype_of_two_floats_has_the_exponents_and_the_digits_of_both(one, other):
+    common = source.common_dtype([one, other])
+    for dtype in (one, other):
+        size = 8 * dtype.itemsize  # the sign, the exponent and the first digits: at most 16 bits
+        bits = np.arange(1 << min(16, size), dtype="uint64") << np.uint64(max(0, size - 16))
+        values = bits.astype(f"u{dtype.itemsize}").view(dtype)
+        with np.errstate(invalid="ignore"):  # NaN
+            np.testing.assert_array_equal(values.astype(common).astype("float64"), values.astype("float64"))
