@@ -89,7 +89,7 @@ _WRAPPERS: Mapping[str, str] = {
 }
 _SAVED = ".modules_to_save."
 _ORIGINAL = ".token_adapter.trainable_tokens_original."
-_NOT_MODULES = ("lora_magnitude_vector",)  # a module in memory, and in PEFT's files a tensor without ".weight"
+_MAGNITUDE = ".lora_magnitude_vector"  # a module in memory, and in PEFT's files a tensor without ".weight"
 
 # ---------------------------------------------------------------- names of tensors
 
@@ -141,8 +141,8 @@ def is_method_of_peft(peft_type: str) -> bool:
 def has_adapter_tensors(keys: Iterable[str]) -> bool:
     """Return True if any key is a tensor of some method of PEFT."""
     names = matching.tensor_names(tuple(FACTS))
-    known = {*names.prefixes, *_OTHER_PREFIXES.values()}
-    prefixes = (*(known - {"oft_"}), "oft_R", "oft_embedding_R", "trainable_tokens_delta")
+    known = {*names.prefixes, *_OTHER_PREFIXES.values()} - {"oft_"}
+    prefixes = (*known, "oft_R", "oft_embedding_R", "trainable_tokens_delta")
     return any(key in names.whole or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
 
 
@@ -170,7 +170,7 @@ def _split_adapter_name(key: str, types: tuple[str, ...]) -> tuple[str, str] | N
         stem, _, name = stem.rpartition(".")
         tensor = stem.rpartition(".")[2]
         if _is_tensor(tensor, types):
-            return name, stem if tensor in _NOT_MODULES else f"{stem}.{end}"
+            return name, stem if stem.endswith(_MAGNITUDE) else f"{stem}.{end}"
     elif _is_tensor(stem.rpartition(".")[2], types):  # a parameter: ia3_l.default
         return end, stem
     module, separator, rest = key.rpartition(_SAVED)
@@ -299,6 +299,15 @@ _WEIGHT = Rule(
     f"lora_A.weight and lora_B.weight. With other names, {_WITHOUT_EFFECT}",
     ".weight added",
 )
+MAGNITUDE = Rule(
+    "tensor-names",
+    lambda names: _each(
+        lambda name: name.removesuffix(".weight") if name.endswith(f"{_MAGNITUDE}.weight") else name, names
+    ),
+    "end in lora_magnitude_vector.weight, the name of DoRA's magnitudes in a PEFT model",
+    "lora_magnitude_vector. PEFT accepts both names, other programs do not",
+    ".weight removed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +359,7 @@ def normalize_keys(keys: Iterable[str], peft_type: str) -> NormalKeys:
         return NormalKeys(names, models=tuple(sorted(models)))
     steps: list[tuple[Rule, Mapping[str, str | None]]] = []
     prefixes = _PREFIXES if is_known_method(peft_type) and not has_no_modules(peft_type) else ()
-    for rule in (WRAPPERS, ADAPTER_NAME, *prefixes, *((_WEIGHT,) if peft_type == "LORA" else ())):
+    for rule in (WRAPPERS, ADAPTER_NAME, *prefixes, *((_WEIGHT, MAGNITUDE) if peft_type == "LORA" else ())):
         now = {key: name for key, name in names.items() if name is not None}
         changed = {key: name for key, name in rule.undo(now).items() if name != now[key]}
         if changed:
@@ -383,16 +392,18 @@ def wrappers_in(keys: Iterable[str]) -> list[str]:
 
 
 def without_names(tensors: PeftTensors) -> PeftTensors:
-    """Return the tensors with the adapter's name removed from their keys, as PEFT removes it when it saves.
+    """Return the tensors with their keys as PEFT saves them, for all keys that PEFT loads.
 
-    The keys of a complete PEFT model's state dict (`torch.save(model.state_dict(), …)`) contain the name. PEFT loads
-    them, unchanged, into an adapter of the same name. Rows of the base are left out. Warns if the keys contain one
-    adapter's name. Raises `MismatchError` if they contain several.
+    DoRA's magnitudes may have the name that they have in a PEFT model, with `.weight`.
+    The keys of a complete PEFT model's state dict (`torch.save(model.state_dict(), …)`) contain the adapter's name.
+    PEFT loads them, unchanged, into an adapter of the same name. Rows of the base are left out. Warns if the keys
+    contain one adapter's name. Raises `MismatchError` if they contain several.
     """
     whole, source = {key: key for key in tensors.tensors}, tensors.source
     owners = _adapter_names(whole)
     adapters = sorted(set(owners.values()))
-    if not adapters:
+    names = _without_adapter_names(MAGNITUDE.undo(whole))
+    if names == whole:
         return tensors
     if len(adapters) > 1:
         raise MismatchError(
@@ -401,19 +412,19 @@ def without_names(tensors: PeftTensors) -> PeftTensors:
             f" model.save_pretrained(folder, selected_adapters=[{adapters[0]!r}]), or keep only the keys of one in the"
             f" file (those that contain '.{adapters[0]}')"
         )
-    warn(
-        f"{source} is the state dict of a complete PEFT model: the adapter's name {adapters[0]!r} is removed from its"
-        f" {len(owners)} keys, as PEFT does when it saves"
-    )
-    names = _without_adapter_names(whole)
+    if adapters:
+        warn(
+            f"{source} is the state dict of a complete PEFT model: the adapter's name {adapters[0]!r} is removed from"
+            f" its {len(owners)} keys, as PEFT does when it saves"
+        )
     raise_listed(
         MismatchError,
-        f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
+        f"{source} holds these tensors twice, under two names that PEFT reads. Remove one of each:",
         find_duplicates(names),
     )
     keys, arrays = {name: key for key, name in names.items() if name is not None}, tensors.tensors
 
     # Arrays in memory may be traced, so that only a dict may hold them.
-    if isinstance(arrays, TensorSource):
-        return dataclasses.replace(tensors, tensors=rename(arrays, keys))
-    return dataclasses.replace(tensors, tensors={name: arrays[key] for name, key in keys.items()})
+    is_source = isinstance(arrays, TensorSource)
+    renamed = rename(arrays, keys) if is_source else {name: arrays[key] for name, key in keys.items()}
+    return dataclasses.replace(tensors, tensors=renamed)

@@ -91,7 +91,10 @@ def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
         )
     for field in ("modules_to_save", "target_modules"):
         names: Any = config.get(field) or ()
-        if not isinstance(names, str) and any(_is_tied_name(name, tied) for name in names):
+        # A name that PEFT knows as that of an embedding, or the full name that it adds for it.
+        if not isinstance(names, str) and any(
+            name.rpartition(".")[2] in NAMES or name in tied.values() for name in names
+        ):
             return config.replace(**{field: _with_embeddings(names, tied)})
     targets: Any = config.get("target_modules")
     if isinstance(targets, str):
@@ -109,11 +112,6 @@ def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
             matching.is_target(config, name) or matching.is_saved(config, name) for name in tied.values()
         )
     )
-
-
-def _is_tied_name(name: str, tied: Mapping[str, str]) -> bool:
-    """Return True for a name that PEFT knows as that of an embedding, or the full name that it adds for it."""
-    return name.rpartition(".")[2] in NAMES or name in tied.values()
 
 
 def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]:

@@ -363,7 +363,7 @@ def _check_names(
         changed = {**changed, **dict.fromkeys(left_out)}
         fix = Fix(tuple(done), names=changed) if has_config and not names.has_several else None
         found = rule.found.format(wrappers=", ".join(peft_tensors.wrappers_in(keys)), adapter="".join(names.adapters))
-        yield (warning if is_name else error)(
+        yield (warning if is_name or rule is peft_tensors.MAGNITUDE else error)(
             rule.code,
             keys,
             f"{len(keys)} of {len(names.names)} keys {found}, such as {keys[0]}",

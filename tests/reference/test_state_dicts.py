@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,42 @@ def test_another_name_than_default(tmp_path: Path):
     with blind, pytest.warns(UserWarning, match="the adapter's name 'mine'"):
         adapter = jaxadapt.from_peft(tensors, jax.eval_shape(lambda: variables))
     assert len(jaxadapt.to_peft(adapter).tensors) == 4
+
+
+@pytest.mark.parametrize("which", ["all", "one"])
+def test_the_magnitudes_of_dora_under_their_name_in_a_model(which: str, tmp_path: Path):
+    """PEFT reads `lora_magnitude_vector.weight` and `lora_magnitude_vector`; it writes the second."""
+    base, model, module, variables = models(CASES["dora"])
+    harness.save(model, tmp_path / "plain")
+    tensors = harness.read_tensors(tmp_path / "plain")
+    ends = ".lora_magnitude_vector" if which == "all" else "c_attn.lora_magnitude_vector"
+    other = {f"{key}.weight" if key.endswith(ends) else key: torch.tensor(x) for key, x in tensors.items()}
+    assert len(other.keys() - tensors.keys()) == (2 if which == "all" else 1)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "plain" / harness.CONFIG, tmp_path / "other")
+    save_file(other, str(tmp_path / "other" / harness.WEIGHTS))
+    want = harness.logits(model, IDS)
+    np.testing.assert_array_equal(harness.logits(harness.load(base, tmp_path / "other").model, IDS), want)
+
+    stored = jaxadapt.read(tmp_path / "other")
+    assert stored.tensors.keys() == tensors.keys()
+    in_memory = jaxadapt.PeftTensors(stored.config, {key: np.asarray(x) for key, x in other.items()})
+    for loaded in (jaxadapt.load(tmp_path / "other", variables), jaxadapt.load(in_memory, variables)):
+        found = np.asarray(jaxadapt.adapt(module, jaxadapt.extract(loaded).config).apply(loaded, jnp.asarray(IDS)))
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * abs(want).max())
+    codes = {each.code: each.severity for each in jaxadapt.verify(tmp_path / "other")}
+    assert codes["tensor-names"] == "warning"
+    assert "missing" not in codes
+    jaxadapt.repair(tmp_path / "other", tmp_path / "repaired")
+    harness.assert_same_files(tmp_path / "repaired", tmp_path / "plain")
+
+
+def test_magnitudes_under_both_names_are_refused():
+    _, model, _, variables = models(CASES["dora"])
+    state = {key: x.numpy() for key, x in peft.get_peft_model_state_dict(model).items()}
+    key = next(key for key in state if key.endswith(".lora_magnitude_vector"))
+    tensors = jaxadapt.PeftTensors(
+        jaxadapt.LoraConfig(**LORA, use_dora=True), {**state, f"{key}.weight": state[key] + 1}
+    )
+    with pytest.raises(jaxadapt.MismatchError, match=rf"(?s)these tensors twice.*{key}"):
+        jaxadapt.load(tensors, variables)
