@@ -171,6 +171,52 @@ def assign_owners(leaves: Mapping[str, Any]) -> dict[str, dict[Region, int]]:
     return out
 
 
+# ---------------------------------------------------------------- regions on the host
+
+
+@functools.lru_cache(maxsize=1024)
+def addressable_indices(sharding: Sharding, shape: Shape) -> dict[Region, int]:
+    """Return {region: index for `jax.Array.addressable_data`} of the regions that this process has, each once.
+
+    Computed once for each sharding and shape: `addressable_shards` of thousands of arrays would delay training.
+    """
+    like = jax.make_array_from_callback(shape, sharding, np.broadcast_to(np.uint8(0), shape).__getitem__)
+    numbers = {shard.device: number for number, shard in enumerate(like.addressable_shards)}
+    return {region: numbers[device] for region, device in addressable_regions(sharding, shape).items()}
+
+
+def shards_of(leaf: Any) -> dict[Region, Any]:
+    """Return shards that cover what this process has of an array, each once, by region."""
+    if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
+        return {full_region(leaf.shape): leaf}
+    if leaf.is_fully_replicated:
+        return {full_region(leaf.shape): leaf.addressable_data(0)}
+    indices = addressable_indices(leaf.sharding, leaf.shape)
+    return {region: leaf.addressable_data(index) for region, index in indices.items()}
+
+
+def to_host(parts: Mapping[str, Mapping[Region, Any]]) -> dict[str, dict[Region, np.ndarray]]:
+    """Copy regions of arrays off the device, by name and region.
+
+    Those of the CPU are views, which keep their arrays alive. This is safe, because JAX copies a donated array if a
+    view of it exists (tests/training/test_checkpoint.py checks this).
+    """
+    for value in (value for each in parts.values() for value in each.values()):
+        if isinstance(value, jax.Array) and next(iter(value.sharding.device_set)).platform != "cpu":
+            value.copy_to_host_async()  # start all transfers before waiting for the first
+    return {name: {region: np.asarray(value) for region, value in each.items()} for name, each in parts.items()}
+
+
+def assemble(parts: Mapping[Region, np.ndarray], shape: Shape) -> np.ndarray:
+    """Return an array of this shape from the regions that cover it, without a copy if it is one."""
+    if (full := full_region(shape)) in parts:
+        return parts[full]
+    array = np.empty(shape, next(iter(parts.values())).dtype)
+    for region, values in parts.items():
+        array[to_slices(region)] = values
+    return array
+
+
 # ---------------------------------------------------------------- regions of leaves and of file tensors
 
 

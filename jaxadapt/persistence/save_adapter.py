@@ -130,10 +130,7 @@ def is_local(leaf: Any) -> bool:
 
 
 def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[array_regions.Region, np.ndarray]]:
-    """Return {path: {box: values}} of the regions that this process writes, copied off the device.
-
-    On the CPU they are views, which keep their arrays alive: see `step_files.copy_to_host`.
-    """
+    """Return {path: {box: values}} of the regions that this process writes, as `regions.to_host` copies them."""
     with name_donated_arrays(leaves):
         owned: dict[str, dict[array_regions.Region, Any]] = {}
         for path, owners in array_regions.assign_owners(leaves).items():
@@ -141,26 +138,9 @@ def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[arr
             if is_local(leaf):
                 owned[path] = {box: leaf for box, owner in owners.items() if owner == process}
                 continue
-            local = addressable_indices(leaf.sharding, leaf.shape).items()
+            local = array_regions.addressable_indices(leaf.sharding, leaf.shape).items()
             owned[path] = {box: leaf.addressable_data(i) for box, i in local if owners[box] == process}
-        for path, parts in owned.items():  # start all transfers before waiting for the first
-            if isinstance(leaves[path], jax.Array) and next(iter(leaves[path].sharding.device_set)).platform != "cpu":
-                for value in parts.values():
-                    value.copy_to_host_async()
-        return {
-            path: {box: np.asarray(value) for box, value in parts.items()} for path, parts in owned.items() if parts
-        }
-
-
-@functools.lru_cache(maxsize=1024)
-def addressable_indices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[array_regions.Region, int]:
-    """Return {box: index for `jax.Array.addressable_data`} of the regions that this process has, each once.
-
-    Computed once for each sharding and shape: `addressable_shards` of thousands of arrays would delay training.
-    """
-    like = jax.make_array_from_callback(shape, sharding, np.broadcast_to(np.uint8(0), shape).__getitem__)
-    numbers = {shard.device: number for number, shard in enumerate(like.addressable_shards)}
-    return {box: numbers[device] for box, device in array_regions.addressable_regions(sharding, shape).items()}
+        return array_regions.to_host({path: parts for path, parts in owned.items() if parts})
 
 
 def join_regions(

@@ -247,38 +247,11 @@ def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray
     They join the shards of one array at a time, in the background. `np.asarray` of a sharded array would do this in the
     training loop, and JAX would keep the second copy as long as the array lives.
 
-    On the CPU, JAX arrays are views. This is safe, because JAX copies a donated array if a view of it exists
-    (tests/training/test_checkpoint.py checks this). Numpy arrays are copied, because the caller may write to them.
+    Numpy arrays are copied, because the caller may write to them.
     """
-    shards: dict[str, list[tuple[Any, Any]]] = {}
-    for name, leaf in arrays.items():  # start all transfers before waiting for the first
-        if not isinstance(leaf, jax.Array):
-            shards[name] = [(None, np.array(leaf))]
-            continue
-        devices = leaf.sharding.device_set
-        shards[name] = [(None, leaf)] if len(devices) == 1 else _unique_shards(leaf)
-        if next(iter(devices)).platform != "cpu":
-            for _, shard in shards[name]:
-                shard.copy_to_host_async()
-    on_host = {name: [(region, np.asarray(shard)) for region, shard in parts] for name, parts in shards.items()}
-    return {name: functools.partial(_assemble, arrays[name].shape, parts) for name, parts in on_host.items()}
-
-
-def _unique_shards(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
-    """Return shards that cover an array, each with its region; None is the full region."""
-    if leaf.is_fully_replicated:
-        return [(None, leaf.addressable_data(0))]
-    indices = save_adapter.addressable_indices(leaf.sharding, leaf.shape)
-    return [(region, leaf.addressable_data(index)) for region, index in indices.items()]
-
-
-def _assemble(shape: tuple[int, ...], shards: list[tuple[Any, np.ndarray]]) -> np.ndarray:
-    if shards[0][0] is None:
-        return shards[0][1]
-    array = np.empty(shape, shards[0][1].dtype)
-    for region, shard in shards:
-        array[regions.to_slices(region)] = shard
-    return array
+    owned = {name: leaf if isinstance(leaf, jax.Array) else np.array(leaf) for name, leaf in arrays.items()}
+    on_host = regions.to_host({name: regions.shards_of(leaf) for name, leaf in owned.items()})
+    return {name: functools.partial(regions.assemble, parts, arrays[name].shape) for name, parts in on_host.items()}
 
 
 def write_step(
@@ -402,9 +375,16 @@ def prepare_shared_write(
 
         total = sum(x.nbytes for arrays in owned.values() for x in arrays.values())
         sharded_write.write(
-            path, specs, lambda _: (total, parts()), group, commit, shared=shared, alike=digests, report=report,
+            path,
+            specs,
+            lambda _: (total, parts()),
+            group,
+            commit,
+            shared=shared,
+            alike=digests,
+            report=report,
             shares=shares,
-        )  # fmt: skip
+        )
 
     return finish
 
@@ -436,8 +416,14 @@ def read_stored_step(path: location.Location) -> StoredStep:
     kinds = {f.name: list if f.name == "hosts" else dict for f in dataclasses.fields(Snapshot) if f.name != "arrays"}
     if wrong := [name for name, kind in kinds.items() if not isinstance(document.get(name), kind)]:
         raise FormatError(f"{path}: not a checkpoint of jaxadapt: {', '.join(wrong)} missing or damaged")
-    return StoredStep(specs, *(document[name] for name in kinds), path=path, metrics=document["metrics"],
-                      byte_dtypes=document["odd"], crcs=crcs)  # fmt: skip
+    return StoredStep(
+        specs,
+        *(document[name] for name in kinds),
+        path=path,
+        metrics=document["metrics"],
+        byte_dtypes=document["odd"],
+        crcs=crcs,
+    )
 
 
 def read_step_arrays(step: StoredStep, wanted: Mapping[str, Any], report: Report = no_report) -> dict[str, Any]:
@@ -563,8 +549,9 @@ def fill_parts(model: Any, parts: Mapping[str, Any], stored: StoredStep, report:
 
     arrays = read_step_arrays(stored, {n: leaf for n, leaf in examples.items() if n in stored.arrays}, report)
     values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}
-    values = {n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v
-              for n, v in values.items()}  # fmt: skip
+    values = {
+        n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v for n, v in values.items()
+    }
     values |= {n: _wrap_keys(values[n], stored.keys[n], examples[n]) for n in values.keys() & stored.keys.keys()}
     return {
         # First, because they may be damaged: the model and given parts are filled in place.
