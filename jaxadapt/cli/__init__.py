@@ -1,8 +1,8 @@
 """The command line.
 
 Each file of this package holds the commands of one purpose: the command "check-keymap" is `check_keymap_command`. The
-names of `jaxadapt` load on first use, and a command imports other modules when it runs, so that a command without JAX
-starts fast.
+names of `jaxadapt` load on first use, and so do the other modules that commands use, which are listed here: a command
+without JAX starts fast.
 """
 
 from __future__ import annotations
@@ -14,12 +14,34 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import jaxadapt
 from jaxadapt.core.errors import escape_text
+from jaxadapt.core.lazy import LazyModule
+
+# pyright: reportUnusedImport=false
+if TYPE_CHECKING:
+    from jaxadapt.analysis import changes
+    from jaxadapt.export import adapter_files, conversion, merge_files
+    from jaxadapt.keymaps import check, families
+    from jaxadapt.persistence import consumers, folder, run_folder
+    from jaxadapt.storage import atomic, hf_model, orbax
+else:  # Imported from here by the files of commands.
+    (changes, adapter_files, conversion, merge_files, check, families, consumers, folder, run_folder, atomic, hf_model,
+     orbax) = (
+        LazyModule(f"jaxadapt.{package}.{name}")
+        for package, names in (
+            ("analysis", ("changes",)),
+            ("export", ("adapter_files", "conversion", "merge_files")),
+            ("keymaps", ("check", "families")),
+            ("persistence", ("consumers", "folder", "run_folder")),
+            ("storage", ("atomic", "hf_model", "orbax")),
+        )
+        for name in names
+    )  # fmt: skip
 
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Look at an adapter": ("reports", ("inspect", "verify", "diff")),

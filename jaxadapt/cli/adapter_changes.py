@@ -12,8 +12,7 @@ from typing import Any
 import click
 
 import jaxadapt
-from jaxadapt.cli import output, reports
-from jaxadapt.cli.output import adapter_files, conversion, merge_files
+from jaxadapt.cli import adapter_files, conversion, merge_files, output, reports
 from jaxadapt.core.lazy import jax
 from jaxadapt.persistence import FILES, FOLDERS
 

@@ -1,4 +1,4 @@
-"""What commands share: JSON, tables and lists on standard output, and modules that are imported on first use."""
+"""What commands share: their common options, and JSON, tables and lists on standard output."""
 
 from __future__ import annotations
 
@@ -13,32 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jaxadapt.cli import changes
 from jaxadapt.core.errors import escape_text
-from jaxadapt.core.lazy import LazyModule
 
-# pyright: reportUnusedImport=false
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-    from jaxadapt.analysis import changes
-    from jaxadapt.export import adapter_files, conversion, merge_files
-    from jaxadapt.keymaps import check, families
-    from jaxadapt.persistence import consumers, folder, run_folder
-    from jaxadapt.storage import atomic, hf_model, orbax
-else:  # Imported from here by the files of commands. A command imports those that it uses, when it runs.
-    (changes, adapter_files, conversion, merge_files, check, families, consumers, folder, run_folder, atomic, hf_model,
-     orbax) = (
-        LazyModule(f"jaxadapt.{package}.{name}")
-        for package, names in (
-            ("analysis", ("changes",)),
-            ("export", ("adapter_files", "conversion", "merge_files")),
-            ("keymaps", ("check", "families")),
-            ("persistence", ("consumers", "folder", "run_folder")),
-            ("storage", ("atomic", "hf_model", "orbax")),
-        )
-        for name in names
-    )  # fmt: skip
 
 as_json: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dtype: Callable[[Any], Any] = click.option(

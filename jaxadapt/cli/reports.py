@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import jaxadapt
-from jaxadapt.cli import output
-from jaxadapt.cli.output import atomic, changes, check, consumers, families, folder, hf_model, orbax, run_folder
+from jaxadapt.cli import atomic, changes, check, consumers, families, folder, hf_model, orbax, output, run_folder
 from jaxadapt.core import errors
 from jaxadapt.storage import location
 

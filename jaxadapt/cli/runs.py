@@ -9,8 +9,7 @@ from pathlib import Path
 import click
 
 import jaxadapt
-from jaxadapt.cli import output, reports
-from jaxadapt.cli.output import atomic, consumers, run_folder
+from jaxadapt.cli import atomic, consumers, output, reports, run_folder
 from jaxadapt.core.errors import escape_text, raise_as, warn
 from jaxadapt.storage import location
 
