@@ -27,16 +27,18 @@ if TYPE_CHECKING:
     from jaxadapt.analysis import changes
     from jaxadapt.export import adapter_files, conversion, merge_files
     from jaxadapt.keymaps import check, families
+    from jaxadapt.models import summary_table
     from jaxadapt.persistence import consumers, folder, run_folder
     from jaxadapt.storage import atomic, hf_model, orbax
 else:  # Imported from here by the files of commands.
-    (changes, adapter_files, conversion, merge_files, check, families, consumers, folder, run_folder, atomic, hf_model,
-     orbax) = (
+    (changes, adapter_files, conversion, merge_files, check, families, summary_table, consumers, folder, run_folder,
+     atomic, hf_model, orbax) = (
         LazyModule(f"jaxadapt.{package}.{name}")
         for package, names in (
             ("analysis", ("changes",)),
             ("export", ("adapter_files", "conversion", "merge_files")),
             ("keymaps", ("check", "families")),
+            ("models", ("summary_table",)),
             ("persistence", ("consumers", "folder", "run_folder")),
             ("storage", ("atomic", "hf_model", "orbax")),
         )

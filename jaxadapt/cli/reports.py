@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import jaxadapt
-from jaxadapt.cli import atomic, changes, check, consumers, families, folder, hf_model, orbax, output, run_folder
+from jaxadapt.cli import (
+    atomic,
+    changes,
+    check,
+    consumers,
+    families,
+    folder,
+    hf_model,
+    orbax,
+    output,
+    run_folder,
+    summary_table,
+)  # fmt: skip
 from jaxadapt.core import errors
 from jaxadapt.storage import location
 
@@ -540,7 +552,7 @@ def methods_command(model: str | None, as_json: bool) -> None:
     from jaxadapt.configs import matching
 
     found, passing = matching.describe_methods(), matching.passing_types()
-    sizes = None if model is None else _sizes(Path(model))
+    sizes = None if model is None else summary_table.method_sizes(read_model_shapes(Path(model)))
     if as_json:
         values: list[dict[str, Any]] = [
             {**info.to_dict(), **({} if sizes is None else _size_value(sizes.get(info.peft_type)))} for info in found
@@ -567,12 +579,6 @@ def methods_command(model: str | None, as_json: bool) -> None:
     output.print_pairs([(info.peft_type, ", ".join(filter(None, (info.paper, info.source)))) for info in found])
     click.echo("\nFiles of these types can be read and written, but not applied:")
     output.print_pairs(list(passing.items()))
-
-
-def _sizes(path: Path) -> dict[str, int | str]:
-    from jaxadapt.models import summary_table
-
-    return summary_table.method_sizes(read_model_shapes(path))
 
 
 def _size_value(size: int | str | None) -> dict[str, Any]:

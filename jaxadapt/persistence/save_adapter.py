@@ -135,11 +135,8 @@ def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[arr
         owned: dict[str, dict[array_regions.Region, Any]] = {}
         for path, owners in array_regions.assign_owners(leaves).items():
             leaf = leaves[path]
-            if is_local(leaf):
-                owned[path] = {box: leaf for box, owner in owners.items() if owner == process}
-                continue
-            local = array_regions.addressable_indices(leaf.sharding, leaf.shape).items()
-            owned[path] = {box: leaf.addressable_data(i) for box, i in local if owners[box] == process}
+            shards = {array_regions.full_region(leaf.shape): leaf} if is_local(leaf) else array_regions.shards_of(leaf)
+            owned[path] = {box: shard for box, shard in shards.items() if owners[box] == process}
         return array_regions.to_host({path: parts for path, parts in owned.items() if parts})
 
 
