@@ -230,8 +230,7 @@ class Server:
         with contextlib.ExitStack() as stack:
             stack.callback(session.close)
             # Tokenizing a long prompt takes seconds, in which the server must answer others.
-            prompts = await asyncio.to_thread(self._encode, request, chat)
-            session.submit(self._jobs(request, adapter, prompts, session))
+            session.submit(await asyncio.to_thread(self._jobs, request, adapter, chat, session))
             first = await session.next()
             if first[1].error is not None:  # it then has an HTTP status, also in a stream
                 raise first[1].error
@@ -251,11 +250,12 @@ class Server:
     def adapter_of(self, model: str) -> str | None:
         """Return the adapter of a model's name, None for the base; raise `RequestError` 404 if there is none.
 
-        The name is that of the base or of an adapter, or "base:adapter", as in SGLang.
+        The name is that of the base or of an adapter, or "base:adapter", as in SGLang. An adapter may itself have such
+        a name.
         """
-        if model in (self.base.name, f"{self.base.name}:"):
+        if model in {self.base.name, f"{self.base.name}:"} - {*self.pool.names()}:
             return None
-        name = model.removeprefix(f"{self.base.name}:")
+        name = model if model in self.pool.names() else model.removeprefix(f"{self.base.name}:")
         try:
             if not is_plain(name):
                 raise FileError("no adapter can have this name")
@@ -267,12 +267,10 @@ class Server:
             ) from error
         return name
 
-    def _jobs(
-        self, request: Request, adapter: str | None, prompts: Sequence[tuple[str, list[int]]], session: Session
-    ) -> list[Job]:
-        """Return the jobs of a request, `request.choices` for each (text, token ids) of its prompts."""
+    def _jobs(self, request: Request, adapter: str | None, chat: bool, session: Session) -> list[Job]:
+        """Return the jobs of a request, `request.choices` for each of its prompts."""
         jobs: list[Job] = []
-        for text, ids in prompts:
+        for text, ids in self._encode(request, chat):
             room = self.length - len(ids)
             wanted = room if request.max_tokens is None else request.max_tokens
             if room < 1 or wanted > room:
@@ -282,24 +280,25 @@ class Server:
                     code="context_length_exceeded",
                     param="prompt",
                 )
+            echo = [*self.base.locate(ids, text)] if request.echo and request.sampling.scores else []
             jobs += [
                 Job(
                     prompt=ids,
                     adapter=adapter,
                     sampling=dataclasses.replace(request.sampling, seed=(request.sampling.seed + index) % 2**32),
                     max_tokens=wanted,
-                    text=TextStream(self.base.decode, request.stop, ids[-5:]),  # as many as in vLLM
+                    text=TextStream(self.base.decode, request.stop, ids[-5:], len(text)),  # as many as in vLLM
                     emit=functools.partial(session.emit, index),
                     top=request.top,
-                    echo=request.echo,
-                    unsent=text if request.echo else "",
+                    echo=echo,
+                    unsent=text,
                 )
                 for index in range(len(jobs), len(jobs) + request.choices)
             ]
         return jobs
 
     def _encode(self, request: Request, chat: bool) -> list[tuple[str, list[int]]]:
-        """Return (text, token ids) of the prompts; a chat has no text."""
+        """Return the prompts: the text to put before the answer, and the token ids."""
         if chat and not self.base.chats:
             raise RequestError(400, f"{self.base.name} has no ChatML tokens ({START}, {END}); use /v1/completions")
         if chat:
@@ -308,9 +307,7 @@ class Server:
         size = self.base.config.vocab_size
         if any(not ids or not all(0 <= token < size for token in ids) for _, ids in prompts):
             raise RequestError(400, f"expected at least one token, and ids below {size}", param="prompt")
-        if request.echo:
-            prompts = [(text or self.base.decode(ids, special=True), ids) for text, ids in prompts]
-        return prompts
+        return [((text or self.base.decode(ids, special=True)) if request.echo else "", ids) for text, ids in prompts]
 
     async def _whole(
         self, session: Session, first: tuple[int, Piece], answer: Answer, request: Request

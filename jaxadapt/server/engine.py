@@ -78,6 +78,15 @@ class Base:
         """Return the text of token ids, without special tokens, or with them."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
+    def locate(self, ids: Sequence[int], text: str) -> Generator[tuple[int, int]]:
+        """Yield the token ids of a text, each with the place of the first character that it has a part of."""
+        # Special tokens are in the text if they were written there, and not if the tokenizer added them.
+        special = self.decode(ids) != text
+        stream = TextStream(lambda some: self.decode(some, special=special))
+        for token in ids:
+            stream.push(token)
+            yield token, stream.offset
+
     def spell(self, token: int) -> tuple[str, bool]:
         """Return the text of one token, also of a special one, and True.
 
@@ -339,7 +348,7 @@ class Job:
         text: the text of the answer, up to a stop string.
         emit: called in the engine's thread with each piece; it must not block or raise.
         top: with `sampling.scores`, the number of most probable tokens beside each token.
-        echo: True to put the prompt's scores before the answer's.
+        echo: the tokens of the prompt, each with its place in the text, to put their scores before the answer's.
         unsent: text to put before the answer, such as the prompt's.
     """
 
@@ -350,7 +359,7 @@ class Job:
     text: TextStream
     emit: Callable[[Piece], None]
     top: int = 0
-    echo: bool = False
+    echo: Sequence[tuple[int, int]] = ()
     unsent: str = ""
     begun: float = dataclasses.field(default_factory=time.monotonic)
     loaded: concurrent.futures.Future[Any] | None = None
@@ -530,7 +539,7 @@ class Engine:
         self.metrics.count("prompt_tokens_total", len(job.prompt))
         self.metrics.observe("first_token_seconds", time.monotonic() - job.begun)
         if job.echo and scores is not None:
-            job.scores += [TokenScore(job.prompt[0]), *token_scores(job.prompt[1:], scores, job.top)]
+            job.scores += [TokenScore(*job.echo[0]), *token_scores(job.echo[1:], scores, job.top)]
         self._take(row, token, finite, scores, len(job.prompt) - 1)
 
     def _advance(self) -> None:
@@ -552,12 +561,12 @@ class Engine:
             return
         self.metrics.count("generated_tokens_total")
         job.count += 1
-        if scores is not None and job.sampling.scores:
-            job.scores += token_scores([token], scores, job.top, place)
         ended = token in self._stop
-        text = "" if ended else job.text.push(token)
+        text = job.text.finish() if ended else job.text.push(token)
+        if scores is not None and job.sampling.scores:
+            job.scores += token_scores([(token, job.text.offset)], scores, job.top, place)
         reason = "stop" if ended or job.text.stopped else "length" if job.count >= job.max_tokens else None
-        if reason is not None and not job.text.stopped:
+        if reason == "length":
             text += job.text.finish()
             reason = "stop" if job.text.stopped else reason
         if reason is not None:

@@ -7,8 +7,7 @@ of OpenAI's interface.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import AdapterError, ConfigError
@@ -29,31 +28,33 @@ class TokenScore:
 
     Attributes:
         token: its id.
+        offset: the place in the choice's text of the first character that it has a part of.
         logprob: its log-probability; None for the first token of a prompt, which follows nothing.
         top: (id, log-probability) of the most probable tokens at its place, in descending order.
     """
 
     token: int
+    offset: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
 
-def token_scores(tokens: Sequence[int], scores: Scores, top: int, first: int = 0) -> Iterator[TokenScore]:
-    """Yield the scores of tokens that stand at the places from `first` on, each with `top` others."""
-    for place, token in enumerate(tokens, first):
+def token_scores(tokens: Iterable[tuple[int, int]], scores: Scores, top: int, first: int = 0) -> Iterator[TokenScore]:
+    """Yield the scores of (token, offset) that stand at the places from `first` on, each with `top` other tokens."""
+    for place, (token, offset) in enumerate(tokens, first):
         others = zip(scores.ids[place, :top].tolist(), scores.top[place, :top].tolist(), strict=True)
         yield TokenScore(
-            token, max(float(scores.logprobs[place]), _LEAST), tuple((i, max(x, _LEAST)) for i, x in others)
+            token, offset, max(float(scores.logprobs[place]), _LEAST), tuple((i, max(x, _LEAST)) for i, x in others)
         )
 
 
-def completion_logprobs(scores: Sequence[TokenScore], spell: Spell, offset: int) -> dict[str, Any]:
+def completion_logprobs(scores: Sequence[TokenScore], spell: Spell, end: int) -> dict[str, Any]:
     """Return the field `logprobs` of a completion.
 
     Args:
         scores: of the choice's tokens, in order.
         spell: the text of a token.
-        offset: the place of the first token's text in the choice's text.
+        end: the length of the choice's text up to the last of these tokens; a stop string is not in it.
     """
     texts = [spell(score.token)[0] for score in scores]
     tops: list[dict[str, float] | None] = []
@@ -65,7 +66,7 @@ def completion_logprobs(scores: Sequence[TokenScore], spell: Spell, offset: int)
         tops.append(named or None)
     return {
         "tokens": texts, "token_logprobs": [score.logprob for score in scores], "top_logprobs": tops,
-        "text_offset": [offset + before for before in itertools.accumulate(map(len, texts[:-1]), initial=0)],
+        "text_offset": [min(score.offset, end) for score in scores],
     }  # fmt: skip
 
 
@@ -398,7 +399,7 @@ class Answer:
         """Return the JSON of a choice or of a part of it; `chat` is its text in the form of a chat."""
         scores, spell = piece.scores, self.spell
         logprobs = None if spell is None else (
-            chat_logprobs(scores, spell) if self.chat else completion_logprobs(scores, spell, offset)
+            chat_logprobs(scores, spell) if self.chat else completion_logprobs(scores, spell, offset + len(piece.text))
         )  # fmt: skip
         text = chat if self.chat else {"text": piece.text}
         return {"index": index, "finish_reason": piece.reason, "logprobs": logprobs, **text}
@@ -424,8 +425,10 @@ class TextStream:
         decode: returns the text of token ids.
         stop: strings that end the text, which does not contain them.
         context: token ids before the text. A decoder may drop the space before its first token.
+        offset: the number of characters before the text.
 
     Attributes:
+        offset: the place of the first character that the last token has a part of; at the end, that of the end.
         stopped: True after a stop string.
 
     >>> stream = TextStream(lambda ids: "".join(map(chr, ids)), ["END"])
@@ -434,29 +437,41 @@ class TextStream:
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), context: Sequence[int] = ()
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        context: Sequence[int] = (),
+        offset: int = 0,
     ) -> None:
         self._decode, self._stop = decode, [text for text in stop if text]
         self._ids: list[int] = [*context]
         self._begin = 0  # ids before it are decoded for good; those from it on give the next characters their context
         self._read = len(context)  # ids before it are in the text, or before it
+        self._whole = offset  # the place of the text of the ids from `_read` on
         self._held = ""
+        self.offset: int = offset
         self.stopped: bool = False
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is certain now."""
+        earlier = self._decode(self._ids[self._begin :])
         self._ids.append(token)
         before = self._decode(self._ids[self._begin : self._read])
         now = self._decode(self._ids[self._begin :])
+        kept = earlier if now.startswith(earlier) else earlier.rstrip(INCOMPLETE)
+        self.offset = self._whole + min(len(kept), len(now.rstrip(INCOMPLETE))) - len(before)
         if now.endswith(INCOMPLETE) or len(now) <= len(before):
             return ""
         self._begin, self._read = self._read, len(self._ids)
+        self._whole += len(now) - len(before)
         return self._release(now[len(before) :], final=False)
 
     def finish(self) -> str:
         """Return the rest of the text; no token follows."""
         before = self._decode(self._ids[self._begin : self._read])
-        return self._release(self._decode(self._ids[self._begin :])[len(before) :], final=True)
+        rest = self._decode(self._ids[self._begin :])[len(before) :]
+        self.offset = self._whole + len(rest)
+        return self._release(rest, final=True)
 
     def _release(self, text: str, *, final: bool) -> str:
         held = self._held + text

@@ -16,7 +16,7 @@ import pytest
 
 from jaxadapt.server.app import make_app
 from jaxadapt.server.engine import Engine
-from tests.server.conftest import write_adapter
+from tests.server.conftest import alone, write_adapter
 from tests.server.test_app import GREEDY, ask, client_of, get
 
 
@@ -225,6 +225,18 @@ def test_names_as_sglangs(server, name):
     assert reply.json()["choices"] == plain.json()["choices"]
     assert reply.json()["model"] == name
     assert get(server, f"/v1/models/{name}").json()["id"] == plain.json()["model"]
+
+
+@pytest.mark.parametrize("name", ["tiny:new", "tiny:"])
+def test_an_adapter_with_a_name_as_sglangs_answers(server, base, root, name):
+    """/v1/models lists it, so a request for it gets it."""
+    write_adapter(root / name, 17, base)
+    assert ask(server, {"lora_name": name}, path="/v1/load_lora_adapter")[0].status_code == 200
+    (reply,) = ask(server, {"model": name, **GREEDY})
+    assert reply.json()["choices"][0]["text"] == base.decode(alone(base, root / name, "Hello", 12))
+    assert get(server, f"/v1/models/{name}").json()["id"] == name
+    assert name in {model["id"] for model in get(server, "/v1/models").json()["data"]}
+    assert ask(server, {"lora_name": name}, path="/v1/unload_lora_adapter")[0].status_code == 200
 
 
 def test_adapters_are_loaded_and_unloaded_with_vllms_requests_and_answers(server, base, root, tmp_path):

@@ -108,6 +108,27 @@ def test_a_stream_has_the_logprobs_of_the_whole_answer(server):
         begun += len(piece["text"])
 
 
+def test_the_offsets_of_tokens_are_places_in_the_text(server, base):
+    """Also of tokens that are a part of a character, and of those behind a stop string."""
+    prompt = "é🎉日 z"
+    body = {"model": "it", **GREEDY, "prompt": prompt, "logprobs": 0, "echo": True}
+    whole, streamed = ask(server, body, {**body, "stream": True})
+    (choice,) = whole.json()["choices"]
+    found, encoding = choice["logprobs"]["text_offset"], base.tokenizer.encode(prompt)
+    assert found[: len(encoding)] == [start for start, _ in encoding.offsets]
+    assert found[len(encoding)] == len(prompt)
+    answer = choice["text"][len(prompt) :]
+    for place, token in zip(found, choice["logprobs"]["tokens"], strict=True):
+        if len(base.tokenizer.encode(token)) == 1:
+            assert choice["text"][place:].startswith(token)
+    pieces = [piece["choices"][0]["logprobs"]["text_offset"] for piece in events(streamed.text)]
+    assert [place for piece in pieces for place in piece] == found
+    stop = next(character for character in answer if character != "\ufffd")
+    (reply,) = ask(server, {**body, "stop": stop})
+    (cut,) = reply.json()["choices"]
+    assert max(cut["logprobs"]["text_offset"]) <= len(cut["text"]) == choice["text"].index(stop, len(prompt))
+
+
 def test_a_chat_has_logprobs_in_its_own_form(server):
     body = {
         "model": "it", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0,

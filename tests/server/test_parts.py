@@ -35,6 +35,26 @@ def test_a_character_of_several_tokens_comes_whole(base):
     assert cut.finish() == "\ufffd"  # as the tokenizer decodes bytes that are no character
 
 
+def test_the_offset_of_a_token_is_the_place_of_its_character(base):
+    """The tokenizer knows the place of each token's character in a text that it encodes."""
+    text = "aé🎉 日本 z"
+    encoding = base.tokenizer.encode(text)
+    want = [start for start, _ in encoding.offsets]
+    assert len({*want}) == len(text) < len(want)
+    assert list(base.locate(encoding.ids, text)) == list(zip(encoding.ids, want, strict=True))
+    stream, found = TextStream(base.decode, ["日本"], [], 100), []
+    for token in encoding.ids:
+        stream.push(token)
+        found.append(stream.offset - 100)
+    assert found == want
+
+
+def test_special_tokens_have_a_place_in_the_text_that_has_them(base):
+    assert [place for _, place in base.locate([257, *base.encode("hi"), 256], "hi")] == [0, 0, 1, 2]
+    text = "<|im_start|>hi"
+    assert [place for _, place in base.locate(base.encode(text), text)] == [0, 12, 13]
+
+
 @pytest.mark.parametrize("stop", ["STOP", "ab", "aab", "é"])
 def test_stop_strings_are_found_across_tokens(base, stop):
     text = "xSTaSTOPaaabéz"
