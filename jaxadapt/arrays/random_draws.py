@@ -153,8 +153,8 @@ class TorchRandom:
         """Return float32 values as `torch.empty(shape).uniform_(low, high)` draws them, bit for bit."""
         low_, high_ = np.float32(low), np.float32(high)
         unit = self._unit(int(np.prod(shape))).astype(np.float64)
-        values = unit * np.float64(high_ - low_) + np.float64(low_)  # PyTorch multiplies and adds with one rounding
-        return values.astype(np.float32).reshape(shape)
+        # PyTorch multiplies and adds with one rounding.
+        return (unit * np.float64(high_ - low_) + np.float64(low_)).astype(np.float32).reshape(shape)
 
     def permutation(self, size: int, count: int) -> np.ndarray:
         """Return the first `count` entries of `torch.randperm(size)`; nothing larger is made.

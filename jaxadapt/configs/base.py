@@ -23,6 +23,7 @@ from jaxadapt.configs.validation import (
     LAYERS_FOR_PATTERN,
     OBJECT,
     RANK,
+    RANKS,
     TASK_TYPES,
     TEXT,
     Problems,
@@ -366,7 +367,8 @@ class Config:
         """Return the configuration that the values of an `adapter_config.json` describe.
 
         Called on `Config`, it selects the class by `peft_type`. Absent keys get PEFT's defaults, except
-        `peft_version`, which becomes None.
+        `peft_version`, which becomes None. A null becomes what PEFT computes with: false for a boolean, and the
+        default of a field that PEFT does not use to load an adapter.
 
         Args:
             values: the JSON object; unknown keys are kept in `extra`.
@@ -381,7 +383,10 @@ class Config:
         if cls is Config:
             return cast("Self", (class_of(read_peft_type(values, source)) or GenericConfig).from_dict(values, source))
         names = _defaults(cls).keys() - {"extra"}
-        known: dict[str, Any] = {"peft_version": None, **{key: x for key, x in values.items() if key in names}}
+        known: dict[str, Any] = {
+            "peft_version": None,
+            **{key: _nulls(cls).get(key) if x is None else x for key, x in values.items() if key in names},
+        }
         extra = {key: value for key, value in values.items() if key not in names}
         with raise_as(ConfigError, source, ConfigError):
             return cls(**known, extra=extra)
@@ -427,6 +432,16 @@ def _defaults(cls: type[Config]) -> Mapping[str, Any]:
     return {
         item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         for item in dataclasses.fields(cls)
+    }
+
+
+@cache
+def _nulls(cls: type[Config]) -> Mapping[str, Any]:
+    """Return `{field: the value that null in a file stands for}`, where that is not None."""
+    return {
+        item.name: False if isinstance(item.default, bool) else _defaults(cls)[item.name]
+        for item in dataclasses.fields(cls)
+        if item.metadata.get("null", isinstance(item.default, bool))
     }
 
 
@@ -509,7 +524,7 @@ class RanksConfig(ExcludesConfig):
     """A configuration whose modules may have ranks of their own; its fields are as in `LoraConfig`."""
 
     r: int = checked(RANK, 8)
-    rank_pattern: Mapping[str, int] | None = FrozenDict()
+    rank_pattern: Mapping[str, int] = checked(RANKS, FrozenDict())
 
     def rank_of(self, module: str) -> int:
         """Return the rank of one PyTorch module."""

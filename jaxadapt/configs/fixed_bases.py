@@ -207,7 +207,7 @@ class TinyLoraConfig(BiasConfig, LayersConfig, peft_type="TINYLORA", bias="tinyl
     init_v_bound: float = 0.02
     tinylora_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
-    init_weights: bool | str = checked(one_of(True, False, "uniform"), True)
+    init_weights: bool | str = checked(one_of(True, False, "uniform"), True, null=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

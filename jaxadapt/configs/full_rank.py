@@ -19,11 +19,11 @@ from jaxadapt.configs.base import (
 )
 from jaxadapt.configs.matching import is_feedforward
 from jaxadapt.configs.validation import (
-    FLAG_OR_NULL,
     INTEGER,
     NUMBER,
     PROBABILITY,
     RANK,
+    TEXT,
     Rule,
     all_of,
     checked,
@@ -91,6 +91,7 @@ class BOFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="BOFT", bia
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = checked(RANK, 1)
     boft_dropout: float = checked(PROBABILITY, 0.0)
+    init_weights: bool = checked(one_of(True, False), True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -173,7 +174,7 @@ class IA3Config(Config, peft_type="IA3"):
     target_modules: str | Collection[str] | None = None
     exclude_modules: str | Collection[str] | None = None
     feedforward_modules: str | Collection[str] | None = None
-    fan_in_fan_out: bool | None = checked(FLAG_OR_NULL, False)
+    fan_in_fan_out: bool | None = checked(one_of(True, False, None), False)
     modules_to_save: Collection[str] | None = None
     init_ia3_weights: bool = True
 
@@ -251,6 +252,7 @@ class OFTConfig(BiasConfig, ExcludesConfig, LinearConfig, peft_type="OFT", bias=
     block_share: bool = False
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = checked(RANK, 5)
+    init_weights: bool = checked(one_of(True, False), True)
 
 
 _KEPT = expects("a positive number or null", lambda x: x is None or (is_number(x) and x > 0))
@@ -330,7 +332,7 @@ class ShiraConfig(InitConfig, TargetsConfig, peft_type="SHIRA"):
     """
 
     r: int = checked(RANK, 32)
-    mask_type: str = "random"
+    mask_type: str | None = checked(TEXT, "random")
     random_seed: int | None = checked(INTEGER, None)
     fan_in_fan_out: bool = False
 
@@ -369,7 +371,7 @@ class SupertuningConfig(InitConfig, TargetsConfig, peft_type="SUPERTUNING"):
     )
 
     sparsity: float = checked(PROBABILITY, 0.99)
-    select_top: bool = True
+    select_top: bool = checked(one_of(True, False), True)
     r: int | None = checked(RANK, None)
     lora_alpha: float | None = checked(NUMBER, None)
     lora_dropout: float = checked(PROBABILITY, 0.0)

@@ -15,7 +15,6 @@ from jaxadapt.configs.base import Config, MethodConfig
 from jaxadapt.configs.frozen import FrozenDict, find_pattern_value
 from jaxadapt.configs.table import FACTS
 from jaxadapt.configs.validation import (
-    FLAG_OR_NULL,
     NO_LAYERS_WITH_EXPRESSION,
     NUMBER,
     NUMBERS,
@@ -179,11 +178,11 @@ class LoraFields(MethodConfig):
     exclude_modules: str | Collection[str] | None = None
     lora_alpha: int | float = checked(NUMBER, 8)
     lora_dropout: float = checked(PROBABILITY, 0.0)
-    fan_in_fan_out: bool | None = checked(FLAG_OR_NULL, False)  # some files have null
+    fan_in_fan_out: bool | None = checked(one_of(True, False, None), False)  # some files have null
     bias: str = checked(one_of("none", "all", "lora_only"), "none")
     use_rslora: bool = False
     modules_to_save: Collection[str] | None = None
-    init_lora_weights: bool | str = checked(_INIT, True)
+    init_lora_weights: bool | str = checked(_INIT, True, null=True)
     layers_to_transform: int | Collection[int] | None = None
     layers_pattern: str | Collection[str] | None = None
     rank_pattern: Mapping[str, Any] | None = None
@@ -199,7 +198,7 @@ class LoraFields(MethodConfig):
     velora_config: Mapping[str, Any] | None = checked(OBJECT, None)
     alora_invocation_tokens: Collection[int] | None = None
     use_qalora: bool = False
-    qalora_group_size: int = checked(RANK, 16)
+    qalora_group_size: int = checked(RANK, 16, null=True)
     monteclora_config: Mapping[str, Any] | None = checked(OBJECT, None)
     layer_replication: Collection[Collection[int]] | None = None
     lora_bias: bool = False

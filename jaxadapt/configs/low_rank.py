@@ -20,6 +20,7 @@ from jaxadapt.configs.validation import (
     NUMBERS,
     PROBABILITY,
     RANK,
+    RANKS,
     SIZE,
     Problems,
     Rule,
@@ -90,13 +91,15 @@ class AdaLoraConfig(LoraFields, peft_type="ADALORA"):
 
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, Collection[bool]] | None = checked(_MASKS, None)
-    target_r: int = checked(RANK, 8)
+    r: int = checked(RANK, 8, null=True)
+    alpha_pattern: Mapping[str, int | float] = checked(NUMBERS, FrozenDict(), null=True)
+    target_r: int = checked(RANK, 8, null=True)
     init_r: int = checked(RANK, 12)
     tinit: int = checked(SIZE, 0)
     tfinal: int = checked(SIZE, 0)
-    deltaT: int = checked(RANK, 1)
-    beta1: float = checked(_DECAY, 0.85)
-    beta2: float = checked(_DECAY, 0.85)
+    deltaT: int = checked(RANK, 1, null=True)
+    beta1: float = checked(_DECAY, 0.85, null=True)
+    beta2: float = checked(_DECAY, 0.85, null=True)
     orth_reg_weight: float = checked(expects("a number of at least 0", lambda x: is_number(x) and x >= 0), 0.5)
     total_step: int | None = checked(RANK, None)
 
@@ -243,17 +246,17 @@ class HiraConfig(ExcludesConfig, peft_type="HIRA"):
     hira_dropout: float = checked(PROBABILITY, 0.0)
     fan_in_fan_out: bool = False
     init_weights: bool | str | None = checked(ANY, True)
-    rank_pattern: Mapping[str, int] | None = FrozenDict()
+    rank_pattern: Mapping[str, int] = checked(RANKS, FrozenDict())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LycorisConfig(RanksConfig):
     """The fields of LoHa and LoKr, which are described there."""
 
-    alpha_pattern: Mapping[str, float] | None = FrozenDict()
+    alpha_pattern: Mapping[str, float] = checked(NUMBERS, FrozenDict())
     alpha: int | float = checked(NUMBER, 8)
-    rank_dropout: float = checked(PROBABILITY, 0.0)
-    module_dropout: float = checked(PROBABILITY, 0.0)
+    rank_dropout: float = checked(PROBABILITY, 0.0, null=True)
+    module_dropout: float = checked(PROBABILITY, 0.0, null=True)
     use_effective_conv2d: bool = False
 
 
@@ -313,7 +316,7 @@ class LoKrConfig(LycorisConfig, peft_type="LOKR"):
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    init_weights: bool | str = checked(one_of(True, False, "lycoris"), True)
+    init_weights: bool | str = checked(one_of(True, False, "lycoris"), True, null=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -340,7 +343,7 @@ class MissConfig(BiasConfig, ExcludesConfig, peft_type="MISS", bias="MiSS_only")
     r: int = checked(RANK, 64)
     miss_dropout: float = checked(PROBABILITY, 0.0)
     mini_r: int = checked(RANK, 1)
-    init_weights: bool | str = checked(one_of(True, False, "bat", "mini"), True)
+    init_weights: bool | str = checked(one_of(True, False, "bat", "mini"), True, null=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

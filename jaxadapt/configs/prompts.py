@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from jaxadapt.configs.base import MethodConfig
 from jaxadapt.configs.validation import (
+    NUMBER,
     OBJECT,
     PROBABILITY,
     RANK,
@@ -181,10 +182,10 @@ class CPTConfig(PromptLearningConfig, peft_type="CPT"):
     cpt_token_ids: Sequence[int] | None = checked(_TOKENS, None)
     cpt_mask: Sequence[int] | None = checked(_TOKENS, None)
     cpt_tokens_type_mask: Sequence[int] | None = checked(_TOKENS, None)
-    opt_weighted_loss_type: str = checked(one_of("none", "decay"), "none")
-    opt_loss_decay_factor: float = 1.0
-    opt_projection_epsilon: float = 0.1
-    opt_projection_format_epsilon: float = 0.1
+    opt_weighted_loss_type: str = checked(one_of("none", "decay"), "none", null=True)
+    opt_loss_decay_factor: float = checked(NUMBER, 1.0, null=True)
+    opt_projection_epsilon: float = checked(NUMBER, 0.1, null=True)
+    opt_projection_format_epsilon: float = checked(NUMBER, 0.1, null=True)
     tokenizer_name_or_path: str | None = checked(TEXT, None)
 
     def __post_init__(self) -> None:
@@ -221,10 +222,10 @@ class PromptEncoderConfig(PromptLearningConfig, peft_type="P_TUNING"):
     'MLP'
     """
 
-    encoder_reparameterization_type: str = checked(one_of("MLP", "LSTM"), "MLP")
+    encoder_reparameterization_type: str = checked(one_of("MLP", "LSTM"), "MLP", null=True)
     encoder_hidden_size: int | None = checked(RANK, None)
-    encoder_num_layers: int = checked(RANK, 2)
-    encoder_dropout: float = checked(PROBABILITY, 0.0)
+    encoder_num_layers: int = checked(RANK, 2, null=True)
+    encoder_dropout: float = checked(PROBABILITY, 0.0, null=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -295,7 +296,7 @@ class PromptTuningConfig(PromptLearningConfig, peft_type="PROMPT_TUNING"):
         ),
     )
 
-    prompt_tuning_init: str = checked(one_of("TEXT", "SAMPLE_VOCAB", "RANDOM"), "RANDOM")
+    prompt_tuning_init: str = checked(one_of("TEXT", "SAMPLE_VOCAB", "RANDOM"), "RANDOM", null=True)
     prompt_tuning_init_text: str | None = checked(TEXT, None)
     tokenizer_name_or_path: str | None = checked(TEXT, None)
     tokenizer_kwargs: Mapping[str, Any] | None = checked(OBJECT, None)
@@ -329,7 +330,9 @@ class MultitaskPromptTuningConfig(PromptTuningConfig, peft_type="MULTITASK_PROMP
     """
 
     prompt_tuning_init: str = checked(
-        one_of("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"), "RANDOM"
+        one_of("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"),
+        "RANDOM",
+        null=True,
     )
     prompt_tuning_init_state_dict_path: str | None = checked(TEXT, None)
     prompt_tuning_init_task: int | None = checked(_TASK, 0)

@@ -473,14 +473,6 @@ def _is_pair(value: object) -> bool:
     return is_ints(value) and len(pair) == 2 and 0 <= pair[0] < pair[1]
 
 
-def _is_tokens(value: Any) -> bool:
-    return (
-        value is None
-        or is_ints(value)
-        or (isinstance(value, Mapping) and all(map(is_ints, cast("Any", value).values())))
-    )
-
-
 TEXT = expects("a string or null", lambda x: isinstance(x, str | None))
 OBJECT = expects("an object or null", lambda x: x is None or isinstance(x, Mapping))
 NUMBER = expects("a finite number", is_number)
@@ -493,7 +485,6 @@ SIZE = expects("an integer of at least 0", lambda x: is_int(x) and x >= 0)
 INTEGER = expects("an integer or null", lambda x: x is None or is_int(x))
 POSITIVE = expects("a positive number", lambda x: is_number(x) and x > 0)
 PROBABILITY = expects("a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1)
-FLAG_OR_NULL = expects("true, false or null", lambda x: isinstance(x, bool | None))
 RANKS = patterns(RANK)
 NUMBERS = patterns(NUMBER)
 ANY: Check = lambda problems, field, value: None  # noqa: E731 (the configuration's own check follows)
@@ -515,7 +506,8 @@ COMMON: Mapping[str, Check] = {
     ),
     "layer_replication": _layer_pairs,
     "trainable_token_indices": expects(
-        "a list of integers, an object of module name -> list of integers, or null", _is_tokens
+        "a list of integers, an object of module name -> list of integers, or null",
+        lambda x: x is None or is_ints(x) or (isinstance(x, Mapping) and all(map(is_ints, cast("Any", x).values()))),
     ),
     "alora_invocation_tokens": expects("a list of integers or null", lambda x: x is None or is_ints(x)),
     "rank_pattern": OBJECT,  # AdaLoRA's values are lists
@@ -532,9 +524,12 @@ _BY_DEFAULT: Mapping[type, Check] = {
 }
 
 
-def checked(check: Check, default: _T, *, compare: bool = True) -> _T:
-    """Return a field of a configuration with a check of its own; null is valid if it is the default."""
-    return cast("Any", dataclasses.field(default=default, compare=compare, metadata={"check": check}))
+def checked(check: Check, default: _T, *, compare: bool = True, null: bool = False) -> _T:
+    """Return a field of a configuration with a check of its own.
+
+    Null is valid if it is the default. With `null=True` it is valid in a file, and `Config.from_dict` replaces it.
+    """
+    return cast("Any", dataclasses.field(default=default, compare=compare, metadata={"check": check, "null": null}))
 
 
 class Rule(NamedTuple):

@@ -126,7 +126,8 @@ def group_names(names: Iterable[str], limit: int = 6) -> str:
     numbers: dict[tuple[str | None, ...], dict[tuple[int, ...], None]] = {}
     for name in names:
         parts = name.split(".")
-        is_number = [_is_number(part) for part in parts]
+        # Numbers of layers and experts, without leading zeros; a name may hold very long ones.
+        is_number = [part[:9].isdecimal() and part == str(int(part[:9])) for part in parts]
         template = tuple(None if known else part for part, known in zip(parts, is_number, strict=True))
         own = tuple(int(part) for part, known in zip(parts, is_number, strict=True) if known)
         numbers.setdefault(template, {})[own] = None
@@ -142,11 +143,6 @@ def group_names(names: Iterable[str], limit: int = 6) -> str:
         lines.append(".".join((*start, _braces(list(ends)))) + (f" ({count})" if count > 1 else ""))
     more = f" and {len(lines) - limit} more groups" if len(lines) > limit else ""
     return ", ".join(lines[:limit]) + more
-
-
-def _is_number(part: str) -> bool:
-    """Return True for the number of a layer or an expert, without leading zeros; a name may hold very long ones."""
-    return part.isascii() and part.isdecimal() and len(part) < 10 and part == str(int(part))
 
 
 def _ranges(found: Collection[tuple[int, ...]]) -> list[tuple[tuple[str, ...], int]]:

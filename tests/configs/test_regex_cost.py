@@ -57,10 +57,10 @@ def test_slow_expressions_are_refused(field, pattern):
 
 
 def test_a_slow_expression_of_a_method_without_a_class_of_its_own_is_refused():
-    text = json.dumps({"peft_type": "LOHA", "target_modules": "(a+)+$", "r": 2})
-    with pytest.raises(ConfigError, match="matched in a few steps"):
-        loads(text)
-    ranks = loads(json.dumps({"peft_type": "LOHA", "target_modules": ["q"], "rank_pattern": {"(a+)+$": 2}}))
+    for fields in ({"target_modules": "(a+)+$", "r": 2}, {"target_modules": ["q"], "rank_pattern": {"(a+)+$": 2}}):
+        with pytest.raises(ConfigError, match="matched in a few steps"):
+            loads(json.dumps({"peft_type": "LOHA", **fields}))
+    ranks = loads(json.dumps({"peft_type": "XLORA", "target_modules": ["q"], "rank_pattern": {"(a+)+$": 2}}))
     with pytest.raises(ConfigError, match="matched in a few steps"):
         find_pattern_value(ranks.get("rank_pattern"), "a" * 60 + "b", 8)
 
