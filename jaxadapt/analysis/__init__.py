@@ -6,7 +6,8 @@ from jaxadapt.core.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "analysis.changes": "diff measure_norms norms_png",
+        "analysis.changes": "diff measure_norms",
+        "analysis.heat_maps": "norms_png",
         "analysis.logprobs": "compare_logprobs",
     },
 )

@@ -24,18 +24,18 @@ from jaxadapt.core.lazy import LazyModule
 
 # pyright: reportUnusedImport=false
 if TYPE_CHECKING:
-    from jaxadapt.analysis import changes
+    from jaxadapt.analysis import changes, heat_maps
     from jaxadapt.export import adapter_files, conversion, merge_files
     from jaxadapt.keymaps import check, families
     from jaxadapt.models import summary_table
     from jaxadapt.persistence import consumers, folder, run_folder
     from jaxadapt.storage import atomic, hf_model, orbax
 else:  # Imported from here by the files of commands.
-    (changes, adapter_files, conversion, merge_files, check, families, summary_table, consumers, folder, run_folder,
-     atomic, hf_model, orbax) = (
+    (changes, heat_maps, adapter_files, conversion, merge_files, check, families, summary_table, consumers, folder,
+     run_folder, atomic, hf_model, orbax) = (
         LazyModule(f"jaxadapt.{package}.{name}")
         for package, names in (
-            ("analysis", ("changes",)),
+            ("analysis", ("changes", "heat_maps")),
             ("export", ("adapter_files", "conversion", "merge_files")),
             ("keymaps", ("check", "families")),
             ("models", ("summary_table",)),

@@ -18,11 +18,11 @@ import click
 import jaxadapt
 from jaxadapt.cli import (
     atomic,
-    changes,
     check,
     consumers,
     families,
     folder,
+    heat_maps,
     hf_model,
     orbax,
     output,
@@ -270,9 +270,9 @@ def diff_command(first: str, second: str, as_json: bool, modules: bool, plot: st
       jaxadapt diff a/ b/ --json | jq .totals
     """
     with _open(first) as one, _open(second) as two:
-        found = changes.diff(one, two, progress=True)
+        found = jaxadapt.analysis.diff(one, two, progress=True)
     if plot is not None:
-        atomic.write_bytes(plot, changes.difference_png(found, (first, second)))
+        atomic.write_bytes(plot, heat_maps.difference_png(found, (first, second)))
     document = {"first": first, "second": second, **found.to_dict()}
     output.print_result(as_json, document, lambda: _print_difference(found, modules))
     if not found.is_equal:

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 import jaxadapt
-from jaxadapt.analysis.changes import Norm, Norms, measure_norms, norms_png
+from jaxadapt.analysis import measure_norms, norms_png
+from jaxadapt.analysis.changes import Norm, Norms
 from jaxadapt.cli import main
 from tests.support import small
 

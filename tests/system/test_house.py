@@ -51,7 +51,7 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"storage.safetensors"},
     "click": {"cli"},
     "rich": {"cli", "demo", "models.summary_table", "core.errors"},
-    "matplotlib": {"demo", "analysis.changes"},
+    "matplotlib": {"demo", "analysis.heat_maps"},
     "gguf": {"demo", "export.gguf_files"},
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},
