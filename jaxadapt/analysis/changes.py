@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections import Counter
@@ -30,8 +31,17 @@ from jaxadapt.configs import matching
 from jaxadapt.configs.base import Change, Config, effective_rank
 from jaxadapt.configs.full_rank import IA3Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.core import errors
-from jaxadapt.core.errors import ConfigError, MismatchError, Progress, byte_counter, reporter
+from jaxadapt.core.errors import (
+    AttachError,
+    ConfigError,
+    MismatchError,
+    Progress,
+    bullets,
+    byte_counter,
+    escape_text,
+    raise_listed,
+    reporter,
+)
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.merging.pairs import PairKeys, read_pairs
@@ -380,9 +390,12 @@ class ModuleDifference:
         return {**dataclasses.asdict(self), "relative": self.relative}
 
 
+_NAMES = {"LoRA": "modules with LoRA", "IA3": "modules with IA3", "tensor": "other tensors"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The difference of two adapters.
+    """The difference of two adapters; `str(difference)` lists it, without the numbers of each module.
 
     Attributes:
         settings: {field of the configuration: both values}, for the fields that differ.
@@ -395,6 +408,36 @@ class Difference:
     modules: tuple[ModuleDifference, ...]
     only: tuple[tuple[str, ...], tuple[str, ...]]
     other_shapes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.is_equal:
+            return "equal: the same settings, modules and values"
+        settings = [
+            f"{name}: {' and '.join(json.dumps(value, ensure_ascii=False) for value in pair)}"
+            for name, pair in self.settings.items()
+        ]
+        lists = {
+            "settings that differ": settings,
+            "only in the first": self.only[0],
+            "only in the second": self.only[1],
+            "of other sizes": self.other_shapes,
+        }
+        texts = (f"{title}: {len(x)}\n{bullets(map(escape_text, x))}" for title, x in lists.items() if x)
+        return "\n\n".join([*map(self._total_text, self.totals()), *texts])
+
+    def _total_text(self, kind: str) -> str:
+        """Return the lines about all modules of one kind."""
+        total = self.totals()[kind]
+        distances = [module.distance for module in self.modules if module.kind == kind]
+        changed = sum(distance != 0 for distance in distances)
+        unknown = sum(not math.isfinite(distance) for distance in distances)
+        return (
+            f"compared  {len(distances)} {_NAMES[kind]}; {changed or 'none'} of them differ"
+            f"{f', {unknown} with a NaN or an infinity' if unknown else ''}\n"
+            f"norms     {total.norms[0]:.4g} and {total.norms[1]:.4g}\n"
+            f"distance  {total.relative:.4g} × the norm of the first\n"
+            f"cosine    {total.cosine:.4g}"
+        )
 
     @property
     def is_equal(self) -> bool:
@@ -473,7 +516,7 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
     """
     given: tuple[Any, ...] = first, second
     wrong = [type(each).__name__ for each in given if not isinstance(each, PeftTensors)]
-    errors.raise_listed(errors.AttachError, "diff: expected two PeftTensors, of jaxadapt.read(folder), found:", wrong)
+    raise_listed(AttachError, "diff: expected two PeftTensors, of jaxadapt.read(folder), found:", wrong)
     if first.config.peft_type != second.config.peft_type:
         raise MismatchError(
             f"cannot compare {first.source} with {second.source}: their methods are {first.config.peft_type} and"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,7 +98,7 @@ def norms_png(norms: Norms, config: Config) -> bytes:
     >>> config = jaxadapt.LoraConfig(r=1, target_modules=["q"])
     >>> a, b = np.ones((1, 4)), np.ones((9, 1))
     >>> tensors = {"base_model.model.q.lora_A.weight": a, "base_model.model.q.lora_B.weight": b}
-    >>> norms_png(measure_norms(jaxadapt.PeftTensors(config, tensors)), config)[:4]
+    >>> norms_png(jaxadapt.analysis.measure_norms(jaxadapt.PeftTensors(config, tensors)), config)[:4]
     b'\\x89PNG'
     """
     grid = norms.grid()
@@ -114,7 +113,7 @@ def norms_png(norms: Norms, config: Config) -> bytes:
     maps: list[HeatMap] = []
     for name in names:
         cells = grid.values(name)
-        largest = max((v for row in cells for v in row if v is not None and math.isfinite(v)), default=0.0)
+        largest = max((v for row in cells for v in row if v is not None and np.isfinite(v)), default=0.0)
         rank = grid.constant("rank") if name == "effective_rank" else None  # the upper bound of the effective rank
         maps.append(HeatMap(_NAMES[name] or norms.what, cells, (0.0, float(rank or largest) or 1.0)))
     return draw_maps(grid, maps, _title_text(config, grid))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import re
 import sys
 from collections import Counter
@@ -18,6 +16,7 @@ import click
 import jaxadapt
 from jaxadapt.cli import (
     atomic,
+    changes,
     check,
     consumers,
     families,
@@ -33,8 +32,6 @@ from jaxadapt.core import errors
 from jaxadapt.storage import location
 
 if TYPE_CHECKING:
-    from jaxadapt.analysis.changes import Difference, Norms
-    from jaxadapt.persistence.folder import Info
     from jaxadapt.persistence.formats import Finding
 
 
@@ -103,7 +100,9 @@ def inspect_command(folder: str, base: str | None, as_json: bool, tensors: bool,
     output.print_result(as_json, document, lambda: _print_info(info, readers, found, tensors))
 
 
-def _print_info(info: Info, readers: Sequence[consumers.Reader], found: Norms | None, tensors: bool) -> None:
+def _print_info(
+    info: folder.Info, readers: Sequence[consumers.Reader], found: changes.Norms | None, tensors: bool
+) -> None:
     config, targets = info.config, info.config.get("target_modules")
     dtypes, size = "/".join(info.dtypes), consumers.size_text(info.file_bytes)
     rows = [
@@ -143,7 +142,7 @@ def _value_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _print_norms(norms: Norms) -> None:
+def _print_norms(norms: changes.Norms) -> None:
     cells = norms.grid()
     scale, rank = cells.constant("scale"), cells.constant("rank")
     for name, title in (("norm", norms.what), ("effective_rank", "effective rank"), ("scale", "scale s")):
@@ -238,9 +237,6 @@ def print_finding(found: Finding) -> None:
 # ---------------------------------------------------------------- diff
 
 
-_MAX_DIFFERENCES = 8
-
-
 @click.command("diff", short_help="Compare two adapters, or two steps of a training run.")
 @click.argument("first", type=click.Path())
 @click.argument("second", type=click.Path())
@@ -289,17 +285,8 @@ def _open(path: str) -> contextlib.AbstractContextManager[jaxadapt.PeftTensors]:
     return contextlib.nullcontext(dataclasses.replace(tensors, source=path))
 
 
-def _print_difference(found: Difference, modules: bool) -> None:
-    if found.is_equal:
-        output.print_lines("equal: the same settings, modules and values")
-        return
-    if found.settings:
-        output.print_table(
-            ("setting", "first", "second"),
-            [(name, *(json.dumps(x, ensure_ascii=False) for x in pair)) for name, pair in found.settings.items()],
-        )
-        click.echo()
-    _print_totals(found)
+def _print_difference(found: changes.Difference, modules: bool) -> None:
+    output.print_lines(*str(found).splitlines())
     grid = found.grid()
     if grid is not None and any(v for row in grid.values("relative") for v in row):
         for title, name in (("distance ÷ norm of the first", "relative"), ("cosine", "cosine")):
@@ -307,34 +294,9 @@ def _print_difference(found: Difference, modules: bool) -> None:
     if modules:
         click.echo()
         _print_modules(found)
-    output.print_list("only in the first", found.only[0], _MAX_DIFFERENCES)
-    output.print_list("only in the second", found.only[1], _MAX_DIFFERENCES)
-    output.print_list("of other sizes", found.other_shapes, _MAX_DIFFERENCES)
 
 
-_NAMES = {"LoRA": "modules with LoRA", "IA3": "modules with IA3", "tensor": "other tensors"}
-
-
-def _print_totals(found: Difference) -> None:
-    for kind, total in found.totals().items():
-        distances = [m.distance for m in found.modules if m.kind == kind]
-        changed = sum(distance != 0 for distance in distances)
-        unknown = sum(not math.isfinite(distance) for distance in distances)
-        output.print_pairs(
-            [
-                (
-                    "compared",
-                    f"{len(distances)} {_NAMES[kind]}; {changed or 'none'} of them differ"
-                    + (f", {unknown} with a NaN or an infinity" if unknown else ""),
-                ),
-                ("norms", f"{total.norms[0]:.4g} and {total.norms[1]:.4g}"),
-                ("distance", f"{total.relative:.4g} × the norm of the first"),
-                ("cosine", f"{total.cosine:.4g}"),
-            ]
-        )
-
-
-def _print_modules(found: Difference) -> None:
+def _print_modules(found: changes.Difference) -> None:
     def angles(pair: tuple[float, float] | None) -> str:
         return "" if pair is None else f"{pair[0]:.1f}–{pair[1]:.1f}°"
 

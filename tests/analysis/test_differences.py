@@ -166,8 +166,31 @@ def test_settings_modules_and_sizes_that_differ():
     assert not found.modules
     assert not found.is_equal
     assert found.total() is None
+    assert str(found).split("\n\n") == [
+        "settings that differ: 1\n  lora_dropout: 0.0 and 0.5",
+        "only in the first: 1\n  l.0.v",
+        "only in the second: 1\n  l.0.k",
+        "of other sizes: 1\n  l.0.q: [7, 9] and [7, 8]",
+    ]
     with pytest.raises(jaxadapt.MismatchError, match="their methods are LORA and IA3"):
         diff(one, jaxadapt.to_peft(small.adapter(small.IA3)))
+
+
+def test_a_difference_is_printed_as_text():
+    """With the numbers of NumPy, and without control characters of names."""
+    one, two = lora(3, names=("l.0.q",)), lora(3, names=("l.0.q", "l.0.\x1b[2J"))
+    x, y = change(one, "l.0.q", 2), change(two, "l.0.q", 2)
+    norms = np.linalg.norm(x), np.linalg.norm(y)
+    assert str(diff(one, two)).splitlines() == [
+        "compared  1 modules with LoRA; 1 of them differ",
+        f"norms     {norms[0]:.4g} and {norms[1]:.4g}",
+        f"distance  {np.linalg.norm(x - y) / norms[0]:.4g} × the norm of the first",
+        f"cosine    {(x * y).sum() / norms[0] / norms[1]:.4g}",
+        "",
+        "only in the second: 1",
+        "  l.0.\\x1b[2J",
+    ]
+    assert str(diff(one, one)) == "equal: the same settings, modules and values"
 
 
 def test_an_untrained_adapter_has_no_direction():
@@ -202,11 +225,13 @@ def test_the_command(tmp_path):
     assert run("diff", tmp_path / "a", tmp_path / "a").exit_code == 0
     result = run("diff", tmp_path / "a", tmp_path / "b", "--plot", tmp_path / "p.png", "--modules")
     assert result.exit_code == 1
-    for text in ("lora_dropout  0.0    0.5", "3 modules with LoRA; 3 of them differ", "l.0.q", "cosine"):
+    for text in (*str(diff(one, two)).splitlines(), "l.0.q", "cosine"):
         assert text in result.output
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     again = run("diff", tmp_path / "a", tmp_path / "b", "--plot", tmp_path / "q.png", "--json")
-    assert json.loads(again.output)["totals"]["LoRA"]["distance"] == diff(one, two).total().distance
+    distance = diff(one, two).total().distance
+    # The file has the modules in another order, and so has the sum.
+    assert json.loads(again.output)["totals"]["LoRA"]["distance"] == pytest.approx(distance, rel=1e-14)
     assert (tmp_path / "p.png").read_bytes() == (tmp_path / "q.png").read_bytes()
 
 

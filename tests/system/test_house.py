@@ -291,7 +291,6 @@ def test_files_stay_short():
 # Files outside a method's own that name it, and why.
 NAMING = {
     "analysis.changes": "compares the changes of LORA and IA3, and the tensors of all other methods",
-    "cli.reports": "the words for these",
     "configs.matching": "the types of PEFT",
     "configs.table": "the table of the methods",
     "persistence.consumers": "the methods that other programs read",
