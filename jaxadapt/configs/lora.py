@@ -96,15 +96,21 @@ def init_field(config: Config) -> str:
     )
 
 
-def require_original_base(config: Config, source: str) -> None:
-    """Raise `ConfigError` if the adapter belongs to a base that its initialization changed."""
+def require_original_base(
+    config: Config,
+    source: str,
+    way: str = "Read it with jaxadapt.read(path, change_base=True), and load takes that part out of the model's weights"
+    " as PEFT does on loading, or with change_base=False if they are changed already",
+) -> None:
+    """Raise `ConfigError` if the adapter belongs to a base that its initialization changed.
+
+    `way` says how to use it with that base.
+    """
     if changes_base(config):
         raise ConfigError(
             f"{source}: {init_field(config)}: the initialization of this adapter took a part out of the base"
-            " weights, so it does not fit the original base. Read it with jaxadapt.read(path, change_base=True), and"
-            " load takes that part out of the model's weights as PEFT does on loading, or with change_base=False if"
-            " they are changed already. Or convert it to a plain LoRA with the base it was trained on"
-            " (jaxadapt.initializers.for_original_base; in PEFT, save_pretrained with"
+            f" weights, so it does not fit the original base. {way}. Or convert it to a plain LoRA with the base it was"
+            " trained on (jaxadapt.initializers.for_original_base; in PEFT, save_pretrained with"
             " path_initial_model_for_weight_conversion), or merge it into that base (the only way for KaSA)"
         )
 

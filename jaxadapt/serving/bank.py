@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.arrays import quantized
-from jaxadapt.arrays.tensor_source import float_dtype
+from jaxadapt.arrays import quantized, tensor_source
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.lora import require_original_base
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
@@ -31,6 +31,7 @@ from jaxadapt.models.call import Rows
 from jaxadapt.models.carriers import Model, Module, Wrapper, carrier
 from jaxadapt.models.linen_wrapper import Adapted
 from jaxadapt.serving.layout import (
+    CANNOT_PUT,
     Layout,
     Place,
     Refusal,
@@ -272,7 +273,7 @@ def create(
     """
     if operator.index(slots) < 2:
         raise AttachError(f"slots: expected at least 2, one for the base and one for an adapter, found {slots}")
-    held, dtype = carrier(model).base(), float_dtype(dtype)
+    held, dtype = carrier(model).base(), tensor_source.float_dtype(dtype)
     places: list[Place] = []
     problems: list[Refusal] = []
     shared: list[tuple[str, Shared]] = []
@@ -299,11 +300,12 @@ def create(
         ),
         None,
     )
-    on_host = tuple(dict(tensors) for _, tensors in shared)
     return Bank(
         arrays=tuple(_empty(place, slots) for place in places),
         layout=Layout(tuple(places), slots, tuple(shared)),
-        shared=jax.tree.map(lambda x: jax.device_put(jnp.asarray(x, dtype), everywhere), on_host),
+        shared=jax.tree.map(
+            lambda x: jax.device_put(jnp.asarray(x, dtype), everywhere), tuple(dict(tensors) for _, tensors in shared)
+        ),
     )
 
 
@@ -326,7 +328,14 @@ def _empty(place: Place, slots: int) -> Tensors:
     }
 
 
-def put(bank: Bank, slot: int, adapter: Adapter | Sequence[Tensors] | None, base: Any = None) -> Bank:
+def put(
+    bank: Bank,
+    slot: int,
+    adapter: Adapter | Sequence[Tensors] | None,
+    base: Any = None,
+    *,
+    base_is_changed: bool = False,
+) -> Bank:
     """Return the bank with an adapter in one slot. The given bank's arrays are donated: do not use it again.
 
     It is one compiled call, the same for every slot and adapter.
@@ -336,9 +345,11 @@ def put(bank: Bank, slot: int, adapter: Adapter | Sequence[Tensors] | None, base
         slot: 1 to `bank.slots - 1`.
         adapter: an `Adapter`, the result of `prepare`, or None for the bare base.
         base: the model or parameters of the base. Only DoRA needs it, whose norm is computed here.
+        base_is_changed: True for an adapter whose start took a part out of the base weights (PiSSA, OLoRA, …), if the
+            bank's base has the weights without it.
 
-    Raises `AttachError` if the adapter does not fit: a larger rank, other targets, or a method whose adapters rows
-    cannot choose.
+    Raises `ConfigError` for such an adapter without `base_is_changed`. Raises `AttachError` if the adapter does not
+    fit: a larger rank, other targets, or a method whose adapters rows cannot choose.
 
     >>> import jax, jaxadapt
     >>> base, config = {"q": {"kernel": jnp.ones((4, 6))}}, jaxadapt.LoraConfig(r=2, target_modules=["q"])
@@ -348,7 +359,11 @@ def put(bank: Bank, slot: int, adapter: Adapter | Sequence[Tensors] | None, base
     Array([False,  True, False], dtype=bool)
     """
     _check_slot(bank, slot)
-    rows = prepare(bank, adapter) if adapter is None or isinstance(adapter, Adapter) else tuple(adapter)
+    rows = (
+        prepare(bank, adapter, base_is_changed=base_is_changed)
+        if adapter is None or isinstance(adapter, Adapter)
+        else tuple(adapter)
+    )
     return write_slot(bank, rows, slot, weights_read(bank, base))
 
 
@@ -387,10 +402,10 @@ def weights_read(bank: Bank, base: Any) -> dict[str, Any]:
     return {leaf: leaves[leaf] for leaf in read}
 
 
-def prepare(bank: Bank, adapter: Adapter | None) -> tuple[Tensors, ...]:
+def prepare(bank: Bank, adapter: Adapter | None, *, base_is_changed: bool = False) -> tuple[Tensors, ...]:
     """Return an adapter's tensors as NumPy arrays with the bank's shapes, for `put`.
 
-    Raises the errors of `put`.
+    The arguments are those of `put`. Raises its errors.
 
     >>> import jaxadapt
     >>> base = {"q": {"kernel": jnp.ones((4, 6))}}
@@ -398,9 +413,11 @@ def prepare(bank: Bank, adapter: Adapter | None) -> tuple[Tensors, ...]:
     >>> prepare(bank, None)[0]["scale"]
     array(0., dtype=float32)
     """
-    if adapter is None:
-        return tuple(blank(place) for place in bank.layout.places)
-    return fit_adapter(bank.layout, adapter)
+    if adapter is not None and not base_is_changed:
+        require_original_base(
+            adapter.config, CANNOT_PUT, "Pass base_is_changed=True if the base of the bank has the changed weights"
+        )
+    return tuple(map(blank, bank.layout.places)) if adapter is None else fit_adapter(bank.layout, adapter)
 
 
 def write_slot(bank: Bank, rows: Sequence[Tensors], slot: int, weights: Mapping[str, Any]) -> Bank:

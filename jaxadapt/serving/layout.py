@@ -330,7 +330,7 @@ def _entries(site: Site, shape: Shape) -> Shape:
 
 # ---------------------------------------------------------------- one adapter
 
-_CANNOT_PUT = "cannot put the adapter into the bank"
+CANNOT_PUT = "cannot put the adapter into the bank"
 
 
 def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
@@ -350,7 +350,7 @@ def fit_adapter(layout: Layout, adapter: Adapter) -> tuple[Tensors, ...]:
         except AttachError as error:
             other_kind = place is None and site.leaf in layout.by_leaf
             problems.append(Refusal(str(error), add_kind(adapter.config, layout.slots) if other_kind else FIT))
-    raise_refused(problems, _CANNOT_PUT)
+    raise_refused(problems, CANNOT_PUT)
     return tuple(chosen.get(place) or blank(place) for place in layout.places)
 
 
@@ -362,15 +362,15 @@ def _require_rows(layout: Layout, adapter: Adapter) -> tuple[Adapter, Sites, int
     sites = sites_of(adapter)
     if not sites:  # a prompt, whose tensors belong to no weight
         raise AttachError(
-            f"{_CANNOT_PUT}: {adapter.config.peft_type} changes no weight, and rows cannot each have one. {LOAD}"
+            f"{CANNOT_PUT}: {adapter.config.peft_type} changes no weight, and rows cannot each have one. {LOAD}"
         )
-    raise_refused(find_refusals(sites), _CANNOT_PUT)
+    raise_refused(find_refusals(sites), CANNOT_PUT)
     if not becomes_lora(adapter.config):
         return adapter, sites, _require_shared(layout.shared, adapter, sites)
-    raise_refused([Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf], _CANNOT_PUT)
+    raise_refused([Refusal(_no_place(leaf), FIT) for leaf in adapter.sites if leaf not in layout.by_leaf], CANNOT_PUT)
     shapes = {place.row.leaf: tuple(place.weight.shape) for place in layout.places}
     if (plain := low_rank_form(adapter, shapes)) is None:
-        raise AttachError(f"{_CANNOT_PUT}:\n  it adapts experts that one array holds\n{MERGE}")
+        raise AttachError(f"{CANNOT_PUT}:\n  it adapts experts that one array holds\n{MERGE}")
     return plain, sites_of(plain), None
 
 

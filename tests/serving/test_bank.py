@@ -283,3 +283,38 @@ def test_put_on_a_mesh(kind: str, spec: tuple[str | None, ...], dora: bool):
             np.testing.assert_array_equal(got[1], np.asarray(adapter.flat()[f"q.kernel.{name}"]).reshape(got[1].shape))
             assert not got[0].any()
             assert not got[2].any()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_needs_a_word_about_the_banks_base(init: str):
+    """As in `load`: on the original base it would compute something else, and nothing would show it."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((4, 6), "float32"), rng.standard_normal((2, 4), "float32")
+    original = {"q": {"kernel": w}}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights=init)
+    changed, first = jaxadapt.initializers.start(original, config)
+    trained = jax.tree.map(lambda leaf: leaf + 0.5 * rng.standard_normal(leaf.shape).astype("float32"), first)
+
+    def product(adapter: jaxadapt.Adapter) -> np.ndarray:
+        site = {name: np.asarray(leaf) for name, leaf in adapter.params["q"]["kernel"].items()}
+        return (config.lora_alpha / config.r) * site["lora_A"].T @ site["lora_B"].T
+
+    want = x @ (w - product(first) + product(trained))  # numpy
+
+    def rows(base: dict[str, dict[str, np.ndarray]], adapter: jaxadapt.Adapter, **options: bool) -> np.ndarray:
+        model = nnx.Dict(q=nnx.Linear(4, 6, use_bias=False, rngs=nnx.Rngs(0)))
+        model.q.kernel[...] = base["q"]["kernel"]
+        bank = serving.create(model, config.replace(r=4, init_lora_weights=True), slots=2)
+        bank = serving.put(bank, 1, adapter, **options)
+        with serving.route(serving.attach(model, bank), bank.select([1, 1])):
+            return np.asarray(model.q(x))
+
+    with pytest.raises(jaxadapt.ConfigError, match=f"init_lora_weights='{init}'.*does not fit the original base") as e:
+        rows(original, trained)
+    assert "base_is_changed=True" in str(e.value)
+    np.testing.assert_allclose(rows(changed, trained, base_is_changed=True), want, rtol=0, atol=1e-5 * abs(want).max())
+    plain = jaxadapt.initializers.for_original_base(trained, first)
+    np.testing.assert_allclose(rows(original, plain), want, rtol=0, atol=1e-5 * abs(want).max())
+    assert not np.allclose(rows(original, trained, base_is_changed=True), want, atol=1e-2)  # what was silent
+    with pytest.raises(jaxadapt.ConfigError, match="does not fit the original base"):
+        serving.prepare(serving.create(original, config, slots=2), trained)
