@@ -25,20 +25,22 @@ from jaxadapt.core.lazy import LazyModule
 # pyright: reportUnusedImport=false
 if TYPE_CHECKING:
     from jaxadapt.analysis import changes, heat_maps
+    from jaxadapt.configs import matching
     from jaxadapt.export import adapter_files, conversion, merge_files
     from jaxadapt.keymaps import check, families
-    from jaxadapt.models import summary_table
+    from jaxadapt.models import foreign, summary_table
     from jaxadapt.persistence import consumers, folder, run_folder
     from jaxadapt.storage import atomic, hf_model, orbax
 else:  # Imported from here by the files of commands.
-    (changes, heat_maps, adapter_files, conversion, merge_files, check, families, summary_table, consumers, folder,
-     run_folder, atomic, hf_model, orbax) = (
+    (changes, heat_maps, matching, adapter_files, conversion, merge_files, check, families, foreign, summary_table,
+     consumers, folder, run_folder, atomic, hf_model, orbax) = (
         LazyModule(f"jaxadapt.{package}.{name}")
         for package, names in (
             ("analysis", ("changes", "heat_maps")),
+            ("configs", ("matching",)),
             ("export", ("adapter_files", "conversion", "merge_files")),
             ("keymaps", ("check", "families")),
-            ("models", ("summary_table",)),
+            ("models", ("foreign", "summary_table")),
             ("persistence", ("consumers", "folder", "run_folder")),
             ("storage", ("atomic", "hf_model", "orbax")),
         )
@@ -150,6 +152,8 @@ def main(verbose: bool) -> None:
     success, 1 for an error (2 of `diff` and `compare-logprobs`), which standard error explains, 2 for wrong usage, and
     130 after Ctrl-C.
     """
+    # It logs the traceback of an error that the command then tells.
+    logging.getLogger("gcsfs").setLevel(logging.NOTSET if verbose else logging.CRITICAL)
     client = logging.getLogger("huggingface_hub.utils._http")
     if verbose:
         client.removeFilter(_is_no_retry)

@@ -12,9 +12,11 @@ from typing import Any
 import click
 
 import jaxadapt
-from jaxadapt.cli import adapter_files, conversion, merge_files, output, reports
+from jaxadapt.cli import adapter_files, conversion, families, foreign, merge_files, output, reports
 from jaxadapt.core.lazy import jax
 from jaxadapt.persistence import FILES, FOLDERS
+
+_families = output.completed(lambda: families.FAMILIES)
 
 # ---------------------------------------------------------------- repair
 
@@ -154,10 +156,13 @@ def undo_start_command(adapter: str, first: str, out: str, as_json: bool) -> Non
 @click.command("convert", short_help="Change the file format, dtype or library of an adapter.")
 @click.argument("sources", metavar="SOURCE…", nargs=-1, required=True, type=click.Path())
 @click.argument("target", type=click.Path())
-@click.option("--from", "from_keymap", metavar="FAMILY", help="Family (keymap) of a SOURCE tree. Default: recognized.")
-@click.option("--to", "to_keymap", metavar="FAMILY", help="Family (keymap) of a TARGET tree; see `jaxadapt families`.")
+@click.option("--from", "from_keymap", metavar="FAMILY", shell_complete=_families,
+              help="Family (keymap) of a SOURCE tree. Default: recognized.")  # fmt: skip
+@click.option("--to", "to_keymap", metavar="FAMILY", shell_complete=_families,
+              help="Family (keymap) of a TARGET tree; see `jaxadapt families`.")  # fmt: skip
 @click.option(
     "--dialect",
+    shell_complete=output.completed(lambda: foreign.DIALECTS),
     help="LoRA layout of a TARGET tree: qwix, qwix/flat, gemma, nnx.LoRA, … Default: that of the family's library.",
 )
 @click.option("--lora-alpha", type=float, help="Alpha that a SOURCE tree was trained with.")
@@ -235,7 +240,8 @@ def convert_command(
 @click.option("--out", required=True, type=click.Path(), help="Folder to write.")
 @click.option("--name", default="default", show_default=True, help="The adapter's name in the checkpoint.")
 @click.option("--config", type=click.Path(), help="An adapter_config.json, or the folder of one.")
-@click.option("--keymap", metavar="FAMILY", help="Family of an Orbax checkpoint's model. Default: recognized.")
+@click.option("--keymap", metavar="FAMILY", shell_complete=_families,
+              help="Family of an Orbax checkpoint's model. Default: recognized.")  # fmt: skip
 @click.option("--lora-alpha", type=float, help="Alpha of another library's LoRA, instead of --config.")
 @output.as_json
 def extract_command(
@@ -325,17 +331,21 @@ def merge_command(
 # ---------------------------------------------------------------- combine
 
 
-_METHODS = (
-    "svd, cat, linear, ties, dare_linear, dare_ties or magnitude_prune. For adapters of different ranks, append _svd to"
-    " one of the last four."
-)
+_METHODS = "svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"
 
 
 @click.command("combine", short_help="Combine several adapters into one.")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path())
 @click.option("--weights", required=True, metavar="W,W,…", help="One factor for each adapter, in order.")
 @click.option("--out", required=True, type=click.Path(), help="Folder to write the combined adapter into.")
-@click.option("--method", default="svd", show_default=True, help=_METHODS)
+@click.option(
+    "--method",
+    default="svd",
+    show_default=True,
+    help=f"{', '.join(_METHODS[:-1])} or {_METHODS[-1]}. For adapters of different ranks, append _svd to one of the"
+    " last four.",
+    shell_complete=output.completed(lambda: [*_METHODS, *(f"{method}_svd" for method in _METHODS[3:])]),
+)
 @click.option("--rank", type=output.Integer(1), help="Rank of the result. Default: decided by the method.")
 @click.option("--density", type=float, help="Share of the values to keep, 0 to 1 (the last four methods).")
 @click.option("--seed", default=0, show_default=True, help="Seed for the random choice of the dare_… methods.")

@@ -34,6 +34,11 @@ class Integer(click.IntRange):
     name = "integer"
 
 
+def completed(values: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
+    """Return a callback of click that completes a text to one of `values()`, which is called for this alone."""
+    return lambda ctx, param, start: [value for value in values() if value.startswith(start)]
+
+
 def named_values(form: str, convert: Callable[[str], Any], value: str = "(?s:.*)") -> Callable[..., dict[str, Any]]:
     """Return a callback of click that reads the texts NAME=VALUE of an option as `{name: convert(value)}`.
 

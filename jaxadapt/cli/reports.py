@@ -23,11 +23,12 @@ from jaxadapt.cli import (
     folder,
     heat_maps,
     hf_model,
+    matching,
     orbax,
     output,
     run_folder,
     summary_table,
-)  # fmt: skip
+)
 from jaxadapt.core import errors
 from jaxadapt.storage import location
 
@@ -320,7 +321,7 @@ def _print_modules(found: changes.Difference) -> None:
 
 
 @click.command("families", short_help="List the known model families.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=output.completed(lambda: families.FAMILIES))
 @output.as_json
 def families_command(name: str | None, as_json: bool) -> None:
     """List the known model families, or the keymap of the family NAME.
@@ -369,7 +370,7 @@ _MAX_ITEMS = 12
 
 
 @click.command("check-keymap", short_help="Check a keymap against a model, a checkpoint, or both.")
-@click.argument("family")
+@click.argument("family", shell_complete=output.completed(lambda: ("auto", *families.FAMILIES)))
 @click.option("--model", type=click.Path(), help="Shapes of the JAX model: .json, .safetensors or an Orbax folder.")
 @click.option("--checkpoint", type=click.Path(), help="The Hugging Face model: its folder, or one file of weights.")
 @output.as_json
@@ -511,8 +512,6 @@ def methods_command(model: str | None, as_json: bool) -> None:
       jaxadapt methods
       jaxadapt methods --model shapes.json --json
     """
-    from jaxadapt.configs import matching
-
     found, passing = matching.describe_methods(), matching.passing_types()
     sizes = None if model is None else summary_table.method_sizes(read_model_shapes(Path(model)))
     if as_json:

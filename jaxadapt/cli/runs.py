@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 import jaxadapt
-from jaxadapt.cli import atomic, consumers, output, reports, run_folder
+from jaxadapt.cli import atomic, consumers, matching, output, reports, run_folder
 from jaxadapt.core.errors import escape_text, raise_as, warn
 from jaxadapt.storage import location
 
@@ -32,7 +32,11 @@ from jaxadapt.storage import location
 )
 @click.option("--api", default="nnx", show_default=True, type=click.Choice(["nnx", "linen"]), help="Flax API to use.")
 @click.option(
-    "--method", default="lora", show_default=True, help="Method to train, a type of `jaxadapt methods` in lower case."
+    "--method",
+    default="lora",
+    show_default=True,
+    help="Method to train, a type of `jaxadapt methods` in lower case.",
+    shell_complete=output.completed(lambda: [info.peft_type.lower() for info in matching.describe_methods()]),
 )
 @output.as_json
 def demo_command(out: str, steps: int, seed: int, api: str, method: str, as_json: bool) -> None:
@@ -228,7 +232,7 @@ def serve_command(
 @click.argument("source", type=click.Path())
 @click.option("--for", "program", metavar="PROGRAM", default="plain", show_default=True,
               help="The program that reads the result.",
-              shell_complete=lambda ctx, param, start: [name for name in consumers.PROGRAMS if name.startswith(start)],
+              shell_complete=output.completed(lambda: consumers.PROGRAMS),
 )  # fmt: skip
 @click.option("--out", required=True, type=click.Path(), help="Folder to write, or FILE.gguf for gguf.")
 @click.option("--base", type=click.Path(), help="Base model: its folder, config.json or (for gguf) its .gguf file.")

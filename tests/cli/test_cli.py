@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import COMMANDS, main
+from jaxadapt.merging.combination import OPERATORS
 from jaxadapt.persistence import consumers
 from tests.support import small
 
@@ -208,10 +209,42 @@ def test_completion(shell):
         ("completion ", {"bash", "zsh", "fish"}),
         ("push --no", {"--no-picture"}),
         ("export out/ --for t", {"transformers", "tgi", "tensorrt-llm"}),
+        ("families gemma:gemma4", {"gemma:gemma4", "gemma:gemma4-moe"}),
+        ("check-keymap a", {"auto"}),
+        ("convert a b --to gpt2", {"gpt2", "gpt2-dense"}),
+        ("convert a b --from bert", {"bert"}),
+        ("extract a --keymap bert", {"bert"}),
+        ("convert a b --dialect q", {"qwix"}),
+        ("demo --method lo", {"loha", "lokr", "lora"}),
+        ("combine a --method ", {*OPERATORS}),
     ],
 )
 def test_completion_knows_commands_options_and_choices(typed, offered, monkeypatch):
     assert completed(typed, monkeypatch) == {("plain", word) for word in offered}
+
+
+def test_completion_imports_no_jax():
+    """Its answer to a key is to come at once."""
+    code = (
+        "import os, sys\nfrom jaxadapt.cli import main\n"
+        "for words in sys.argv[1:]:\n"
+        "    os.environ |= {'COMP_WORDS': f'jaxadapt {words}', 'COMP_CWORD': str(len(words.split(' ')))}\n"
+        "    try: main([], prog_name='jaxadapt')\n"
+        "    except SystemExit: pass\n"
+        "print(*[name for name in ('jax', 'numpy', 'flax') if name in sys.modules])"
+    )
+    typed = [
+        "families falcon",
+        "convert a b --dialect qw",
+        "demo --method hr",
+        "combine a --method ca",
+        "export a --for ml",
+    ]
+    env = {**os.environ, "_JAXADAPT_COMPLETE": "bash_complete", "PYTHONPATH": str(Path(jaxadapt.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code, *typed], capture_output=True, text=True, timeout=900, env=env)
+    assert done.stdout.split("\n") == [
+        *(f"plain,{word}" for word in ("falcon", "qwix", "hra", "cat", "mlx")), "", "",
+    ], done.stderr  # fmt: skip
 
 
 def test_the_help_of_export_names_every_program():
@@ -436,7 +469,7 @@ def test_factors_separated_by_blanks_are_asked_for_with_commas():
     assert "separate the factors by commas: --weights 0.7,0.3" in result.output
 
 
-def test_the_hub_clients_own_attempts_are_shown_only_on_request(caplog):
+def test_the_own_messages_of_the_stores_clients_are_shown_only_on_request(caplog):
     client = logging.getLogger("huggingface_hub.utils._http")
 
     def seen(*options: str) -> list[str]:
@@ -444,10 +477,11 @@ def test_the_hub_clients_own_attempts_are_shown_only_on_request(caplog):
         assert run(*options, "families").exit_code == 0
         client.warning("Retrying in 1s [Retry 1/5].")
         client.warning("the server's own words")
+        logging.getLogger("gcsfs").error("_request out of retries")
         return [record.getMessage() for record in caplog.records]
 
     try:
-        assert seen("--verbose") == ["Retrying in 1s [Retry 1/5].", "the server's own words"]
+        assert seen("--verbose") == ["Retrying in 1s [Retry 1/5].", "the server's own words", "_request out of retries"]
         assert seen() == ["the server's own words"]
     finally:
         run("--verbose", "families")
