@@ -576,6 +576,11 @@ def _find_targets(held: Carrier, stored: Snapshot) -> tuple[Mapping[str, Any], d
         f"{leaf}: the alpha or scale {saved:g} is saved, the target has {numbers[leaf]:g}"
         for leaf, saved in stored.guest.get("stored", {}).items()
         if numbers.get(leaf, saved) != saved
+    ] + [
+        f"the target's adapter {name!r} is not saved, and would keep its values: delete it first, or attach it after"
+        " the restore"
+        for name in sorted(held.names())
+        if name not in stored.recipes and not stored.guest
     ]
     for name, text in stored.recipes.items():
         if name not in adapter_names(held):

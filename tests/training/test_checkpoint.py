@@ -210,6 +210,27 @@ def test_several_adapters_and_none_is_left_out(tmp_path: Path):
         manager.restore(small.trained())
 
 
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_an_adapter_that_the_step_lacks_is_named(api: str, tmp_path: Path):
+    """It would keep the values it has, beside those of the step."""
+    manager = jaxadapt.CheckpointManager(tmp_path)
+    saved = small.trained(seed=3)
+    manager.save(0, saved)
+    if api == "nnx":
+        target = small.trained(small.IA3, seed=4, name="other", model=small.trained(seed=5))
+    else:
+        target = {**small.variables(seed=5), **small.variables(small.IA3, seed=4, name="other")}
+    before = {name: jaxadapt.extract(target, name=name).flat() for name in ("default", "other")}
+    for options in ({}, {"model_only": True}):
+        with pytest.raises(jaxadapt.MismatchError, match="target's adapter 'other' is not saved.*delete it first"):
+            manager.restore(target, **options)
+    for name, flat in before.items():
+        for path, x in jaxadapt.extract(target, name=name).flat().items():
+            np.testing.assert_array_equal(x, flat[path])
+    back = manager.restore(jaxadapt.delete(target, name="other")).model
+    assert same(jaxadapt.extract(back).params, jaxadapt.extract(saved).params)
+
+
 def test_names_that_begin_alike(tmp_path: Path):
     saved = small.trained(seed=3, name="a")
     small.trained(seed=4, name="a/b", model=saved)
