@@ -181,9 +181,9 @@ def combine(
     first = adapters[0]
     if summed_type(configs) is not None:
         summed = _sum_tensors([a.flat() if isinstance(a, Adapter) else a.tensors for a in adapters], weights, method)
-        if isinstance(first, Adapter):
-            return dataclasses.replace(first, params=paths.unflatten(summed))
-        return dataclasses.replace(first, tensors=summed)
+        return dataclasses.replace(
+            first, **({"params": paths.unflatten(summed)} if isinstance(first, Adapter) else {"tensors": summed})
+        )
     adapters = list(map(factors.normalize, adapters))
     by_adapter = [factors.pairs_of(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
     _check_sizes(by_adapter, method)
@@ -217,6 +217,7 @@ def _combine_pairs(
     parts_of = each_alone if elementwise else factors.find_parts(adapters)
     whole = [factors.join_parts(pairs, parts_of) for pairs in adapters]
     kept = None if masks is None else [factors.join_parts(own, parts_of) for own in masks]
+    _check_rank(options.svd_rank, [] if elementwise else [pair.sizes for pairs in whole for pair in pairs.values()])
     items: dict[str, Any] = {}
     first: dict[str, Pair] = {}
     for matrix in parts_of:
@@ -471,7 +472,7 @@ def resize_rank(adapter: factors.Plain, r: int, *, key: Any = None) -> Reduced[f
             ΔW stays the same, since their columns of B are zero.
 
     Raises `ConfigError` for an adapter that is not a plain LoRA (`to_lora` makes one), or whose initialization changed
-    the base (PiSSA, OLoRA, …).
+    the base (PiSSA, OLoRA, …), and for an `r` whose A and B would be much larger than the adapted weights.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
@@ -480,7 +481,6 @@ def resize_rank(adapter: factors.Plain, r: int, *, key: Any = None) -> Reduced[f
     >>> smaller.config.r, smaller.params["q"]["kernel"]["lora_B"].shape, error
     (2, (6, 2), {'q': 0.0})
     """
-    _check_rank(r)
     adapter = factors.normalize(adapter)
     pairs = factors.pairs_of(adapter)
     config: Any = adapter.config
@@ -493,6 +493,7 @@ def resize_rank(adapter: factors.Plain, r: int, *, key: Any = None) -> Reduced[f
     )
     parts_of = factors.find_parts([pairs])
     whole = factors.join_parts(pairs, parts_of)
+    _check_rank(r, [pair.sizes for pair in whole.values()])
     keys = {name: None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode())) for name in whole}
     items = {name: ((r, pair.scale), (pair.a, pair.b, keys[name])) for name, pair in whole.items()}
     resized: dict[str, Pair] = {}
@@ -568,7 +569,6 @@ def to_lora(
         return reduced if dtype is None else _cast(reduced, dtype)
     if r is None:
         raise ConfigError("to_lora: pass r (the rank); a change of weights has no rank of its own")
-    _check_rank(r)
     if isinstance(source, Adapter):
         change = _change_by_adapter(source, params, r)
     else:
@@ -626,10 +626,18 @@ def _cast(reduced: Reduced[Adapter], dtype: Any) -> Reduced[Adapter]:
     return Reduced(regions.cast_tree(reduced.adapter, dtype, "to_lora"), reduced.error)
 
 
-def _check_rank(r: Any) -> None:
-    """Raise `ConfigError` for a rank that is not a positive integer."""
+def _check_rank(r: Any, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise `ConfigError` for a rank that is no positive integer, or whose A and B would fill the memory.
+
+    They may have four times as many values as the adapted matrices, whose sizes are given, or 2**24.
+    """
     if isinstance(r, bool) or not isinstance(r, numbers.Integral) or r < 1:
         raise ConfigError(f"r: expected a positive integer, found {r!r}")
+    if int(r) > (limit := max(2**24, 4 * sum(x * y for x, y in sizes)) // (sum(map(sum, sizes)) or 1)):
+        raise ConfigError(
+            f"rank: expected at most {limit}, found {r}; no change of these weights has a rank above"
+            f" {max(map(min, sizes), default=0)}, and more would only add zeros"
+        )
 
 
 def _error_by_module(modules: Sequence[str], values: Array) -> dict[str, Any]:
@@ -675,6 +683,7 @@ def _from_change(
         " of several parameters (attention layers, joined projections) do not have; leave these out of target_modules:",
         [site.leaf for site in sites if not factors.has_one_pair(site)],
     )
+    _check_rank(r, [factors.matrix_sizes(site) for site in sites])
     pairs: dict[str, Pair] = {}
     error: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):

@@ -231,3 +231,38 @@ def test_resize_takes_keys_with_a_name_and_8_bits_and_leaves_copies_of_the_base_
     with pytest.warns(UserWarning, match="leaves out these copies of base weights"):
         resized, _ = combination.resize_rank(jaxadapt.PeftTensors(config, copies), 4)
     assert resized.tensors.keys() == plain.keys()
+
+
+HUGE = 99_999_999_999
+
+
+@pytest.mark.parametrize("way", ["resize", "pair", "factors", "change", "combine"])
+def test_a_rank_that_would_fill_the_memory_is_refused_before_anything_is_allocated(way: str):
+    base = {"q": {"kernel": jnp.ones((4, 6))}, "v": {"kernel": jnp.ones((8, 12))}}
+    lora = jaxadapt.LoraConfig(r=3, target_modules=["q", "v"], init_lora_weights=False)
+    adapter, vera, hra = (
+        jaxadapt.init(base, config, key=jax.random.key(0))
+        for config in (
+            lora,
+            *(kind(r=2, target_modules=["q", "v"]) for kind in (jaxadapt.VeraConfig, jaxadapt.HRAConfig)),
+        )
+    )
+    calls = {
+        "resize": lambda: combination.resize_rank(adapter, HUGE),
+        "pair": lambda: combination.to_lora((base, jax.tree.map(lambda x: x + 1, base)), HUGE),
+        "factors": lambda: combination.to_lora(vera, HUGE, params=base),
+        "change": lambda: combination.to_lora(hra, HUGE, params=base),
+        "combine": lambda: jaxadapt.combine([adapter, adapter], [1, 1], method="svd", svd_rank=HUGE),
+    }
+    with pytest.raises(ConfigError, match=rf"rank: expected at most \d+, found {HUGE}; no change .* above 8"):
+        calls[way]()
+
+
+def test_a_rank_above_the_sizes_of_the_weights_still_pads():
+    """Some programs take a few ranks only, and a head has few outputs."""
+    base = {"head": {"kernel": jnp.ones((16, 2))}}
+    config = jaxadapt.LoraConfig(r=3, target_modules=["head"], init_lora_weights=False)
+    adapter = jaxadapt.init(base, config, key=jax.random.key(0))
+    larger, error = combination.resize_rank(adapter, 64)
+    assert (larger.config.r, error) == (64, {"head": 0.0})
+    np.testing.assert_allclose(deltas(larger)["head"], deltas(adapter)["head"], rtol=1e-6)
