@@ -563,17 +563,17 @@ def repeats_heads(config: Config, keymap: KeyMap, leaves: Iterable[str] | None) 
 
 def method_tensors(config: Config, method: Method, target: Target) -> tuple[MethodTensor, ...]:
     """Return the tensors of a target; an entry that is not adapted has none in the file."""
-    tensors, names = method.tensors(config, target), target.modules.names
+    tensors = method.tensors(config, target)
     if target.modules.all:
         return tensors
-    used = {t: tuple(0 if name is None else dict(t.own).get("r", 1) for name in names) for t in tensors}
+    used = {t: tuple(0 if name is None else dict(t.own).get("r", 1) for name in target.modules.names) for t in tensors}
     return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used[t]) for t in tensors)
 
 
 def torch_layout(site: Site) -> TorchLayout:
     """Return PyTorch's layout of one layer's weight and tensors."""
-    match, weight = site.match, site.match.weight
-    stacked = {weight.left[axis] for axis in match.stack}
+    weight = site.match.weight
+    stacked = {weight.left[axis] for axis in site.match.stack}
     right = weight.right[::-1] if weight.fan_in_fan_out else weight.right
     tensors = tuple(
         (tensor.name, tuple(n for n in entry.form.left if n not in stacked), entry.form.right)
@@ -582,7 +582,7 @@ def torch_layout(site: Site) -> TorchLayout:
     return TorchLayout(
         tuple(name for name in weight.left if name not in stacked),
         right,
-        match.roles["batch"],
+        site.match.roles["batch"],
         weight.torch_roles["in"],
         weight.torch_roles["out"],
         weight.sizes,

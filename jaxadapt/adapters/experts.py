@@ -144,7 +144,7 @@ def concatenate_ranks(
     >>> concatenate_ranks(1, a, b, ["a[=0/2]", "a[=1/2]"], ["b[0/2]", "b[1/2]"])[1].tolist()
     [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]]
     """
-    n, xp = len(a), a[0].__array_namespace__()
+    xp = a[0].__array_namespace__()
     # A's rows are (expert, rank) and B's columns (rank, expert): in both reshaped forms the rank is axis 1.
     wide_a = [x.reshape(x.shape[0] // rank, rank, x.shape[1]) for x in a]
     wide_b = [x.reshape(x.shape[0], rank, x.shape[1] // rank) for x in b]
@@ -154,7 +154,7 @@ def concatenate_ranks(
             out.append(xp.concatenate(tensors, axis=1).reshape(flat_shape))
             continue
         padded = [
-            xp.pad(x, ((0, 0), (i * rank, (n - 1 - i) * rank), (0, 0))).reshape(flat_shape)
+            xp.pad(x, ((0, 0), (i * rank, (len(a) - 1 - i) * rank), (0, 0))).reshape(flat_shape)
             for i, x in enumerate(tensors)
         ]
         out.append(join_parts(padded, keys, xp))

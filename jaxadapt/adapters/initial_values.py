@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxadapt.adapters.adapter import (
     SHARED_NODE,
@@ -68,18 +67,18 @@ def propagate_axes(match: Match, form: FileLayout, axes: Sequence[Any]) -> tuple
 
 
 @functools.lru_cache(maxsize=1024)
-def _named_sharding(mesh: Any, axes: tuple[Any, ...]) -> NamedSharding:
+def _named_sharding(mesh: Any, axes: tuple[Any, ...]) -> jax.sharding.NamedSharding:
     """Return one object for all layers, so that JAX and the caches here recognize it without comparing."""
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
-def adapter_shardings(sites: Sequence[Site], base: Mapping[str, Any]) -> dict[str, NamedSharding]:
+def adapter_shardings(sites: Sequence[Site], base: Mapping[str, Any]) -> dict[str, jax.sharding.NamedSharding]:
     """Return `{path: sharding}` for an adapter's tensors from the `{leaf: sharding}` that the base has.
 
     Only a `NamedSharding` names axes. The adapter of a weight with another one (one device, or one that the compiler
     chose) is created where JAX puts new arrays, and moves to its base inside jit.
     """
-    named = {leaf: sharding for leaf, sharding in base.items() if isinstance(sharding, NamedSharding)}
+    named = {leaf: sharding for leaf, sharding in base.items() if isinstance(sharding, jax.sharding.NamedSharding)}
     shardings = {
         entry.path: _named_sharding(at.mesh, propagate_axes(site.match, entry.form, tuple(at.spec)))
         for site in sites
@@ -91,21 +90,23 @@ def adapter_shardings(sites: Sequence[Site], base: Mapping[str, Any]) -> dict[st
     return shardings
 
 
-def requested_shardings(shardings: Any, sites: Sequence[Site]) -> dict[str, Sharding]:
+def requested_shardings(shardings: Any, sites: Sequence[Site]) -> dict[str, jax.sharding.Sharding]:
     """Return `{path: sharding}` from one sharding for all tensors, or a tree of them.
 
     Raises `AttachError` if a sharding is missing or does not fit.
     """
     shapes = {entry.path: entry.shape for _, entry in tensor_entries(sites)}
-    if not isinstance(shardings, Sharding | Mapping):
+    if not isinstance(shardings, jax.sharding.Sharding | Mapping):
         raise AttachError(
             f"shardings: expected a Sharding, or a tree like the adapter's, found {type(shardings).__name__}"
         )
-    requested = dict.fromkeys(shapes, shardings) if isinstance(shardings, Sharding) else paths.flatten(shardings)
+    requested = (
+        dict.fromkeys(shapes, shardings) if isinstance(shardings, jax.sharding.Sharding) else paths.flatten(shardings)
+    )
     problems = [f"{path}: the adapter has no such parameter" for path in requested if path not in shapes]
     for path, shape in shapes.items():
         sharding = requested.get(path)
-        if not isinstance(sharding, Sharding):
+        if not isinstance(sharding, jax.sharding.Sharding):
             problems.append(f"{path}: expected a Sharding, found {type(sharding).__name__}")
             continue
         try:
@@ -252,16 +253,16 @@ def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any
     forms = {each.entry.path: each.entry.form for each in wanted}
     try:
         for each in wanted:
-            path, site = each.entry.path, each.site
+            path = each.entry.path
             first = each.method.init(config, each.tensor, _start(each, key, 0, context))
             if not isinstance(first, random_draws.Draw):
                 numbers = range(1, each.entry.form.count)
                 others = (each.method.init(config, each.tensor, _start(each, key, i, context)) for i in numbers)
-                has_entries = site is not None and each.method.torch_layout
+                has_entries = each.site is not None and each.method.torch_layout
                 values[path] = _stack_entries(each.entry.form, [first, *others]) if has_entries else first
                 continue
             draws[path] = first, each.entry.shape
-            if site is not None and (by_tensor := _scales_by_tensor(config, each)) is not None:
+            if each.site is not None and (by_tensor := _scales_by_tensor(config, each)) is not None:
                 scales[path] = by_tensor
     except ConfigError as error:  # this start has no random draw; under tracing no values are needed
         if not regions.is_tracing():
@@ -297,7 +298,7 @@ def _scales_by_tensor(config: Config, each: _Wanted) -> list[float] | None:
 
 def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> Start:
     """Return the circumstances of the values of one entry, or of the whole leaf if the method sees the model's."""
-    site, form = each.site, each.entry.form
+    site = each.site
     common: dict[str, Any] = {
         "make_key": lambda: (
             None
@@ -308,12 +309,12 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
         **more,
     }
     if site is None:
-        return Start(form.file_shape, **common)
-    in_torch, module = site.method.torch_layout, each.entry.keys[i] if i < len(each.entry.keys) else ""
+        return Start(each.entry.form.file_shape, **common)
+    module = each.entry.keys[i] if i < len(each.entry.keys) else ""
     return Start(
-        form.shape_of(i) if in_torch else form.shape,
+        each.entry.form.shape_of(i) if site.method.torch_layout else each.entry.form.shape,
         site.fan_in,
-        hparams=site.hparams.own if in_torch else site.hparams,
+        hparams=site.hparams.own if site.method.torch_layout else site.hparams,
         module=module.removeprefix(PEFT_PREFIX).removesuffix(each.tensor.suffix),
         target=site.target,
         **common,
@@ -341,7 +342,7 @@ def _derive_tensor(
         values: `{path: array}` of the tensors that precede it, and of the shared ones.
         context: the other sites and the shared tensors of the adapter.
     """
-    tensor, form = each.tensor, each.entry.form
+    form = each.entry.form
     params = {t.name: values[e.path] for t, e in site.bound if e.path in values}
     shared = {name: paths.join(SHARED_NODE, name) for name in context["shared"]}
     common = {name: values[path] for name, path in shared.items() if path in values}
@@ -350,7 +351,7 @@ def _derive_tensor(
         def change(applied: Any, w: Any) -> Any:
             axes = dataclasses.replace(applied.axes, parts=None)
             return site.method.init(
-                config, tensor, _start(each, key, 0, context, w=applied.part(w), axes=axes, params=applied.params)
+                config, each.tensor, _start(each, key, 0, context, w=applied.part(w), axes=axes, params=applied.params)
             )
 
         return form.clear_gaps(map_stack(site, change, {**params, **common}, w))
@@ -360,7 +361,7 @@ def _derive_tensor(
         _start(each, key, i, context, w=weights[i], params={**{name: x[i] for name, x in rows.items()}, **common})
         for i in range(form.count)
     )
-    return _stack_entries(form, (site.method.init(config, tensor, start) for start in starts))
+    return _stack_entries(form, (site.method.init(config, each.tensor, start) for start in starts))
 
 
 def _weight_rows(site: Site, form: FileLayout, w: Any) -> Any:

@@ -57,6 +57,7 @@ from jaxadapt.keymaps.keymap import (
     KeyMap,
     Match,
     entry_for_copy,
+    fitting_match,
     is_guess,
     is_square,
     layout_advice,
@@ -219,9 +220,7 @@ WRAPPERS = (".modules_to_save", ".original_module")
 
 def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
     """Return the leaf's match in the keymap, or else one under its JAX path; a copy needs no roles."""
-    match = keymap.match(leaf)
-    fits = match is not None and len(match.weight.left) == len(shape)
-    return match if match is not None and fits else Match(leaf, entry_for_copy(leaf, shape))
+    return fitting_match(keymap, leaf, shape) or Match(leaf, entry_for_copy(leaf, shape))
 
 
 def _sized_matches(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[tuple[Match, dict[str, int]]]:
@@ -232,18 +231,25 @@ def _sized_matches(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
     found: list[tuple[Match, dict[str, int]]] = []
     for leaf, shape in shapes.items():
         match = match_for_copy(keymap, leaf, shape)
-        module, sizes = "" if match.braced else match.parameter({})[0], axis_sizes(match, shape)
+        sizes = axis_sizes(match, shape)
+        module = "" if match.braced else match.parameter({})[0]
         if module in tied and matching.is_saved(config, module):
-            pattern, scale, key = match.weight.pattern, match.weight.scale, ".".join(match.parameter({}))
-            match = Match(leaf, Weight(leaf, key, pattern, kind="lookup", fan_in_fan_out=True, scale=scale))
+            old = match.weight
+            key = ".".join(match.parameter({}))
+            match = Match(leaf, Weight(leaf, key, old.pattern, kind="lookup", fan_in_fan_out=True, scale=old.scale))
         found.append((match, sizes))
     return found
 
 
 def bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Site]) -> list[Site]:
     """Return the sites of the leaves of a model that are copied in full or in part, in the order of `shapes`."""
-    has_rows, has_biases = config.get("trainable_token_indices") is not None, config.get("bias", "none") != "none"
-    if not (config.get("modules_to_save") or has_rows or has_biases or _copies_targets(config)):
+    copies_any = (
+        config.get("modules_to_save")
+        or config.get("trainable_token_indices") is not None
+        or config.get("bias", "none") != "none"
+        or _copies_targets(config)
+    )
+    if not copies_any:
         return []
     found = _sized_matches(config, keymap, shapes)
     inputs, counts = _token_embedding(config, found), wrapper_counts(adapted)
@@ -394,8 +400,10 @@ def is_embedding(keymap: KeyMap, match: Match | None) -> bool:
     if match is None or match.braced:
         return False
     module, parameter = match.parameter({})
-    name, is_table = module.rpartition(".")[2], match.weight.kind == "embedding"
-    return parameter == "weight" and ((is_table and name in INPUTS) or module == keymap.output or name in NAMES)
+    name = module.rpartition(".")[2]
+    return parameter == "weight" and (
+        (match.weight.kind == "embedding" and name in INPUTS) or module == keymap.output or name in NAMES
+    )
 
 
 def _targets_embedding(config: Config, modules: Sequence[str]) -> bool:
@@ -612,8 +620,14 @@ def _recover_copy(
             f"{match.leaf!r}: the adapter holds {', '.join(shapes)}, which the configuration does not ask for: none"
             " of modules_to_save, bias and trainable_token_indices names it"
         )
-    method, covered = next(iter(entries.values())), (match, sizes, parameter_names(match, sizes))
-    return bind_site(config, method, keymap, covered, entries, shapes=shapes)
+    return bind_site(
+        config,
+        next(iter(entries.values())),
+        keymap,
+        (match, sizes, parameter_names(match, sizes)),
+        entries,
+        shapes=shapes,
+    )
 
 
 def require_complete(leaves: Mapping[str, Any], sites: Sites) -> None:

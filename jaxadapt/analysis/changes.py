@@ -316,8 +316,16 @@ def _compare_products(module: str, one: Factors, other: Factors) -> ModuleDiffer
         # ΔW₁ − ΔW₂ = F·A₁ + B₂·E, with F = B₁ − B₂, E = A₁ − A₂ and A₁ = A₂ + E
         e, f = _grams(s1 * a1 - s2 * a2, s2 * a2), _grams(b1 - b2, b2)
         square = float((f.x * a.x).sum() + 2 * (f.xy * (e.x + e.xy.swapaxes(1, 2))).sum() + (f.y * e.x).sum())
-    distance, ranks = math.sqrt(max(square, 0.0)), (a1.shape[1], a2.shape[1])
-    return ModuleDifference(module, "LoRA", norms, distance, _cosine(product, *norms), ranks, _angles(b), _angles(a))
+    return ModuleDifference(
+        module,
+        "LoRA",
+        norms,
+        distance=math.sqrt(max(square, 0.0)),
+        cosine=_cosine(product, *norms),
+        ranks=(a1.shape[1], a2.shape[1]),
+        output_angles=_angles(b),
+        input_angles=_angles(a),
+    )
 
 
 _NEAR = 1e-4

@@ -57,7 +57,6 @@ def parse_pattern(text: str) -> Pattern:
         problem = "a pattern must have exactly one '->', with JAX axes on the left and PyTorch axes on the right"
         return Pattern((), (), none, none, (problem,))
     ours, theirs = map(_axes, text.split("->"))
-    left, right = tuple(axis for axis, _ in ours), tuple(names for _, names in theirs)
     names, flat = ([name for _, group in side for name in group] for side in (ours, theirs))
     rest = re.sub(_TOKEN, "", text.replace("->", " ")).strip()
     problems = [f"{rest!r} is no axis name"] * bool(rest)
@@ -70,7 +69,13 @@ def parse_pattern(text: str) -> Pattern:
     problems += [
         f"axis {n!r} is only on the left (put an axis that PyTorch lacks in braces)" for n in sorted(plain - set(flat))
     ] + [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
-    return Pattern(left, right, plain, frozenset(n.strip("{}") for n in names if n.startswith("{")), tuple(problems))
+    return Pattern(
+        left=tuple(axis for axis, _ in ours),
+        right=tuple(names for _, names in theirs),
+        plain=plain,
+        braced=frozenset(n.strip("{}") for n in names if n.startswith("{")),
+        problems=tuple(problems),
+    )
 
 
 def _axes(text: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -349,15 +354,11 @@ def with_rank(form: FileLayout, rank: int) -> FileLayout:
     return dataclasses.replace(form, shape=shape, file_entries=None, ranks=None)
 
 
-def _widen(x: Array) -> Array:
-    return x.astype(np.promote_types(x.dtype, np.float32))
-
-
 def to_model_scale(x: Array, factor: float, shift: float) -> Array:
     """Return x · factor + shift in the dtype of x, computed in at least float32 and rounded once."""
     if factor == 1 and not shift:
         return x
-    wide = _widen(x)
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
     product = wide if factor == 1 else wide * wide.dtype.type(factor)
     return (product + wide.dtype.type(shift) if shift else product).astype(x.dtype)
 
@@ -366,7 +367,7 @@ def to_file_scale(x: Array, factor: float, shift: float) -> Array:
     """Return (x - shift) / factor in the dtype of x: the inverse of `to_model_scale`."""
     if factor == 1 and not shift:
         return x
-    wide = _widen(x)
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
     wide = wide - wide.dtype.type(shift) if shift else wide
     return (wide if factor == 1 else wide * wide.dtype.type(1 / factor)).astype(x.dtype)
 

@@ -157,8 +157,7 @@ class PerEntry:
         return jnp.asarray(by_layer)[number.reshape(())]
 
     def __str__(self) -> str:
-        low, high = min(self.values), max(self.values)
-        return f"{low:g} to {high:g}"
+        return f"{min(self.values):g} to {max(self.values):g}"
 
 
 def needs_layer_number(hparams: Any) -> bool:

@@ -151,10 +151,10 @@ class TorchRandom:
 
     def uniform(self, shape: Sequence[int], low: float, high: float) -> np.ndarray:
         """Return float32 values as `torch.empty(shape).uniform_(low, high)` draws them, bit for bit."""
-        low_, high_ = np.float32(low), np.float32(high)
+        start = np.float32(low)
         unit = self._unit(int(np.prod(shape))).astype(np.float64)
         # PyTorch multiplies and adds with one rounding.
-        return (unit * np.float64(high_ - low_) + np.float64(low_)).astype(np.float32).reshape(shape)
+        return (unit * np.float64(np.float32(high) - start) + np.float64(start)).astype(np.float32).reshape(shape)
 
     def permutation(self, size: int, count: int) -> np.ndarray:
         """Return the first `count` entries of `torch.randperm(size)`; nothing larger is made.

@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.layout import FileLayout, part_sizes, to_file_scale, to_model_scale
+from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, bullets, warn
 
 # ---------------------------------------------------------------- regions
@@ -42,9 +43,8 @@ Region = tuple[tuple[int, int], ...]
 @functools.lru_cache(maxsize=1024)
 def device_regions(sharding: Sharding, shape: Shape) -> dict[Region, tuple[Any, ...]]:
     """Return `{region: devices}`: the distinct regions of a sharded array and the devices with each."""
-    by_region: dict[Region, list[Any]] = {}
-    for device, index in sharding.devices_indices_map(shape).items():
-        by_region.setdefault(region_from_slices(index, shape), []).append(device)
+    indices = sharding.devices_indices_map(shape).items()
+    by_region = paths.group((region_from_slices(index, shape), device) for device, index in indices)
     return {region: tuple(devices) for region, devices in by_region.items()}
 
 
@@ -76,9 +76,10 @@ def is_contiguous(shape: Shape, region: Region) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _holders(sharding: Sharding, shape: Shape) -> list[tuple[tuple[int, ...], list[Region], int]]:
     """Return groups of regions held by the same processes: the processes, the regions and their number of elements."""
-    groups: dict[tuple[int, ...], list[Region]] = {}
-    for region, devices in device_regions(sharding, shape).items():
-        groups.setdefault(tuple(sorted({d.process_index for d in devices})), []).append(region)
+    groups = paths.group(
+        (tuple(sorted({d.process_index for d in devices})), region)
+        for region, devices in device_regions(sharding, shape).items()
+    )
     return [(processes, regions, sum(map(region_size, regions))) for processes, regions in groups.items()]
 
 
@@ -384,8 +385,12 @@ def concrete_sharding(sharding: Sharding) -> Sharding:
 
 def is_tracing(*values: Any) -> bool:
     """Return True inside jit, even if no argument is traced, and if one of the values is traced, as inside vmap."""
-    # device_put compiles nothing
-    return any(isinstance(x, Tracer) for x in (jax.device_put(np.float32(0)), *values))
+    return is_traced(jax.device_put(np.float32(0)), *values)  # device_put compiles nothing
+
+
+def is_traced(*values: Any) -> bool:
+    """Return True if one of the values is traced, so that none of its elements are known."""
+    return any(isinstance(x, Tracer) for x in values)
 
 
 def move_to(x: Any, sharding: Sharding) -> Any:
@@ -434,7 +439,7 @@ def names_not_finite(arrays: Mapping[str, Any]) -> list[str]:
     Arrays on accelerators are reduced there, and all results are fetched together. The result is empty if any array is
     traced, since it has no values yet. Values other than arrays of floats count as finite.
     """
-    if any(isinstance(x, Tracer) for x in arrays.values()):
+    if is_traced(*arrays.values()):
         return []
     finite: dict[str, Any] = {}
     with jax.ensure_compile_time_eval():  # a traced function may close over arrays with values
@@ -458,7 +463,7 @@ def require_finite(arrays: Mapping[str, Any], way_out: str, source: str = "") ->
 
 def is_finite(x: np.ndarray) -> bool:
     """Return True if an array on the host holds neither NaN nor infinity."""
-    flat, infinity, largest = x.ravel(order="K"), _INFINITY.get(x.dtype), np.maximum.reduce
+    flat, infinity = x.ravel(order="K"), _INFINITY.get(x.dtype)
     if infinity is None and not jnp.issubdtype(x.dtype, jnp.floating):
         return True
     for first in range(0, flat.size, _CHUNK):
@@ -466,7 +471,7 @@ def is_finite(x: np.ndarray) -> bool:
         if infinity is None:
             if not np.isfinite(part).all():
                 return False
-        elif largest(part.view(np.int16)) >= infinity or largest(part.view(np.uint16)) >= infinity | 0x8000:
+        elif part.view(np.int16).max() >= infinity or part.view(np.uint16).max() >= infinity | 0x8000:
             return False  # NumPy's `isfinite` is slow for 16-bit dtypes
     return True
 

@@ -110,6 +110,12 @@ ALIGNED = 64
 """XLA's CPU client uses memory without a copy if its address is a multiple of this number of bytes."""
 
 
+def bitwise_same(a: Any, b: Any) -> bool:
+    """Return True if two arrays are bitwise equal, so that a NaN equals itself and 0.0 differs from -0.0."""
+    x, y = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    return (x.dtype, x.shape) == (y.dtype, y.shape) and np.array_equal(x.view(np.uint8), y.view(np.uint8))
+
+
 def aligned_empty(nbytes: int) -> np.ndarray:
     """Return an uninitialized, aligned uint8 array of `nbytes`."""
     raw = np.empty(nbytes + ALIGNED - 1, np.uint8)
@@ -407,8 +413,8 @@ def stack(tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]], na
                 length = tensors.specs[name].shape[0]
                 overlap = slice(max(first - offset, 0), min(last - offset, length))
                 if overlap.start < overlap.stop:
-                    start, stop = offset + overlap.start - first, offset + overlap.stop - first
-                    values[start:stop] = tensors.read_slice(name, (overlap,))
+                    begin = offset + overlap.start - first
+                    values[begin : offset + overlap.stop - first] = tensors.read_slice(name, (overlap,))
                 offset += length
         return out[(slice(None), slice(None, None, padded[1].step), *padded[2:])]
 

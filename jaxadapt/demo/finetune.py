@@ -171,9 +171,14 @@ class Trainer:
 
 def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, steps: int, seed: int = 0) -> Trainer:
     """Return a trainer with a new adapter on the base, for `steps` steps."""
-    adapter, key = adapter_config(method, steps), jax.random.key(seed)
     make = _make_nnx if api == "nnx" else _make_linen
-    return make(config, weights, adapter, lambda decays: optimizer(method, steps, decays), key)
+    return make(
+        config,
+        weights,
+        adapter_config(method, steps),
+        lambda decays: optimizer(method, steps, decays),
+        jax.random.key(seed),
+    )
 
 
 def _make_nnx(config: LlamaConfig, weights: Weights, adapter: Any, make: MakeOptimizer, key: jax.Array) -> Trainer:

@@ -21,6 +21,7 @@ from jaxadapt.adapters.adapter import Adapter, is_array, name_donated_arrays
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import (
     TensorSource,
+    bitwise_same,
     cast,
     cut,
     dtype_name,
@@ -472,18 +473,12 @@ def _find_sources(
     redundant = {
         key
         for key in shapes.keys() - base_plan.shapes.keys()
-        if check.is_buffer(keymap, key) or (key in ties and bitwise_same(tensors, key, ties[key]))
+        if check.is_buffer(keymap, key) or (key in ties and bitwise_same(tensors[key], tensors[ties[key]]))
     }
     given = {key: shapes[name] for key, name in sources.items()}
     given |= {key: shape for key, shape in shapes.items() if key not in redundant and key not in given}
     _check_sources(tensors, keymap, base_plan, given, strict, leaves)
     return sources
-
-
-def bitwise_same(tensors: TensorSource, a: str, b: str) -> bool:
-    """Return True if two tensors are equal bit for bit."""
-    x, y = tensors[a], tensors[b]
-    return x.dtype == y.dtype and x.shape == y.shape and bool((x.view("uint8") == y.view("uint8")).all())
 
 
 def _check_sources(

@@ -191,11 +191,11 @@ def _write_parts(
         parts = origin.split(parts[""])
     done: list[Written] = []
     for name, tensors in parts.items():
-        target, config = place / name if name else place, tensors.config
+        target = place / name if name else place
         number = chosen.write(tensors, target, formats.Wanted(style, origin), report)
-        alpha = config.get("lora_alpha")
+        alpha = tensors.config.get("lora_alpha")
         alpha = None if alpha is None else float(alpha)
-        done.append(Written(os.fspath(target), config.peft_type, number, None, config.get("r"), alpha))
+        done.append(Written(os.fspath(target), tensors.config.peft_type, number, None, tensors.config.get("r"), alpha))
     return done
 
 
@@ -350,20 +350,19 @@ def _convert_layout(
 
 def _under_other_names(tensors: PeftTensors, options: TreeOptions, from_tree: bool) -> PeftTensors:
     """Return the adapter of a folder under the names of another spelling of its family, if one is wanted."""
-    old, new, on_shared = options.from_keymap, options.to_keymap, options.on_shared
     needs_tree = ConfigError("--dialect and --on-shared need a tree (a file ending in .safetensors)")
     if options.dialect is not None:
         raise needs_tree
-    if new is None and (from_tree or on_shared is None):
+    if options.to_keymap is None and (from_tree or options.on_shared is None):
         return tensors
-    if from_tree or old is None or new is None:
+    if from_tree or options.from_keymap is None or options.to_keymap is None:
         raise ConfigError("--to needs a tree (.safetensors) as target; to rename a folder's modules, add --from")
-    source, target = families.resolve_keymap(old, {}), families.resolve_keymap(new, {})
+    source, target = families.resolve_keymap(options.from_keymap, {}), families.resolve_keymap(options.to_keymap, {})
     if target.per_expert and not source.per_expert:
         return PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, target), tensors.source)
     if source.per_expert != target.per_expert:
-        return experts.fuse_experts(tensors, source, on_shared, parts=False)
-    if on_shared is not None:
+        return experts.fuse_experts(tensors, source, options.on_shared, parts=False)
+    if options.on_shared is not None:
         raise needs_tree
     modules, copied = _named_modules(tensors)
     names = survey.respell_modules(source, target, [*modules, *copied])
@@ -606,13 +605,12 @@ def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: Tre
     if options.to_keymap is None:
         raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
     keymap = families.resolve_keymap(options.to_keymap, {})
-    sizes, on_shared = options.sizes, options.on_shared
     config = _require_lora(tensors.config, "a tree", "trees of other libraries support LoRA only")
     dialect = _target_dialect(keymap, options.dialect)
     known_shapes = _base_shapes(options.like, dialect)
     leaves = known_shapes or [w.leaf.replace("{l}", "0") for w in keymap.weights]
     keymap = keymap.spelling_for([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)
-    layer_keymap, layer_tensors = _per_expert(keymap, tensors, on_shared)
+    layer_keymap, layer_tensors = _per_expert(keymap, tensors, options.on_shared)
     pairs = _lora_pairs(layer_tensors)
     shapes = {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in pairs.items()}
     adapted = survey.find_adapted_leaves(layer_keymap, shapes, known_shapes)
@@ -621,16 +619,18 @@ def _write_tree(tensors: PeftTensors, path: str | os.PathLike[str], options: Tre
         arrays: dict[str, tuple[int, ...]] = {}
         for leaf, names in adapted.items():
             arrays |= survey.blank_arrays(
-                dialect, layer_keymap, leaf, shapes, names, rank, known_shapes.get(leaf), sizes
+                dialect, layer_keymap, leaf, shapes, names, rank, known_shapes.get(leaf), options.sizes
             )
         dtype = common_dtype(a.dtype for a, _ in pairs.values())
         # Broadcast scalars need no memory; their values are never read.
         leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}
-        given = foreign.LoraTree(leaves, lora_alpha=alpha, on_shared=on_shared)
-        return foreign.ForeignTree(given, dialect, leaves, lambda new: {**leaves, **new}, known_shapes, {}, sizes)
+        given = foreign.LoraTree(leaves, lora_alpha=alpha, on_shared=options.on_shared)
+        return foreign.ForeignTree(
+            given, dialect, leaves, lambda new: {**leaves, **new}, known_shapes, {}, options.sizes
+        )
 
     rank = max(a[0] for a, _ in shapes.values())
-    if on_shared is not None or dialect.heads:
+    if options.on_shared is not None or dialect.heads:
         rank = foreign.needed_rank(blank_tree(rank), keymap, layer_tensors.tensors, pairs)
     alpha = None if dialect.unscaled else config.lora_alpha / config.r * rank
     arrays = {p: np.asarray(x) for p, x in foreign.fill_tree(blank_tree(rank, alpha), tensors, keymap).items()}
@@ -667,15 +667,15 @@ def _target_dialect(keymap: KeyMap, name: str | None) -> Dialect:
 
 def _lora_pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
     """Return `{module: (A, B)}`; raise `KeyMapError` for all other tensors."""
-    pairs, arrays = lora_pairs(tensors.tensors), tensors.tensors
+    pairs = lora_pairs(tensors.tensors)
     known = {key for keys in pairs.values() for key in keys if key.endswith(".weight")}
     raise_listed(
         KeyMapError,
         f"{tensors.source}: cannot convert these tensors; a tree holds only pairs of LoRA's A and B:",
-        [key for key in arrays if key not in known]
+        [key for key in tensors.tensors if key not in known]
         + [f"{module}: A or B is missing" for module, keys in pairs.items() if "" in keys],
     )
-    return {module: (arrays[keys.a], arrays[keys.b]) for module, keys in pairs.items()}
+    return {module: (tensors.tensors[keys.a], tensors.tensors[keys.b]) for module, keys in pairs.items()}
 
 
 def _base_shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:

@@ -345,11 +345,11 @@ def find_stacks(tensors: PeftTensors, style: str, base: Any) -> Stacks | None:
         ConfigError: the base is not given.
         MismatchError: the form of this model's experts is not known.
     """
-    config, names = tensors.config, _text_model(lora_pairs(tensors.tensors))
+    config = tensors.config
     if not isinstance(config, LoraConfig) or style not in ("mlx", "gguf"):
         return None
     by_parameter = bool(config.target_parameters)
-    has_experts = by_parameter or any(map(_SINGLE.fullmatch, names.values()))
+    has_experts = by_parameter or any(map(_SINGLE.fullmatch, _text_model(lora_pairs(tensors.tensors)).values()))
     if has_experts and base is None:
         raise ConfigError(
             f"{tensors.source}: the adapter has routed experts, whose form depends on the base model: pass base="
@@ -448,11 +448,11 @@ def _place_parts(
     """Return {key in the program's names: (key of the stack, its part)}; gate and up become two, which share A."""
     owner, _, label = module.rpartition(".")
     names = [_LABELS[label]] if _LABELS[label] else ["gate_proj", "up_proj"]
-    count, parts = len(names), dict[str, tuple[str, tuple[slice, ...]]]()
+    parts: dict[str, tuple[str, tuple[slice, ...]]] = {}
     for i, name in enumerate(names):
         new = f"{PEFT_PREFIX}{_name(stacks, f'{owner}.{name}')}.lora_"
-        size = outputs // count
-        rows = slice(i, None, count) if stacks.family.interleaved else slice(i * size, (i + 1) * size)
+        size = outputs // len(names)
+        rows = slice(i, None, len(names)) if stacks.family.interleaved else slice(i * size, (i + 1) * size)
         parts |= {f"{new}A.weight": (keys[0], ()), f"{new}B.weight": (keys[1], (slice(None), rows))}
     return parts
 

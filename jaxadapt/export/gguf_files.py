@@ -590,8 +590,11 @@ def write_adapter(
     arrays = as_source(tensors.tensors)
     require_floats(tensors.config, arrays.specs, os.fspath(path))
     plan = _plan(tensors, arrays, base)
-    kind, shapes = TYPES[dtype or "float32"], arrays.shapes
-    specs = {name: (kind, shapes[key][:: -1 if turned else 1]) for name, (key, _, turned) in plan.items()}
+    shapes = arrays.shapes
+    specs = {
+        name: (TYPES[dtype or "float32"], shapes[key][:: -1 if turned else 1])
+        for name, (key, _, turned) in plan.items()
+    }
     fields = {
         "general.type": Field("adapter", "STRING"),
         "adapter.type": Field("lora", "STRING"),

@@ -22,6 +22,7 @@ from jaxadapt.arrays import regions
 from jaxadapt.arrays.tensor_source import (
     TensorSource,
     as_source,
+    bitwise_same,
     dtype_name,
     float_dtype,
     is_float,
@@ -128,7 +129,9 @@ def _compare_heads(
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Return the heads in the folder that equal their embeddings, and those that differ; `keys` are the folder's."""
     stored = {
-        pair: base_files.bitwise_same(base_tensors, keys[pair[0]], keys[pair[1]]) for pair in pairs if pair[0] in keys
+        pair: bitwise_same(base_tensors[keys[pair[0]]], base_tensors[keys[pair[1]]])
+        for pair in pairs
+        if pair[0] in keys
     }
     return [pair for pair, same in stored.items() if same], [pair for pair, same in stored.items() if not same]
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, Site, Sites
@@ -32,7 +31,6 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.methods.applied import AppliedMethod
 from jaxadapt.methods.base import Method, PerEntry, at_least_float32, get_method
-from jaxadapt.methods.lora import DIAGONAL
 from jaxadapt.methods.prompt import PromptMethod, StartData
 from jaxadapt.models import nnx_adapters, planning, trees
 from jaxadapt.models.attention_calls import input_embedding
@@ -94,7 +92,9 @@ class Initialization:
         out_size, in_size = factors.matrix_sizes(b)
         max_rank = r if self.kind.limit is None else self.kind.limit(min(out_size, in_size))
         obstacles = {
-            "its values are needed, but only its shape is given": isinstance(leaf, jax.ShapeDtypeStruct | Tracer),
+            "its values are needed, but only its shape is given": (
+                isinstance(leaf, jax.ShapeDtypeStruct) or regions.is_traced(leaf)
+            ),
             f"expected a floating dtype, found {leaf.dtype}": not jnp.issubdtype(leaf.dtype, jnp.floating),
             f"dtype {leaf.dtype} would round the changed base weights; cast them to 16 bits or more": (
                 leaf.dtype.itemsize == 1 and not self.kind.in_8_bits
@@ -120,11 +120,13 @@ class Initialization:
     @property
     def pairs(self) -> list[Site]:
         """The sites whose A and B are computed, reduced to these two tensors."""
-        return [_pair(b) for b in self.sites if self._has_matrices(b)]
+        return [factors.only_pair(b) for b in self.sites if self._has_matrices(b)]
 
     def _has_matrices(self, b: Site) -> bool:
         return (
-            b.effects.weight != "replaces" and b.match.weight.kind in self.kind.kinds and factors.has_one_pair(_pair(b))
+            b.effects.weight != "replaces"
+            and b.match.weight.kind in self.kind.kinds
+            and factors.has_one_pair(factors.only_pair(b))
         )
 
     def module_values(self, b: Site, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, ModuleValues]:
@@ -204,25 +206,18 @@ class Initialization:
         self, plain: lora.LoraConfig, computed: Mapping[str, Factors], pairs: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return the base weights {leaf: array} that the initialization changes; `pairs` is the tree of As and Bs."""
-        keymap, base = self.recipe.keymap, dict[str, Any]()
+        base: dict[str, Any] = {}
         if self.kind.base is not None:
             for b in self.pairs:
                 values = self.module_values(b).items()
                 weights = {module: self.kind.base(x, computed.get(module)) for module, x in values}
-                base[b.leaf] = factors.with_site_weights(keymap, b, self.weights[b.leaf], weights)
+                base[b.leaf] = factors.with_site_weights(self.recipe.keymap, b, self.weights[b.leaf], weights)
         elif lora.changes_base(self.recipe.config):
-            removed = Adapter(plain.replace(use_dora=False), pairs, keymap)
+            removed = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
             with jax.default_matmul_precision("highest"):
                 changes = base_merge.plan_changes(self.weights, removed, AppliedMethod.unweight, lambda _, x: x)
                 base = {leaf: changed.value() for leaf, changed in changes.items()}
         return base
-
-
-def _pair(b: Site) -> Site:
-    """Return a site with A and B only, without derived (DoRA's magnitudes) or random tensors (KaSA's diagonal)."""
-    kept = [each for each in b.bound if not each.tensor.from_base and each.tensor.name not in (DIAGONAL, "lora_B_bias")]
-    tensors, entries = zip(*kept, strict=True) if kept else ((), ())
-    return dataclasses.replace(b, tensors=tensors, entries=entries)
 
 
 def _rank(b: Site) -> int:
@@ -367,13 +362,13 @@ def _check_arguments(config: Config, method: Method, key: Any, data: Any) -> Non
     elif isinstance(method, PromptMethod):
         setting, needs = method.start_setting(config)
     wanted = next((_DATA[name] for name in needs if name in _DATA), None)
-    is_given, is_batches = data is not None, isinstance(data, Batches)
+    is_given = data is not None
     problems = {
         "data has no effect": is_given and wanted is None,
         f"data is needed: {wanted}": not is_given and wanted is not None,
         "key is needed": "key" in needs and key is None,
         f"data: expected {wanted}, found {type(data).__name__}": (
-            is_given and wanted is not None and is_batches != ("batches" in needs)
+            is_given and wanted is not None and isinstance(data, Batches) != ("batches" in needs)
         ),
     }
     if found := met(problems):

@@ -128,7 +128,7 @@ def components(state: Array, x: Array, mask: Array) -> Array:
     The state consists of k components, then singular values, mean, variance, and (calls, tokens seen). A call with
     fewer tokens than components changes nothing, as in PEFT.
     """
-    k, width = len(state) - 4, state.shape[-1]
+    k = len(state) - 4
     old, sigma, mean, variance, seen = state[:k], state[k, :k], state[k + 1], state[k + 2], state[-1, 1]
     count, batch_mean, batch_variance = _moments(x, mask)
     total = jnp.maximum(seen + count, 1)
@@ -139,7 +139,7 @@ def components(state: Array, x: Array, mask: Array) -> Array:
     omega = jax.random.normal(jax.random.key(42), (min(rows.shape), min(2 * k, *rows.shape)))
     _, singular_values, v = kinds.svd_lowrank(rows, 4, omega)
     v = v * jnp.sign(jnp.take_along_axis(v, jnp.argmax(jnp.abs(v), 1)[:, None], 1))
-    empty = jnp.zeros(width)
+    empty = jnp.zeros(state.shape[-1])
     info = empty.at[0].set(1).at[1].set(seen + count)
     rest = jnp.stack([empty.at[:k].set(singular_values[:k]), new_mean, new_variance, info])
     return jnp.where(count < k, state.at[-1, 0].set(1), jnp.concatenate([v[:k], rest]))

@@ -263,8 +263,11 @@ def _is_claimed_by_others(weight: Weight, texts: Mapping[str, str], entries: Ite
     """
 
     def part_keys(entry: Weight, texts: Mapping[str, str]) -> set[str]:
-        names, choices = [axis for axis, _ in entry.over], itertools.product(*(names for _, names in entry.over))
-        return {entry.fill_key({**texts, **dict(zip(names, choice, strict=True))}) for choice in choices}
+        names = [axis for axis, _ in entry.over]
+        return {
+            entry.fill_key({**texts, **dict(zip(names, choice, strict=True))})
+            for choice in itertools.product(*(names for _, names in entry.over))
+        }
 
     def is_complete(entry: Weight, key: str) -> bool:
         key_texts = entry.match_key(key)

@@ -602,11 +602,16 @@ def keymap_from_paths(
     return KeyMap(GENERIC.name, tuple(by_leaf.values())), unsure
 
 
+def fitting_match(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> Match | None:
+    """Return the match of a leaf; None if there is none, or if its entry has another number of axes."""
+    matched = keymap.match(leaf)
+    return matched if matched is not None and len(matched.weight.left) == len(shape) else None
+
+
 def is_guess(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> bool:
     """Return True if no family's keymap defines a leaf's PyTorch layout, so that its entry assumes Flax's layout."""
-    matched = keymap.match(leaf)
-    entry = matched.weight if matched is not None and len(matched.weight.left) == len(shape) else None
-    return entry is None or entry in GENERIC.weights or _is_from_axes(entry)
+    matched = fitting_match(keymap, leaf, shape)
+    return matched is None or matched.weight in GENERIC.weights or _is_from_axes(matched.weight)
 
 
 def _is_from_axes(entry: Weight) -> bool:

@@ -495,9 +495,18 @@ def _file_layout(
             texts = [texts[i] for i in adapted]
             adapted_ranks = tuple(used_sizes[i] for i in adapted)
             ranks = adapted_ranks if RANK in left and set(adapted_ranks) != {dict(tensor.own)["r"]} else None
-        shape, factor = model_shape(match, tensor, sizes), scale_factor(keymap, match, tensor, sizes)
         shift = match.weight.shift if tensor.is_copy else 0.0
-        form = FileLayout(shape, left, right, split, factor, match.weight.sizes, shift, in_file, ranks)
+        form = FileLayout(
+            model_shape(match, tensor, sizes),
+            left,
+            right,
+            split,
+            scale_factor(keymap, match, tensor, sizes),
+            match.weight.sizes,
+            shift,
+            in_file,
+            ranks,
+        )
         cache[cache_key] = form, texts
     return cache[cache_key]
 

@@ -296,9 +296,11 @@ class Weight:
 
     def add_number(self, texts: Mapping[str, str], axis: str, i: int) -> dict[str, str]:
         """Return the texts for the holes of a key, with PyTorch's number for index i of a numbered axis or hole."""
-        name, (step, first) = axis.strip("{}"), self.layers
+        name = axis.strip("{}")
         if name in self.layer_names:
-            name, i = "l", int(texts.get("l", first)) + (step if name == "l" else 1) * i
+            step, first = self.layers
+            i = int(texts.get("l", first)) + (step if name == "l" else 1) * i
+            name = "l"
         return {**texts, name: str(i)}
 
     def model_number(self, axis: str, texts: Mapping[str, str]) -> int:

@@ -22,7 +22,6 @@ from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from jaxadapt.adapters.adapter import Adapter, Sites
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -60,24 +59,29 @@ def _combine_matrices(static: tuple[_Options, tuple[float, ...], Any], tree: Any
         tree: the As, the Bs, the weights, and of DARE for each adapter its key, its masks of A and B, or twice the mask
             of its weight change; None for other methods.
     """
-    (options, scales, _), (a, b, weights, noise) = static, tree
-    masks = noise and [
-        each if isinstance(each, tuple) else _draw_masks(options, x, y, each)
-        for x, y, each in zip(a, b, noise, strict=True)
-    ]
+    options, scales, _ = static
+    a, b, weights, noise = tree
+    masks = (
+        None
+        if noise is None
+        else [
+            each if isinstance(each, tuple) else _draw_masks(options, x, y, each)
+            for x, y, each in zip(a, b, noise, strict=True)
+        ]
+    )
     if a[0].ndim == 3:  # one by one: a weight change is as large as its weight
         return jax.lax.map(lambda each: _combine_matrices(static, (each[0], each[1], weights, each[2])), (a, b, masks))
     mask_a, mask_b = zip(*masks, strict=True) if masks else (None, None)
     scaled_weights = [w * s for w, s in zip(weights, scales, strict=True)]
-    method, r = options.method, options.svd_rank
-    if method == "cat":
+    r = options.svd_rank
+    if options.method == "cat":
         # PEFT puts the weight and the scale on A.
         scaled = [x * s for x, s in zip(a, scaled_weights, strict=True)]
         return factors.pad_rank(jnp.concatenate(scaled), jnp.concatenate(b, 1), r)
-    if method == "svd":
+    if options.method == "svd":
         scaled = [x * s for x, s in zip(b, scaled_weights, strict=True)]
         return factors.truncate_svd(*factors.product_svd(jnp.concatenate(scaled, 1), jnp.concatenate(a)), r)
-    if method.endswith("_svd"):
+    if options.method.endswith("_svd"):
         changes = [s * (y @ x) for s, x, y in zip(scales, a, b, strict=True)]
         return factors.truncate_svd(*factors.svd(_combine_tensors(options, changes, weights, mask_a)), r)
     roots = [jnp.sqrt(jnp.abs(s)) for s in scaled_weights]
@@ -92,7 +96,8 @@ def _combine_tensors(
     options: _Options, of_adapters: Sequence[Array], weights: Array, masks: Sequence[Array] | None
 ) -> Array:
     """Combine the adapters' matrices of one module into one."""
-    tensors, broadcast_weights = jnp.stack(of_adapters), weights.reshape(-1, 1, 1)
+    tensors = jnp.stack(of_adapters)
+    broadcast_weights = weights.reshape(-1, 1, 1)
     if masks is not None:  # DARE: the kept values are scaled up for the dropped ones
         tensors = tensors * jnp.stack(masks).astype(tensors.dtype) / options.density
     elif options.density < 1:
@@ -192,7 +197,10 @@ def combine(
     kept = (
         None
         if masks is None
-        else [_given_masks(*each, i, method) for i, each in enumerate(zip(adapters, by_adapter, masks, strict=True))]
+        else [
+            _given_masks(adapter, pairs, own_masks, i, method)
+            for i, (adapter, pairs, own_masks) in enumerate(zip(adapters, by_adapter, masks, strict=True))
+        ]
     )
     options = options._replace(svd_rank=r, density=1.0 if density is None else float(density))
     combined = _combine_pairs(by_adapter, weights, options, key, kept)
@@ -228,8 +236,9 @@ def _combine_pairs(
             noise = [jax.random.fold_in(matrix_key, i) for i in having]
         scales, a, b = zip(*((pair.scale, pair.a, pair.b) for pair in having.values()), strict=True)
         shares = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
-        # The caller's masks may be as large as the weights, so they are not stacked.
-        items[matrix] = (options, scales, None if kept is None else matrix), (a, b, shares, noise)
+        # The caller's masks may be as large as the weights. The name keeps their programs apart, so none are stacked.
+        static = options, scales, None if kept is None else matrix
+        items[matrix] = static, (a, b, shares, noise)
         first[matrix] = next(iter(having.values()))
     with jax.default_matmul_precision("highest"):
         combined = factors.map_equal(_combine_matrices, items)
@@ -262,12 +271,11 @@ def _sum_tensors(tensors: Sequence[Mapping[str, Array]], weights: Sequence[Any],
             if len({each.get(name) for each in shapes}) > 1
         ],
     )
-    return {
-        name: sum(
-            (w * at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True)), jnp.zeros(())
-        ).astype(tensors[0][name].dtype)
-        for name in names
-    }
+    summed: dict[str, Array] = {}
+    for name in names:
+        terms = [w * at_least_float32(each[name]) for w, each in zip(weights, tensors, strict=True)]
+        summed[name] = sum(terms, jnp.zeros(())).astype(tensors[0][name].dtype)
+    return summed
 
 
 # ---------------------------------------------------------------- checks
@@ -504,28 +512,24 @@ def resize_rank(adapter: factors.Plain, r: int, *, key: Any = None) -> Reduced[f
         resized[matrix] = dataclasses.replace(whole[matrix], a=a, b=b, scale=1.0)
         names = [matrix] if error.ndim == 0 else [f"{matrix}#{expert}" for expert in range(len(error))]
         errors |= _error_by_module(names, error.reshape(-1))
-    return Reduced(
-        factors.build(
-            factors.split_parts(resized, parts_of),
-            config.with_scale_one(r).with_default_init(),
-            [adapter],
-            "resize_rank",
-        ),
-        errors,
-    )
+    plain = config.with_scale_one(r).with_default_init()
+    return Reduced(factors.build(factors.split_parts(resized, parts_of), plain, [adapter], "resize_rank"), errors)
 
 
 def _resize_pair(static: tuple[int, float], tree: tuple[Array, Array, Any]) -> tuple[Array, Array, Array]:
     """Return A, B with the scale in it, and the error of a pair at another rank, with new rows of A from a key."""
-    (r, scale), (a, b, key) = static, tree
-    b, rank = b * scale, a.shape[-2]
+    r, scale = static
+    a, b, key = tree
+    b = b * scale
+    rank = a.shape[-2]
     if rank > r:
         u, s, vh = factors.product_svd(b, a)
         return *factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
     a, b = factors.pad_rank(a, b, r)
     if key is not None:  # new rows of A are drawn as for a new adapter
-        limit, shape = 1 / math.sqrt(a.shape[-1]), a[..., rank:, :].shape
-        a = a.at[..., rank:, :].set(jax.random.uniform(key, shape, jnp.float32, -limit, limit))
+        limit = 1 / math.sqrt(a.shape[-1])
+        drawn = jax.random.uniform(key, a[..., rank:, :].shape, jnp.float32, -limit, limit)
+        a = a.at[..., rank:, :].set(drawn)
     return a, b, jnp.zeros(a.shape[:-2])
 
 
@@ -642,7 +646,7 @@ def _check_rank(r: Any, sizes: Sequence[tuple[int, int]]) -> None:
 
 def _error_by_module(modules: Sequence[str], values: Array) -> dict[str, Any]:
     """Return `{module: value}`, with Python floats unless traced."""
-    return dict(zip(modules, values if isinstance(values, Tracer) else values.tolist(), strict=True))
+    return dict(zip(modules, values if regions.is_traced(values) else values.tolist(), strict=True))
 
 
 def _flat_params(params: Any) -> dict[str, Any]:
@@ -652,7 +656,7 @@ def _flat_params(params: Any) -> dict[str, Any]:
 
 def _is_equal(x: Array, y: Array) -> bool:
     """Return True if two arrays are equal; False for traced ones."""
-    return not isinstance(x, Tracer) and bool(jnp.array_equal(x, y))
+    return not regions.is_traced(x) and bool(jnp.array_equal(x, y))
 
 
 def _flat_pair(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Site, Sites, make_file_plan
@@ -51,6 +50,13 @@ def has_one_pair(site: Site) -> bool:
     are_matrices = sides == ["A", "B"] and all(len(entry.form.file_shape) == 2 for entry in site.entries)
     has_experts = bool(site.axes.batch_axes) and not site.match.roles["fused"]
     return are_matrices and not has_experts and site.match.weight.kind not in ("attention", "fused")
+
+
+def only_pair(site: Site) -> Site:
+    """Return a site of LoRA with A and B only, without DoRA's magnitude, KaSA's diagonal and the bias of B."""
+    kept = [each for each in site.bound if each.tensor.name.rpartition("_")[2] in ("A", "B")]
+    tensors, entries = zip(*kept, strict=True) if kept else ((), ())
+    return dataclasses.replace(site, tensors=tensors, entries=entries)
 
 
 def matrix_sizes(site: Site) -> tuple[int, int]:
@@ -112,7 +118,8 @@ def pairs_of(source: Adapter | PeftTensors, label: str = "the adapter") -> dict[
         raise AttachError(
             f"{label}: expected an Adapter (from extract, init or from_peft), found {type(source).__name__}"
         )
-    reasons, config = reasons_not_a_product(source.config), source.config
+    config = source.config
+    reasons = reasons_not_a_product(config)
     if reasons or not isinstance(config, LoraConfig):
         raise ConfigError(
             f"{label} is not a plain LoRA, s·B·A on its weights only ({'; '.join(reasons)})."
@@ -166,37 +173,38 @@ def build(pairs: Mapping[str, Pair], config: LoraConfig, like: Sequence[Plain], 
     dtype.
     """
     first = like[0]
+    given: Sequence[Any] = like
     if isinstance(first, PeftTensors):
-        files: Sequence[Any] = like
-        keys = {name: own for file in files for name, own in pair_keys(file).items()}
-        dtypes = [
-            as_source(file.tensors).specs[k].dtype for file in files for own in pair_keys(file).values() for k in own
-        ]
+        keys: dict[str, PairKeys] = {}
+        dtypes: list[np.dtype[Any]] = []
+        for file in given:
+            own = pair_keys(file)
+            keys |= own
+            specs = as_source(file.tensors).specs
+            dtypes += [specs[key].dtype for pair in own.values() for key in pair]
         wide = [jax.dtypes.canonicalize_dtype(dtype if dtype.itemsize > 1 else np.float32) for dtype in dtypes]
         cast = regions.cast_tree(write_pairs(pairs, keys), jnp.result_type(*wide), operation)
         return dataclasses.replace(first, config=config, tensors={key: np.asarray(x) for key, x in cast.items()})
-    adapters: Sequence[Any] = like
-    shapes = _new_shapes(adapters, pairs)
-    keymap = common_keymap((adapter.keymap for adapter in adapters), shapes)
-    dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
+    shapes = _new_shapes(given, pairs)
+    keymap = common_keymap((adapter.keymap for adapter in given), shapes)
+    dtype = jnp.result_type(*(x.dtype for adapter in given for x in adapter.flat().values()))
     leaves = regions.cast_tree(pair_leaves(sites_from_shapes(config, keymap, shapes), pairs), dtype, operation)
     return dataclasses.replace(first, config=config, params=paths.unflatten(leaves), keymap=keymap)
 
 
 def _new_shapes(adapters: Sequence[Adapter], pairs: Mapping[str, Pair]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return `{leaf: {tensor: shape}}` of the adapter of these pairs; `adapters` have its modules together."""
-    parts, shapes = dict[str, set[int]](), dict[str, dict[str, tuple[int, ...]]]()
+    parts: dict[str, set[int]] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for site in (site for adapter in adapters for site in sites_of(adapter)):
         fused = {axis: range(len(site.match.weight.index_names(axis) or ())) for axis in site.match.roles["fused"]}
         adapted = parts.setdefault(site.leaf, set())
         adapted |= set(site.match.parts or next(iter(fused.values()), ()))
         sizes = {RANK: max(pairs[name].rank for name in site_keys([site])), **dict.fromkeys(fused, len(adapted))}
-        shapes[site.leaf] = {
-            entry.path.rpartition(".")[2]: tuple(
-                sizes.get(n, size) for n, size in zip(entry.form.left, entry.shape, strict=True)
-            )
-            for entry in site.entries
-        }
+        own = shapes[site.leaf] = {}
+        for entry in site.entries:
+            axes = zip(entry.form.left, entry.shape, strict=True)
+            own[entry.path.rpartition(".")[2]] = tuple(sizes.get(axis, size) for axis, size in axes)
     return shapes
 
 
@@ -216,7 +224,7 @@ def find_parts(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, list[str]]:
         if not side:
             continue
         factors = [[getattr(pairs[part], side) for part in filter(pairs.__contains__, parts)] for pairs in adapters]
-        if any(isinstance(x, Tracer) for x in jax.tree.leaves(factors)):
+        if regions.is_traced(*jax.tree.leaves(factors)):
             raise AttachError(
                 "cannot compare these A and B tensors inside jit, so they cannot be joined to one matrix as in PEFT."
                 " Call the function outside jit:\n" + paths.bullets(parts)
@@ -258,7 +266,8 @@ def site_weights(keymap: KeyMap, site: Site, x: Array, power: int = 1) -> dict[s
         power: of the keymap's factor between the leaf and PyTorch's weight: 1 for values, -1 for gradients.
     """
     (entry,) = plan.base_plan(keymap, {site.leaf: x.shape}).entries
-    form, numbers = dataclasses.replace(entry.form, factor=entry.form.factor**power), _weight_numbers(entry)
+    form = dataclasses.replace(entry.form, factor=entry.form.factor**power)
+    numbers = _weight_numbers(entry)
     weights = {module: form.encode(x, numbers[module.removesuffix(".weight")]) for module in site.modules}
     return {module: w.T for module, w in weights.items()} if site.match.weight.is_stored_in_out else weights
 
@@ -322,6 +331,7 @@ def map_equal(function: Callable[[Any, Any], Any], items: Mapping[str, tuple[Any
     loop: a program of 160 matrices compiles in 1 s, and without the loop in 13 s. Outside of jit a loop would take
     longer to compile than it saves.
     """
+    compute = jax.jit(function, static_argnums=0)
     groups: dict[Any, list[str]] = {}
     for name, (static, tree) in items.items():
         leaves, structure = jax.tree.flatten(tree)
@@ -329,19 +339,14 @@ def map_equal(function: Callable[[Any, Any], Any], items: Mapping[str, tuple[Any
     mapped: dict[str, Any] = {}
     for form, names in groups.items():
         trees = [items[name][1] for name in names]
-        if len(names) > 1 and any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
+        if len(names) > 1 and regions.is_traced(*jax.tree.leaves(trees)):
             stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
             looped = jax.lax.map(functools.partial(function, form[0]), stacked)
             results = [jax.tree.map(lambda x, i=i: x[i], looped) for i in range(len(names))]
         else:
-            results = [_compute(function, form[0], tree) for tree in trees]
+            results = [compute(form[0], tree) for tree in trees]
         mapped |= zip(names, results, strict=True)
     return {name: mapped[name] for name in items}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _compute(function: Callable[[Any, Any], Any], static: Any, tree: Any) -> Any:
-    return function(static, tree)
 
 
 def svd(w: Array) -> tuple[Array, Array, Array]:
@@ -376,8 +381,8 @@ def pad_rank(a: Array, b: Array, r: int) -> tuple[Array, Array]:
 
 def truncation_error(s: Array, r: int) -> Array:
     """Return ‖the part dropped by truncation to rank r‖ / ‖the matrix‖ in the Frobenius norm; 0 for a zero matrix."""
-    total, dropped = jnp.sqrt(jnp.sum(s**2, -1)), jnp.sqrt(jnp.sum(s[..., r:] ** 2, -1))
-    return dropped / jnp.where(total == 0, 1, total)
+    total = jnp.sqrt(jnp.sum(s**2, -1))
+    return jnp.sqrt(jnp.sum(s[..., r:] ** 2, -1)) / jnp.where(total == 0, 1, total)
 
 
 # ---------------------------------------------------------------- the plain LoRA of another method
@@ -412,8 +417,8 @@ def low_rank_form(adapter: Adapter, shapes: Shapes) -> Adapter | None:
     Its rank is the method's `plain_rank`. It computes the same, up to rounding. None if the method does not compute
     factors, or not for all weights of the adapter: for embeddings, convolutions, experts and full copies.
     """
-    method, sites = get_method(adapter.config), sites_of(adapter)
-    rank = method.plain_rank(adapter.config)
+    sites = sites_of(adapter)
+    rank = get_method(adapter.config).plain_rank(adapter.config)
     if rank is None or any(site.method.copies or site.match.weight.kind != "linear" for site in sites):
         return None
     config, made = plain_sites(adapter, sites, rank, shapes)

@@ -80,9 +80,9 @@ class Pair:
 
     def in_file(self) -> tuple[Array, Array]:
         """Return A and B in the shapes of the file; the scale is left out."""
-        a, b = self.a, self.b.transpose(1, 2, 0) if self.b.ndim == 3 else self.b
-        ends = self.ends[0] or a.shape[-1:], self.ends[1]
-        return a.reshape(-1, *ends[0]), b.reshape(b.shape[0], -1, *ends[1])
+        b = self.b.transpose(1, 2, 0) if self.b.ndim == 3 else self.b
+        end_a, end_b = self.ends
+        return self.a.reshape(-1, *(end_a or self.a.shape[-1:])), b.reshape(b.shape[0], -1, *end_b)
 
 
 def lora_pairs(keys: Iterable[str]) -> dict[str, PairKeys]:
@@ -120,8 +120,9 @@ def pair_keys(tensors: PeftTensors, keep: Collection[str] = ()) -> dict[str, Pai
 
     Raises `MismatchError` for tensors that are no pairs, or of another rank than the configuration's.
     """
-    config, pairs = tensors.config, lora_pairs(tensors.tensors)
+    config = tensors.config
     assert isinstance(config, LoraConfig)
+    pairs = lora_pairs(tensors.tensors)
     known = set[str]().union(*pairs.values())
     problems = [f"{module}: expected A and B, found only {k.a or k.b}" for module, k in pairs.items() if "" in k] + [
         f"{key}: not a tensor of a plain LoRA"
@@ -132,9 +133,11 @@ def pair_keys(tensors: PeftTensors, keep: Collection[str] = ()) -> dict[str, Pai
         and "modules_to_save" not in keep
     ]
     raise_listed(MismatchError, f"{tensors.source}: cannot read these tensors as LoRA:", problems)
-    shapes, problems = as_source(tensors.tensors).shapes, list[str]()
+    shapes = as_source(tensors.tensors).shapes
+    problems = []
     for module, keys in pairs.items() if not config.target_parameters else ():
-        a, b, expected = shapes[keys.a], shapes[keys.b], config.rank_of(module_name(module))
+        a, b = shapes[keys.a], shapes[keys.b]
+        expected = config.rank_of(module_name(module))
         if a[0] != expected or expected % max(b[1], 1):
             problems.append(f"{module}: expected rank {expected}, found A {list(a)} and B {list(b)}")
     raise_listed(MismatchError, f"{tensors.source}: the configuration has other ranks than the file:", problems)
@@ -159,11 +162,13 @@ def read_pairs(tensors: Mapping[str, Array], keys: Mapping[str, PairKeys], confi
                 f"{name}: expected one pair of matrices A and B, found {list(a.shape)} and {list(b.shape)} (a"
                 " convolution with groups); leave this module out"
             )
-        module, ends = module_name(name), (tuple(a.shape[1:]), tuple(b.shape[2:]))
+        module = module_name(name)
+        ends = tuple(a.shape[1:]), tuple(b.shape[2:])
         a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-        experts, rest = divmod(a.shape[0], config.rank_of(module)) if matching.is_parameter(config, module) else (1, 0)
-        if experts > 1 and not rest:  # the rows of A are (expert, rank), the columns of B (rank, expert)
-            a, b = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
+        rank = config.rank_of(module) if matching.is_parameter(config, module) else len(a)
+        if len(a) > rank and len(a) % rank == 0:  # the rows of A are (expert, rank), the columns of B (rank, expert)
+            a = a.reshape(-1, rank, a.shape[1])
+            b = b.reshape(b.shape[0], rank, -1).transpose(2, 0, 1)
         shared = "a" if "[=" in key_a else "b" if "[=" in key_b else ""
         pairs[name] = Pair(a, b, config.scale_of(module), ends, shared)
     return pairs
@@ -227,10 +232,10 @@ def convert_variant(tensors: PeftTensors) -> PeftTensors:
 def _blocks_to_matrix(bdlora: Mapping[str, Any], key: str, x: Array, source: str) -> Array:
     """Return a tensor's blocks on the diagonal of a matrix; other tensors unchanged."""
     module, dot, side = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
-    field = {"A.weight": "target_modules_bd_a", "B.weight": "target_modules_bd_b"}.get(side) if dot else None
-    patterns, count = bdlora.get(field or "") or (), bdlora.get("nblocks", 1)
-    if not any(pattern in module for pattern in patterns):  # as in PEFT, anywhere in the name
+    field = {"A.weight": "target_modules_bd_a", "B.weight": "target_modules_bd_b"}.get(side, "") if dot else ""
+    if not any(pattern in module for pattern in bdlora.get(field) or ()):  # as in PEFT, anywhere in the name
         return x
+    count = bdlora.get("nblocks", 1)
     if x.shape[0] % count:
         raise MismatchError(f"{source}: {key}: expected rows for {count} blocks (use_bdlora), found {list(x.shape)}")
     rows, columns = x.shape[0] // count, x.shape[1]

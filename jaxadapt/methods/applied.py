@@ -639,14 +639,16 @@ class AppliedSegments(AppliedMask):
         letters, inputs, out = self._letters(use, x), use.letters("in"), use.letters("out")
         rest = "".join(c for c in use.x if c not in letters + inputs)
         sizes = dict(zip(use.x, x.shape, strict=True)) | dict(zip(use.y, y.shape, strict=True))
-        count, each = self._ids.size, math.prod(sizes[c] for c in rest)
+        each = math.prod(sizes[c] for c in rest)
         x = x.transpose([use.x.index(c) for c in letters + rest + inputs]).astype(a.dtype)
-        x = jnp.take(x.reshape(count, -1), self.params[ORDER], 0).reshape(count * each, -1)
+        x = jnp.take(x.reshape(self._ids.size, -1), self.params[ORDER], 0).reshape(self._ids.size * each, -1)
         a = a.reshape(*a.shape[:2], -1) * scale[:, None, None].astype(a.dtype)
         b = b.reshape(len(b), -1, b.shape[-1])
         groups = self.params[SIZES] * each
         change = self.grouped(self.grouped(x, a.swapaxes(1, 2), groups), b.swapaxes(1, 2), groups)
         front = letters + rest + out
-        change = jnp.take(change.reshape(count, -1), self.params[INVERSE], 0).reshape([sizes[c] for c in front])
+        change = jnp.take(change.reshape(self._ids.size, -1), self.params[INVERSE], 0).reshape(
+            [sizes[c] for c in front]
+        )
         change = change.transpose([front.index(c) for c in use.y])
         return jnp.where(expand_to_letters(is_right, letters, use.y), y + change, jnp.nan).astype(y.dtype)

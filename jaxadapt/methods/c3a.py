@@ -50,8 +50,10 @@ class C3a(MatrixMethod, peft_type="C3A"):
     def tensors(self, config: C3AConfig, target: Target) -> tuple[MethodTensor, ...]:
         shape = target.found.get("c3a_kernel")
         if shape is None:
-            patterns, default = config.block_size_pattern, config.block_size
-            size = shared_value("block_size", {m: find_value_after_dot(patterns, m, default) for m in target.modules})
+            size = shared_value(
+                "block_size",
+                {m: find_value_after_dot(config.block_size_pattern, m, config.block_size) for m in target.modules},
+            )
             if target.in_size % size or target.out_size % size:
                 raise target.refuse(
                     f"expected a block_size that divides the {target.in_size} inputs and the {target.out_size} outputs,"

@@ -24,10 +24,17 @@ class Cartridge(PromptMethod, peft_type="CARTRIDGE"):
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         self.require_sizes(config)
-        n, frozen, width = config.num_virtual_tokens, config.num_frozen_tokens, config.num_layers * 2 * config.token_dim
+        width = config.num_layers * 2 * config.token_dim
         if stored:
-            return {EMBEDDINGS: (n, width)}
-        return {name: (size, width) for name, size in ((_FROZEN, frozen), (_TRAINED, n - frozen)) if size}
+            return {EMBEDDINGS: (config.num_virtual_tokens, width)}
+        return {
+            name: (size, width)
+            for name, size in (
+                (_FROZEN, config.num_frozen_tokens),
+                (_TRAINED, config.num_virtual_tokens - config.num_frozen_tokens),
+            )
+            if size
+        }
 
     def draw(self, config: Any, name: str) -> Draw:
         return Draw("normal", 1.0)

@@ -193,9 +193,16 @@ class RowCopy(_Copy):
                 " or remove these tokens"
             )
         dim = "in" if is_head else "out"
-        suffix, own = f"{self._wrapper}.{ROWS}", (("n", len(self._tokens)),)
         return (
-            MethodTensor(ROWS, suffix, ("n", dim), (("n",), (dim,)), own, from_base=not self._random, scale_power=1),
+            MethodTensor(
+                ROWS,
+                f"{self._wrapper}.{ROWS}",
+                ("n", dim),
+                (("n",), (dim,)),
+                (("n", len(self._tokens)),),
+                from_base=not self._random,
+                scale_power=1,
+            ),
         )
 
     def hparams(self, config: Config, target: Target) -> TokensHparams:

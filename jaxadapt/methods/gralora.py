@@ -36,7 +36,7 @@ class Gralora(MatrixMethod, peft_type="GRALORA"):
     examples: Examples = ({"r": 4, "alpha": 3}, {"r": 4, "gralora_k": 4, "hybrid_r": 2})
 
     def tensors(self, config: GraloraConfig, target: Target) -> tuple[MethodTensor, ...]:
-        k, r = config.gralora_k, config.r
+        k = config.gralora_k
         inputs = k * target.own_size("gralora_A", 1, lambda: _block(target, "inputs", target.in_size, k))
         outputs = k * target.own_size("gralora_B", 2, lambda: _block(target, "outputs", target.out_size, k))
         if target.is_known and (outputs, inputs) != (target.out_size, target.in_size):
@@ -45,7 +45,10 @@ class Gralora(MatrixMethod, peft_type="GRALORA"):
                 f" {(outputs, inputs)}, but the weight has {(target.out_size, target.in_size)}; load the adapter into"
                 " the model that it was trained on, with its gralora_k"
             )
-        made = (own_tensor("gralora_A", (k, inputs // k, r)), own_tensor("gralora_B", (k, r, outputs // k)))
+        made = (
+            own_tensor("gralora_A", (k, inputs // k, config.r)),
+            own_tensor("gralora_B", (k, config.r, outputs // k)),
+        )
         if not config.hybrid_r:
             return made
         h = (("h", config.hybrid_r),)
@@ -68,11 +71,11 @@ class Gralora(MatrixMethod, peft_type="GRALORA"):
         return own.scale * change
 
     def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
-        a, b = params["gralora_A"], params["gralora_B"]
-        x, k = x.astype(a.dtype), len(a)
-        h = jnp.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], k, -1), a)
-        h = h.reshape(*h.shape[:-1], k, -1).swapaxes(-3, -2).reshape(h.shape)
-        change = jnp.einsum("...jr,jro->...jo", h, b).reshape(y.shape)
+        a = params["gralora_A"]
+        x = x.astype(a.dtype)
+        h = jnp.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], len(a), -1), a)
+        h = h.reshape(*h.shape[:-1], len(a), -1).swapaxes(-3, -2).reshape(h.shape)
+        change = jnp.einsum("...jr,jro->...jo", h, params["gralora_B"]).reshape(y.shape)
         if "gralora_A_general" in params:
             h = jnp.einsum("...i,hi->...h", x, params["gralora_A_general"])
             change = change + jnp.einsum("...h,oh->...o", h, params["gralora_B_general"])

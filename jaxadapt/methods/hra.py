@@ -48,11 +48,12 @@ class Hra(Rotation, peft_type="HRA"):
     examples: Examples = ({"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True, "init_weights": False})
 
     def tensors(self, config: HRAConfig, target: Target) -> tuple[MethodTensor, ...]:
-        r, window = (("r", config.r),), target.window
+        window = target.window
         check_window(target, "HRA")
         inputs = target.own_size("hra_u", 0, lambda: target.in_size * math.prod(window))
         if config.apply_GS and config.r > inputs:
             raise target.refuse(f"HRA with apply_GS needs an r of at most the number of inputs; found r={config.r}")
+        r = (("r", config.r),)
         return (own_tensor("hra_u", (inputs, config.r)),) if window else (axes_tensor("hra_u", "in r", r),)
 
     def starts_unchanged(self, config: HRAConfig) -> bool:
@@ -69,8 +70,8 @@ class Hra(Rotation, peft_type="HRA"):
                 "cannot start HRA with apply_GS, init_weights and an even r: it starts with pairs of equal vectors,"
                 " which Gram-Schmidt cannot make orthogonal; set init_weights=False"
             )
-        inputs, bound = start.shape[0], 1 / math.sqrt(config.r / 2)
-        half = jax.random.uniform(start.key, (inputs, config.r // 2), minval=-bound, maxval=bound)
+        bound = 1 / math.sqrt(config.r / 2)
+        half = jax.random.uniform(start.key, (start.shape[0], config.r // 2), minval=-bound, maxval=bound)
         return jnp.repeat(half, 2, axis=1)
 
     def before(self, own: OwnHparams, params: Params, x: Array) -> Array:

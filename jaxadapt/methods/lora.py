@@ -149,8 +149,8 @@ def invocation_mask(sequence: Sequence[int], ids: Array) -> Array:
     >>> invocation_mask([7, 8], jnp.array([[1, 7, 8, 2], [7, 8, 7, 8], [1, 2, 3, 7]])).astype(int).tolist()
     [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
     """
-    length, size = ids.shape[1], len(sequence)
-    starts = length - size + 1
+    length = ids.shape[1]
+    starts = length - len(sequence) + 1
     if starts < 1:
         return jnp.zeros(ids.shape, bool)
     hits = jnp.stack([ids[:, i : i + starts] == token for i, token in enumerate(sequence)]).all(0)
@@ -329,42 +329,56 @@ class Lora(Method, peft_type="LORA"):
             )
 
     def tensors(self, config: LoraConfig, target: Target) -> tuple[MethodTensor, ...]:
-        match, kind, groups = target.match, target.kind, target.match.weight.groups
+        groups = target.match.weight.groups
         r = target.rank(config.rank_of)
         for rank in {config.rank_of(module) for module in target.modules}:
-            check_site(config, match, rank)
+            check_site(config, target.match, rank)
         if self.wrapper_depth is not None:
-            check_parameter(config, match)
+            check_parameter(config, target.match)
         a, b, last = (
-            ("lora_embedding_A", "lora_embedding_B", "") if kind == "embedding" else ("lora_A", "lora_B", ".weight")
+            ("lora_embedding_A", "lora_embedding_B", "")
+            if target.kind == "embedding"
+            else ("lora_A", "lora_B", ".weight")
         )
         wrapped = ".base_layer" * (self.wrapper_depth or 0)
-        window = ((),) * (len(match.weight.right) - 2) if kind == "conv" else ()
+        window = ((),) * (len(target.match.weight.right) - 2) if target.kind == "conv" else ()
         group_axis = ("g",) if groups > 1 else ()
         # For experts in one array, A's rows are ordered by expert first, and B's columns by rank first.
-        torch_a, torch_b = (("experts", "r"), (*group_axis, "in")), (("out",), ("r", "experts"), *window)
-        own_a, own_b = (("r", r), *((g, groups) for g in group_axis)), (("r", r // groups),)
         tensors = [
-            MethodTensor(a, f"{wrapped}.{a}{last}", ("batch", "r", *group_axis, "in"), torch_a, own_a, scale_power=0),
-            MethodTensor(b, f"{wrapped}.{b}{last}", ("batch", "out", "r"), torch_b, own_b, scale_power=1),
+            MethodTensor(
+                a,
+                f"{wrapped}.{a}{last}",
+                ("batch", "r", *group_axis, "in"),
+                (("experts", "r"), (*group_axis, "in")),
+                (("r", r), *((g, groups) for g in group_axis)),
+                scale_power=0,
+            ),
+            MethodTensor(
+                b,
+                f"{wrapped}.{b}{last}",
+                ("batch", "out", "r"),
+                (("out",), ("r", "experts"), *window),
+                (("r", r // groups),),
+                scale_power=1,
+            ),
         ]
         if config.lora_bias:
             tensors.append(axes_tensor("lora_B_bias", "out", suffix=".lora_B.bias", scale_power=1))
         if config.kasa_config is not None:
             tensors.append(axes_tensor(DIAGONAL, "r", (("r", r),)))
         if config.use_dora:
-            axes = "1 out" + " 1" * len(window) if kind == "conv" else "out"
+            axes = "1 out" + " 1" * len(window) if target.kind == "conv" else "out"
             tensors.append(axes_tensor(MAGNITUDE, axes, from_base=True, scale_power=1))
         return target.with_ranks(tensors, config.rank_of)
 
     def hparams(self, config: LoraConfig, target: Target) -> LoraHparams:
-        match, kind, times = target.match, target.kind, target.match.weight.products
+        kind = target.kind
         needs_mask = config.use_dora or config.lora_bias  # their gradients are nonzero even where A and B are zero
         return LoraHparams(
-            target.value(lambda module: times * config.scale_of(module)),
+            target.value(lambda module: target.match.weight.products * config.scale_of(module)),
             0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT has no dropout for these
             "" if kind in ("attention", "linear", "fused") else kind,
-            match.weight.groups,
+            target.match.weight.groups,
             config.use_dora,
             config.lora_bias,
             kind == "embedding" and config.ensure_weight_tying,
@@ -505,10 +519,12 @@ class Lora(Method, peft_type="LORA"):
         return tensors
 
     def call_data(self, config: LoraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
-        tokens, sequence = given.get("tokens"), config.alora_invocation_tokens
-        if not sequence or tokens is None:
+        tokens = given.get("tokens")
+        if not config.alora_invocation_tokens or tokens is None:
             return {}
-        return {MASK: tokens if tokens.dtype == bool else invocation_mask(tuple(sequence), tokens)}
+        return {
+            MASK: tokens if tokens.dtype == bool else invocation_mask(tuple(config.alora_invocation_tokens), tokens)
+        }
 
 
 def is_newer_lora_file(config: Config) -> bool:
@@ -518,8 +534,8 @@ def is_newer_lora_file(config: Config) -> bool:
 
 def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:
     kind = "lora_embedding" if "lora_embedding_A" in params else "lora"
-    a, b = scale_a(params, params[f"{kind}_A"]), params[f"{kind}_B"]
-    return a, jax.lax.stop_gradient(b) if hparams.frozen else b
+    b = params[f"{kind}_B"]
+    return scale_a(params, params[f"{kind}_A"]), jax.lax.stop_gradient(b) if hparams.frozen else b
 
 
 def _scale(hparams: LoraHparams, params: Params) -> Any:

@@ -403,9 +403,9 @@ class Projected(FactoredMethod):
                 (self._name("B"), outputs, "outputs", lambda target: target.out_size),
             ),
         )
-        shapes, saved = {"A": (self.parts * config.r, inputs), "B": (outputs, config.r)}, config.save_projection
+        shapes = {"A": (self.parts * config.r, inputs), "B": (outputs, config.r)}
         return tuple(
-            own_tensor(self._name(side), shape, trained=False, optional=True, in_file=saved)
+            own_tensor(self._name(side), shape, trained=False, optional=True, in_file=config.save_projection)
             for side, shape in shapes.items()
         )
 
@@ -431,8 +431,8 @@ class Projected(FactoredMethod):
 
     def hidden(self, params: Params, x: Array, rows: int) -> Array:
         """Return the first values of d∘(A·x), (…, rows)."""
-        d, a = params[self._name("lambda_d")][:rows], params[self._name("A")][:rows, : x.shape[-1]]
-        return d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), a)
+        d = params[self._name("lambda_d")][:rows]
+        return d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), params[self._name("A")][:rows, : x.shape[-1]])
 
     def _name(self, end: str) -> str:
         return f"{self.peft_type.lower()}_{end}"
@@ -462,11 +462,11 @@ def check_projections(targets: Targets, needs: Sequence[tuple[str, int, str, Cal
 
 def check_window(target: Target, method: str) -> None:
     """Raise `ConfigError` for the convolutions whose inputs PEFT does not rotate."""
-    window, groups = target.window, target.match.weight.groups
-    if window and (len(window) != 2 or window[0] != window[1] or groups > 1):
+    window = target.window
+    if window and (len(window) != 2 or window[0] != window[1] or target.match.weight.groups > 1):
         raise target.refuse(
             f"{method} adapts 2-D convolutions with a square kernel and one group; found the kernel {window} and"
-            f" {groups} groups. Remove the module from target_modules"
+            f" {target.match.weight.groups} groups. Remove the module from target_modules"
         )
 
 
@@ -598,9 +598,10 @@ class Lycoris(MatrixMethod):
     kinds: frozenset[str] = frozenset({"linear", "conv"})
 
     def own(self, config: Any, target: Target) -> DroppedHparams:
-        alphas, alpha = config.alpha_pattern, config.alpha
         return DroppedHparams(
-            target.value(lambda module: find_pattern_value(alphas, module, alpha) / config.rank_of(module)),
+            target.value(
+                lambda module: find_pattern_value(config.alpha_pattern, module, config.alpha) / config.rank_of(module)
+            ),
             config.rank_dropout,
             config.module_dropout,
             unscaled_dropout=not config.get("rank_dropout_scale", True),

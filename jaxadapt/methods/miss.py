@@ -70,22 +70,22 @@ class Miss(MatrixMethod, peft_type="MISS"):
 
     def after(self, own: OwnHparams, params: Params, x: Array, y: Array) -> Array:
         d = _over_outputs(params["miss_block"], y.shape[-1])
-        r, rest = len(d), -x.shape[-1] % len(d)
-        x = jnp.pad(x.astype(d.dtype), [(0, 0)] * (x.ndim - 1) + [(0, rest)])
-        return y + x.reshape(*x.shape[:-1], -1, r).sum(-2) @ d
+        x = jnp.pad(x.astype(d.dtype), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % len(d))])
+        return y + x.reshape(*x.shape[:-1], -1, len(d)).sum(-2) @ d
 
     def matrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
         if own.variant != "bat":
             return w + self.delta(own, params, w)
-        d, v = params["miss_block"], _blocks(w, params["miss_block"])
+        d = params["miss_block"]
+        v = _blocks(w, d)
         return (v + jnp.einsum("apcq,aqs->apcs", v, d) + d[:, :, None]).reshape(w.shape)
 
     def unmatrix(self, own: OwnHparams, params: Params, w: Array) -> Array:
         if own.variant != "bat":
             return w - self.delta(own, params, w)
-        d, v = params["miss_block"], _blocks(w, params["miss_block"])
+        d = params["miss_block"]
         inverse = jnp.linalg.inv(jnp.eye(d.shape[-1], dtype=d.dtype) + d)
-        return jnp.einsum("apcq,aqs->apcs", v - d[:, :, None], inverse).reshape(w.shape)
+        return jnp.einsum("apcq,aqs->apcs", _blocks(w, d) - d[:, :, None], inverse).reshape(w.shape)
 
 
 def _over_outputs(d: Array, outputs: int) -> Array:

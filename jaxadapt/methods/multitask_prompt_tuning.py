@@ -27,8 +27,12 @@ class MultitaskPromptTuning(EmbeddingPrompt, peft_type="MULTITASK_PROMPT_TUNING"
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         whole = super().shapes(config, stored=stored)
-        (rows, d), tasks, ranks = whole[EMBEDDINGS], config.num_tasks, config.num_ranks
-        return {COLS: (tasks, rows, ranks), ROWS: (tasks, ranks, d), **whole}
+        rows, d = whole[EMBEDDINGS]
+        return {
+            COLS: (config.num_tasks, rows, config.num_ranks),
+            ROWS: (config.num_tasks, config.num_ranks, d),
+            **whole,
+        }
 
     def draw(self, config: Any, name: str) -> Draw:
         return super().draw(config, name) if name == EMBEDDINGS else Draw("normal", 0.02)

@@ -33,11 +33,17 @@ class PrefixTuning(PromptMethod, peft_type="PREFIX_TUNING"):
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         self.require_sizes(config)
-        n, d, width = config.num_virtual_tokens, config.token_dim, config.num_layers * 2 * config.token_dim
+        width = config.num_layers * 2 * config.token_dim
         if stored or not config.prefix_projection:
-            return {EMBEDDINGS: (n, width)}
-        h = config.encoder_hidden_size or d
-        return {"embedding": (n, d), "kernel_0": (d, h), "bias_0": (h,), "kernel_1": (h, width), "bias_1": (width,)}
+            return {EMBEDDINGS: (config.num_virtual_tokens, width)}
+        h = config.encoder_hidden_size or config.token_dim
+        return {
+            "embedding": (config.num_virtual_tokens, config.token_dim),
+            "kernel_0": (config.token_dim, h),
+            "bias_0": (h,),
+            "kernel_1": (h, width),
+            "bias_1": (width,),
+        }
 
     def draw(self, config: Any, name: str) -> Draw:
         zero = config.init_weights == "zero"

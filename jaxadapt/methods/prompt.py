@@ -122,8 +122,8 @@ class PromptMethod(WithoutArithmetic):
         """Return the configuration with the sizes of the base that are None filled in, as PEFT fills them in."""
         width, heads = sizes.token_dim, sizes.num_attention_heads
         if self.adds == "keys":
-            heads, size = sizes.num_kv_heads, sizes.head_dim
-            width = None if heads is None or size is None else heads * size
+            heads = sizes.num_kv_heads
+            width = None if heads is None or sizes.head_dim is None else heads * sizes.head_dim
         found = {
             "num_layers": sizes.num_layers,
             "token_dim": width,

@@ -54,11 +54,19 @@ class Supertuning(MatrixMethod, peft_type="SUPERTUNING"):
                 )
             return entries
 
-        n, saved = target.own_size(VALUES, 0, count), config.save_precomputed_indices
+        n = target.own_size(VALUES, 0, count)
         sides = () if config.r is None else ((LORA_A, "r in"), (LORA_B, "out r"))
         return (
             own_tensor(VALUES, (n,)),
-            own_tensor(INDICES, (n,), trained=False, dtype="int32", from_base=True, optional=True, in_file=saved),
+            own_tensor(
+                INDICES,
+                (n,),
+                trained=False,
+                dtype="int32",
+                from_base=True,
+                optional=True,
+                in_file=config.save_precomputed_indices,
+            ),
             *(axes_tensor(name, axes, (("r", config.r or 0),), f".{name}.weight") for name, axes in sides),
         )
 

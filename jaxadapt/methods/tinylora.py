@@ -113,8 +113,8 @@ class TinyLora(FactoredMethod, peft_type="TINYLORA"):
             return super().output(hparams, params, use, x, y, drop, w)
         if isinstance(use, Use):
             return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted
-        rows, columns = params["tinylora_B"].T, (_middle(params) @ params["tinylora_A"]).T
-        return (y + products.low_rank_delta(use, 1.0, 1, rows, columns, x, y)).astype(y.dtype)
+        rows = (_middle(params) @ params["tinylora_A"]).T
+        return (y + products.low_rank_delta(use, 1.0, 1, params["tinylora_B"].T, rows, x, y)).astype(y.dtype)
 
 
 def _groups(config: TinyLoraConfig, modules: int) -> int:

@@ -459,11 +459,11 @@ def _places(
     held: Model, name: str, adapter: Adapter, arrays: Mapping[str, Array]
 ) -> Iterator[tuple[dict[str, Any], str, Array]]:
     """Yield (the tensors of one place of an adapter, a name, the array that they get under it)."""
-    collection, owners = collection_name(adapter.config), held.walked.leaves
+    collection = collection_name(adapter.config)
     if get_method(adapter.config).scope == "model":  # a prompt, whose tensors are the model's
         yield from ((vars(held.tree)[collection][name][SHARED_NODE], key, array) for key, array in arrays.items())
     for site in sites_of(adapter):
-        module, attr = owners[site.leaf]
+        module, attr = held.walked.leaves[site.leaf]
         for key, array in () if site.method.copies else arrays.items():
             repeated = repeat_on_stack(array, site.match.stack, vars(module)[attr].shape)
             yield vars(module)[collection][name][attr], key, repeated
@@ -555,10 +555,9 @@ def quantize(
     """
     params = base_params(model)
     sites = planning.plan_adapter(params, LoraConfig(target_modules=modules), keymap)[1]
-    weights, owners = params.leaves, params.held
     leaves = [site.leaf for site in sites]
     problems = [] if params.walked is None else list(planning.find_obstacles(params.walked, leaves).values())
-    problems += [f"{site.leaf}: {why}" for site in sites for why in _obstacles(site, weights[site.leaf])]
+    problems += [f"{site.leaf}: {why}" for site in sites for why in _obstacles(site, params.leaves[site.leaf])]
     raise_listed(AttachError, "cannot quantize these weights:", problems)
     new: dict[str, Any] = {}
     for site in sites:
@@ -568,7 +567,7 @@ def quantize(
             *site.axes.in_axes,
         )  # PyTorch's order: the inputs of one output are contiguous
         size = site.fan_in if kind == "int8" and block is None else block
-        new[site.leaf] = quantized.quantize_weight(weights[site.leaf], kind, order, len(site.match.stack), size)
+        new[site.leaf] = quantized.quantize_weight(params.leaves[site.leaf], kind, order, len(site.match.stack), size)
     raise_listed(
         AttachError,
         "cannot quantize these weights, whose values are not all finite:",
@@ -576,7 +575,7 @@ def quantize(
     )
     model = carrier(model).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
     for leaf in new if params.walked is not None else ():
-        nnx_adapters.install_adapters(owners[leaf][0])
+        nnx_adapters.install_adapters(params.held[leaf][0])
     return model
 
 
@@ -584,7 +583,8 @@ def _obstacles(site: Site, w: Any) -> list[str]:
     """Return the reasons why a weight cannot be quantized."""
     if quantized.is_quantized(w):
         return ["already quantized"]
-    stack, sharding = site.match.stack, regions.sharding_of(w)
+    stack = site.match.stack
+    sharding = regions.sharding_of(w)
     has_values = not isinstance(w, jax.ShapeDtypeStruct) and jnp.issubdtype(w.dtype, jnp.floating)
     return met(
         {

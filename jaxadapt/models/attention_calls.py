@@ -20,8 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
-from jax.extend.core import primitives
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, primitives
 
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
@@ -343,7 +342,7 @@ def require_count(count: int, others: int, expected: int, decoder: bool) -> None
     )
 
 
-def _call(eqn: core.JaxprEqn) -> AttentionCall | None:
+def _call(eqn: JaxprEqn) -> AttentionCall | None:
     """Return the call of `attention` that an equation is; None if it is none."""
     policy = eqn.params.get("policy") if eqn.primitive is primitives.remat_p else None
     return policy if isinstance(policy, AttentionCall) else None
@@ -353,7 +352,7 @@ def _spec(variable: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
 
 
-def _find(jaxpr: core.Jaxpr) -> list[Heads | None]:
+def _find(jaxpr: Jaxpr) -> list[Heads | None]:
     """Return the calls of `attention` in a jaxpr, in order; those in a scan once for each of its steps.
 
     A call that no prefix enters is None.
@@ -361,15 +360,15 @@ def _find(jaxpr: core.Jaxpr) -> list[Heads | None]:
     return [call for eqn in jaxpr.eqns for call in _calls_in(eqn)]
 
 
-def _calls_in(eqn: core.JaxprEqn) -> list[Heads | None]:
+def _calls_in(eqn: JaxprEqn) -> list[Heads | None]:
     if (call := _call(eqn)) is not None:
         if not call.prefix:
             return [None]
         specs = call.arrays([_spec(a) for a in eqn.invars])
         return [(specs["query"].shape[-2], *specs["key"].shape[-2:])]
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
-    bodies = (v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in values)
-    inside = [call for body in bodies if isinstance(body, core.Jaxpr) for call in _find(body)]
+    bodies = (v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values)
+    inside = [call for body in bodies if isinstance(body, Jaxpr) for call in _find(body)]
     if eqn.primitive is primitives.scan_p:
         return inside * eqn.params["length"]
     if any(inside) and called_jaxpr(eqn) is None:
@@ -380,13 +379,11 @@ def _calls_in(eqn: core.JaxprEqn) -> list[Heads | None]:
     return inside
 
 
-def _evaluate(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], change: Change, layers: Any
-) -> list[Any]:
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], change: Change, layers: Any) -> list[Any]:
     """Evaluate a jaxpr; `layers` has an entry for each of its calls of `attention`."""
     start = 0
 
-    def step(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+    def step(eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
         nonlocal start
         if not (count := sum(call is not None for call in _calls_in(eqn))):
             return evaluate_unchanged(eqn, operands)
@@ -395,8 +392,8 @@ def _evaluate(
         if (call := _call(eqn)) is not None:
             return [_checked(change(call, call.arrays(operands), jax.tree.map(lambda x: x[0], own)), eqn)]
         if eqn.primitive is primitives.scan_p:  # the layers of its steps become one more of its scanned inputs
-            closed, length = eqn.params["jaxpr"], eqn.params["length"]
-            steps = jax.tree.map(lambda x: x.reshape(length, -1, *x.shape[1:]), own)
+            closed = eqn.params["jaxpr"]
+            steps = jax.tree.map(lambda x: x.reshape(eqn.params["length"], -1, *x.shape[1:]), own)
             return evaluate_scan(
                 eqn, operands, steps, lambda values, each: _evaluate(closed.jaxpr, closed.consts, values, change, each)
             )
@@ -410,7 +407,7 @@ def _evaluate(
     return interpret(jaxpr, consts, values, step)
 
 
-def _checked(y: Array, eqn: core.JaxprEqn) -> Array:
+def _checked(y: Array, eqn: JaxprEqn) -> Array:
     """Return y in the dtype of the result that it replaces."""
     want = _spec(eqn.outvars[0])
     if jnp.shape(y) != want.shape:

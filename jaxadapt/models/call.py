@@ -378,8 +378,7 @@ def describe(name: str, layer: Layer, hooks: Hooks, args: Args, kwargs: Kwargs) 
 class Warned:
     """A flag: a model has warned of dropout that is off. All flags are equal: none makes jit compile again."""
 
-    def __init__(self) -> None:
-        self.once = False
+    once: bool = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Warned)

@@ -324,12 +324,12 @@ class Model(_Variables, Object):
         return [path for path, var in graph.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
-        owners, others = self.walked.leaves, graph.layer_state(self.tree) if new else {}
+        others = graph.layer_state(self.tree) if new else {}
         for path, value in new.items():
-            if path not in owners:
+            if path not in self.walked.leaves:
                 others[path].set_value(value)
                 continue
-            module, attr = owners[path]
+            module, attr = self.walked.leaves[path]
             vars(module)[attr].set_value(value)
             nnx_adapters.uninstall_adapters(module)  # removes the dequantization of a quantized weight
         return self.tree

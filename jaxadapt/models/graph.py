@@ -188,14 +188,14 @@ def walk(root: Any) -> list[Entry]:
     return visitor.entries
 
 
+@dataclasses.dataclass(eq=False)
 class _Visitor:
     """The entries so far, the shared objects seen, and Flax's answers about each type."""
 
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.seen: set[int] = set()
-        self.kinds: dict[type, int] = {}
-        self.list_children: dict[type, Callable[[Any], _Children]] = {}
+    entries: list[Entry] = dataclasses.field(default_factory=list[Entry])
+    seen: set[int] = dataclasses.field(default_factory=set[int])
+    kinds: dict[type, int] = dataclasses.field(default_factory=dict[type, int])
+    list_children: dict[type, Callable[[Any], _Children]] = dataclasses.field(default_factory=dict)
 
     def append(self, path: Path, value: Any, is_data: bool) -> None:
         """Append the entries of a value: of everything in it, and of itself."""

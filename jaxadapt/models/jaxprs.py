@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
-from jax.extend.core import primitives
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun, primitives
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    closed: core.ClosedJaxpr
+    closed: ClosedJaxpr
     arrays: list[Any]  # the arguments that became inputs of the jaxpr, after the weights
     result: Callable[[list[Any]], Any]  # from the jaxpr's outputs to what `f` returns
 
@@ -46,7 +45,7 @@ def trace(f: Callable[..., Any], weights: Mapping[Any, Any], args: Sequence[Any]
     return Traced(closed, arrays, result)
 
 
-def called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
     """Return the jaxpr and constants of an equation that only calls a jaxpr, else None."""
     if eqn.primitive in (primitives.jit_p, primitives.closed_call_p):
         body = eqn.params["jaxpr" if eqn.primitive is primitives.jit_p else "call_jaxpr"]
@@ -56,7 +55,7 @@ def called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     return None
 
 
-def scan_sizes(eqn: core.JaxprEqn) -> tuple[int, int]:
+def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
     """Return how many operands a scan's steps share, and how many arrays one step hands to the next."""
     if "ft_in" in eqn.params:  # jax 0.12
         consts, carried, _ = map(len, eqn.params["ft_in"].unpack())
@@ -65,7 +64,7 @@ def scan_sizes(eqn: core.JaxprEqn) -> tuple[int, int]:
 
 
 def evaluate_scan(
-    eqn: core.JaxprEqn, operands: Sequence[Any], own: Any, step: Callable[[list[Any], Any], list[Any]]
+    eqn: JaxprEqn, operands: Sequence[Any], own: Any, step: Callable[[list[Any], Any], list[Any]]
 ) -> list[Any]:
     """Evaluate a scan with another body, and with further arrays that it slices.
 
@@ -80,37 +79,38 @@ def evaluate_scan(
         outs = step([*operands[:consts], *carry, *sliced[0]], sliced[1])
         return outs[:carried], outs[carried:]
 
-    start, scanned = operands[consts : consts + carried], operands[consts + carried :]
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = jax.lax.scan(body, list(start), (list(scanned), own), **options)
+    start = list(operands[consts : consts + carried])
+    scanned = list(operands[consts + carried :])
+    carry, ys = jax.lax.scan(body, start, (scanned, own), **options)
     return [*carry, *ys]
 
 
-def rematerialized(eqn: core.JaxprEqn, f: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+def rematerialized(eqn: JaxprEqn, f: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Return a function under the same `checkpoint` as an equation."""
     return jax.checkpoint(f, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
 
 
-def evaluate_unchanged(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+def evaluate_unchanged(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation unchanged, as a jaxpr of only that equation, which keeps its context."""
-    operands = {a: v for a, v in zip(eqn.invars, values, strict=True) if not isinstance(a, core.Literal)}
+    operands = {a: v for a, v in zip(eqn.invars, values, strict=True) if not isinstance(a, Literal)}
     # A variable used twice is one input.
-    debug_info = core.DebugInfo("rewrite", eqn.primitive.name, ("",) * len(operands), ("",) * len(eqn.outvars))
-    single = core.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, debug_info)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))(*operands.values())
+    debug_info = DebugInfo("rewrite", eqn.primitive.name, ("",) * len(operands), ("",) * len(eqn.outvars))
+    single = Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, debug_info)
+    return jaxpr_as_fun(ClosedJaxpr(single, ()))(*operands.values())
 
 
 def interpret(
-    jaxpr: core.Jaxpr,
+    jaxpr: Jaxpr,
     consts: Sequence[Any],
     values: Sequence[Any],
-    step: Callable[[core.JaxprEqn, list[Any]], Sequence[Any]],
+    step: Callable[[JaxprEqn, list[Any]], Sequence[Any]],
 ) -> list[Any]:
     """Evaluate a jaxpr, each of its equations by `step(equation, operands)`."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
+        return atom.val if isinstance(atom, Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
         env.update(zip(eqn.outvars, step(eqn, [read(a) for a in eqn.invars]), strict=True))

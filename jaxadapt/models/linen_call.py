@@ -58,8 +58,11 @@ def is_own_method(context: Any) -> bool:
 
     A function that `nn.scan`, `nn.cond` … runs on the module's scope is not a method; the calls in it are intercepted.
     """
-    name, module = context.method_name, context.module
-    return name != "setup" and module.scope is not None and any(name in vars(c) for c in type(module).__mro__)
+    return (
+        context.method_name != "setup"
+        and context.module.scope is not None
+        and any(context.method_name in vars(c) for c in type(context.module).__mro__)
+    )
 
 
 def refuse_mapped(context: Any, adapted: Mapping[tuple[str, ...], Iterable[str]]) -> None:
@@ -115,8 +118,16 @@ def bind_layer(module: nn.Module, method: str, plain: Callable[..., Any]) -> cal
                 scope.put_variable(collection, key, value)
 
     own = {k: v for k, v in scope.variables().get("params", {}).items() if not isinstance(v, Mapping) and SEP not in k}
-    params, function = {k: meta.unbox(v) for k, v in own.items()}, getattr(type(module), method)
-    return call.Layer(".".join(scope.path), module, function, method == "__call__", params, plain, run, write_back)
+    return call.Layer(
+        ".".join(scope.path),
+        module,
+        getattr(type(module), method),
+        method == "__call__",
+        {k: meta.unbox(v) for k, v in own.items()},
+        plain,
+        run,
+        write_back,
+    )
 
 
 # ---------------------------------------------------------------- one call of a module with adapted leaves
@@ -239,7 +250,7 @@ class Overlay:
 
     def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         """Apply the adapters of a module, and dequantize its weights, when one of its methods is called."""
-        module, method, scope = context.module, context.method_name, context.module.scope
+        scope = context.module.scope
         if not is_own_method(context) or scope.path in self.running:
             return next_fun(*args, **kwargs)
         refuse_mapped(context, self.sites)
@@ -259,9 +270,9 @@ class Overlay:
             finally:
                 self.running.pop()
 
-        layer = bind_layer(module, method, plain)
+        layer = bind_layer(context.module, context.method_name, plain)
         if self.notes is not None and hooks:
-            name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
+            name = f"{type(context.module).__name__}.{context.method_name}".removesuffix(".__call__")
             notes = call.describe(name, layer, hooks, args, kwargs)
             self.notes.update({".".join((*scope.path, leaf)): note for leaf, note in notes.items()})
         return call.apply(layer, hooks, args, kwargs)

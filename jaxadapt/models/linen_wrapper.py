@@ -27,7 +27,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed, warn
 from jaxadapt.keymaps import families, plan
-from jaxadapt.keymaps.keymap import GENERIC, KeyMap, Match, entry_from_axes
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, Match, entry_from_axes, fitting_match
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.base import get_method
 from jaxadapt.methods.prompt import PromptMethod
@@ -91,17 +91,16 @@ class Survey:
         """
         entries: list[Weight] = []
         for leaf, shape in self.shapes.items():
-            match = keymap.match(leaf)
-            fits = match is not None and len(match.weight.left) == len(shape)
-            if match is not None and fits and keymap.name != GENERIC.name:
+            match = fitting_match(keymap, leaf, shape)
+            if match is not None and keymap.name != GENERIC.name:
                 self._refuse_contradiction(leaf, match)
             elif leaf in self.roles and leaf not in self.unknown and leaf in self.stack:
                 roles, stack = self.roles[leaf], self.stack[leaf]
-                if match is None or not fits or (match.axes, match.stack) != (roles.axes, stack):
+                if match is None or (match.axes, match.stack) != (roles.axes, stack):
                     entries.append(
                         entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups, self.places.get(leaf))
                     )
-            elif fits and leaf in self.vectors:
+            elif match is not None and leaf in self.vectors:
                 letters = " ".join(f"a{i}" for i in range(len(shape)))
                 entries.append(Weight(leaf, leaf, f"{letters} -> {letters}", kind="vector"))
         return entries
@@ -175,8 +174,8 @@ class Survey:
         try:
             roles = call.roles_of(layer.module, layer.method, name, equation)
             if roles is None:
-                output, weights = functools.partial(layer.output, **kwargs), {name: layer.params[name]}
-                found = None if layer.known else tracing.uses(output, weights, *args)[name]
+                output = functools.partial(layer.output, **kwargs)
+                found = None if layer.known else tracing.uses(output, {name: layer.params[name]}, *args)[name]
                 if not found:
                     return  # this method does not use the weight as one that an adapter can follow
                 roles = call.Roles(call.infer_axes(found, name))
@@ -191,9 +190,9 @@ class Survey:
             self.certain.add(leaf)
         elif roles.axes != before.axes:  # a tied weight, used in both directions
             self.certain.discard(leaf)
-        old, axes = before.axes, roles.axes
-        if axes not in (old, dataclasses.replace(old, in_axes=old.out_axes, out_axes=old.in_axes)):
-            self.unknown[leaf] = f"its calls use it in several ways: {old}, and {axes}"
+        old = before.axes
+        if roles.axes not in (old, dataclasses.replace(old, in_axes=old.out_axes, out_axes=old.in_axes)):
+            self.unknown[leaf] = f"its calls use it in several ways: {old}, and {roles.axes}"
 
 
 def survey_module(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:

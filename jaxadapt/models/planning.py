@@ -512,8 +512,8 @@ def check_kernels(config: Config, base: BaseParams, sites: Sequence[Site]) -> No
     attached = base.keymap
     reverse: list[str] = []
     for site in sites:
-        weight, known = site.match.weight, None if attached is None else attached.match(site.leaf)
-        is_linear = weight.kind in ("linear", "fused") and not weight.fan_in_fan_out
+        known = None if attached is None else attached.match(site.leaf)
+        is_linear = site.match.weight.kind in ("linear", "fused") and not site.match.weight.fan_in_fan_out
         if (
             site.leaf.rpartition(".")[2] != "kernel"
             or not is_linear

@@ -350,18 +350,24 @@ def call_with_keys(
 
     Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
     """
-    method, recipe = prompt.method, prompt.recipe
+    method = prompt.method
     if method.adds == "attention":
-        layers = method.layers(recipe.config, recipe.keymap, prompt.params, base())
+        layers = method.layers(prompt.recipe.config, prompt.recipe.keymap, prompt.params, base())
 
         def attend(call: AttentionCall, arrays: Mapping[str, Any], layer: Mapping[str, Array]) -> Array:
             return method.attend(call.run, arrays, layer)
 
         return rewrite_attention(f, attend, layers, state, tuple(args), dict(kwargs))
-    bound, names = _bind(call, args, kwargs), DECODER if prompt.encoder_decoder else INPUT
-    _shift_positions(bound, prompt.n, method.peft_type, names, recipe.keymap.relative_positions)
-    layers, decoder = prompt.keys_and_values(), prompt.encoder_decoder
-    return rewrite_attention(f, add_keys, layers, state, bound.args, bound.kwargs, decoder=decoder)
+    bound = _bind(call, args, kwargs)
+    _shift_positions(
+        bound,
+        prompt.n,
+        method.peft_type,
+        DECODER if prompt.encoder_decoder else INPUT,
+        prompt.recipe.keymap.relative_positions,
+    )
+    layers = prompt.keys_and_values()
+    return rewrite_attention(f, add_keys, layers, state, bound.args, bound.kwargs, decoder=prompt.encoder_decoder)
 
 
 def add_keys(call: AttentionCall, arrays: Mapping[str, Any], layer: Array) -> Array:

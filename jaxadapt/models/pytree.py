@@ -25,7 +25,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.configs.base import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, raise_listed, repeated
-from jaxadapt.keymaps.keymap import GENERIC, KeyMap, entry_from_axes
+from jaxadapt.keymaps.keymap import GENERIC, KeyMap, entry_from_axes, fitting_match
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods.applied import AppliedMethod, Hook, Stacked, together
 from jaxadapt.methods.base import CALL_KEY, Drop, get_method
@@ -378,8 +378,7 @@ class TreeParams(planning.BaseParams):
 
 def _has_entry(keymap: KeyMap, leaf: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return True if a keymap, other than the generic one, has an entry for a leaf of that many axes."""
-    match = None if keymap.name == GENERIC.name else keymap.match(leaf)
-    return match is not None and len(match.weight.left) == len(shapes[leaf])
+    return keymap.name != GENERIC.name and fitting_match(keymap, leaf, shapes[leaf]) is not None
 
 
 def _places(leaf: str, scans: Mapping[str, Collection[int]], taken: Mapping[int, int]) -> tuple[int, ...]:

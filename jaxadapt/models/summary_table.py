@@ -57,8 +57,8 @@ class Target:
 
     def __str__(self) -> str:
         tensors = ", ".join(f"{name} {shape}" for name, shape in self.tensors.items())
-        first, more = self.modules[0], len(self.modules) - 1
-        return f"{first}{f' and {more} more' if more else ''}: {self.leaf} {self.shape}; {tensors}"
+        more = len(self.modules) - 1
+        return f"{self.modules[0]}{f' and {more} more' if more else ''}: {self.leaf} {self.shape}; {tensors}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
-from jax.extend.core import primitives
+from jax.extend.core import Jaxpr, JaxprEqn, primitives
 
 from jaxadapt.arrays.layout import Axes
 from jaxadapt.arrays.products import LETTERS, AxisLayout, Operation, Use, contradiction_message, transposed_axes
@@ -55,9 +54,9 @@ _SAME = {primitives.copy_p, primitives.sharding_constraint_p, primitives.name_p}
 BARRIER = "optimization_barrier"  # the only one with several operands; it has one result for each
 
 
-def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[AxisLayout | None] | None:
+def move_layouts(eqn: JaxprEqn, before: list[AxisLayout | None]) -> list[AxisLayout | None] | None:
     """Return the layouts of an equation's results if it only moves, casts or passes its operands, else None."""
-    kind, params = eqn.primitive, eqn.params
+    kind = eqn.primitive
     if kind.name == BARRIER:
         return before
     if len(before) != 1 or (layout := before[0]) is None:
@@ -69,8 +68,8 @@ def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[Ax
     if kind is primitives.convert_element_type_p:
         return [layout] if all(jnp.issubdtype(x.dtype, jnp.floating) for x in (old, new)) else None
     if kind is primitives.transpose_p:
-        return [dataclasses.replace(layout, groups=tuple(layout.groups[i] for i in params["permutation"]))]
-    permutes = kind is primitives.reshape_p and params["dimensions"] is not None
+        return [dataclasses.replace(layout, groups=tuple(layout.groups[i] for i in eqn.params["permutation"]))]
+    permutes = kind is primitives.reshape_p and eqn.params["dimensions"] is not None
     if kind not in _RESHAPES or permutes or old.size != new.size:
         return None
     after = layout.reshaped(new.shape)
@@ -78,7 +77,7 @@ def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[Ax
 
 
 def spell_contraction(
-    eqn: core.JaxprEqn, side: int, layout: AxisLayout, axes: Axes, x_shape: tuple[int, ...]
+    eqn: JaxprEqn, side: int, layout: AxisLayout, axes: Axes, x_shape: tuple[int, ...]
 ) -> tuple[Use, list[int], list[int]] | None:
     """Return the contraction as a `Use`, and the split shapes of x and y; None if it does not match the roles.
 
@@ -130,10 +129,10 @@ def _matching_roles(
 # ---------------------------------------------------------------- operations
 
 
-Make = Callable[[core.JaxprEqn, Axes, Sequence[Any]], Operation | None]
+Make = Callable[[JaxprEqn, Axes, Sequence[Any]], Operation | None]
 
 
-def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
+def _convolution(eqn: JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
     numbers = eqn.params["dimension_numbers"]
     (out,) = axes.out_axes
     if numbers.rhs_spec[0] != out or eqn.params["batch_group_count"] != 1 or axes.batch_axes:
@@ -150,8 +149,9 @@ def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation 
         )
 
     def slide(x: Any, w: Any) -> Any:
-        once, precision = (1,) * (x.ndim - 2), jax.lax.Precision.HIGHEST
-        return jax.lax.conv_general_dilated(x, w, once, "VALID", dimension_numbers=sliding, precision=precision)
+        return jax.lax.conv_general_dilated(
+            x, w, (1,) * (x.ndim - 2), "VALID", dimension_numbers=sliding, precision=jax.lax.Precision.HIGHEST
+        )
 
     window = sorted(range(2, len(numbers.rhs_spec)), key=lambda axis: numbers.rhs_spec[axis])
     lhs, rhs = ((*spec[:2], *(spec[axis] for axis in window)) for spec in (numbers.lhs_spec, numbers.rhs_spec))
@@ -160,7 +160,7 @@ def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation 
     return Operation(run, numbers.out_spec[1], axes, slide=None if is_dilated else slide)
 
 
-def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
+def _lookup(eqn: JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
     numbers, sizes = eqn.params["dimension_numbers"], list(eqn.params["slice_sizes"])
     (out,) = axes.out_axes
     weight: Any = eqn.invars[0].aval
@@ -176,7 +176,7 @@ def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | Non
     return Operation(run, numbers.offset_dims[inside.index(out)], axes)
 
 
-def _row(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
+def _row(eqn: JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
     """Return the lookup of one row, whose number is the first start of a slice."""
     sizes = list(eqn.params["slice_sizes"])
     (out,) = axes.out_axes
@@ -191,7 +191,7 @@ def _row(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation |
     return Operation(run, out, axes)
 
 
-def _other_use(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> OtherUse:
+def _other_use(eqn: JaxprEqn, layouts: Sequence[AxisLayout | None]) -> OtherUse:
     """Return a use that is no product, with the roles of the axes where a lookup or a convolution shows them."""
     name, params = eqn.primitive.name, dict(eqn.params)
     layout = layouts[_SIDES[name][0] if name in _SIDES else 0]
@@ -204,7 +204,7 @@ def _other_use(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> Othe
     return OtherUse(name, Axes((0,), (1,)) if is_rows and len(layout.sizes) == 2 else None)
 
 
-def _ragged(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
+def _ragged(eqn: JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
     """Return the product of rows, sorted by expert, with their experts' matrices."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (summed_x, summed_w), shared = numbers.dot_dimension_numbers
@@ -305,9 +305,10 @@ def rewrite(
     views = [_View(AxisLayout.identity(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
     outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
     for name in forward:
-        axes, found = hooks[name].axes, [unscan(use)[1] for use in scope.found[name]]
-        products, shape = [use for use in found if isinstance(use, Axes)], _layer_shape(weights[name], hooks[name])
-        if (own := transposed_axes(axes, products, shape)) is not None:
+        axes = hooks[name].axes
+        found = [unscan(use)[1] for use in scope.found[name]]
+        products = [use for use in found if isinstance(use, Axes)]
+        if (own := transposed_axes(axes, products, _layer_shape(weights[name], hooks[name]))) is not None:
             raise AttachError(f"{name!r}: {contradiction_message(axes, own)}")
     return traced.result([scope.plain(out) for out in outs])
 
@@ -362,14 +363,14 @@ def uses(f: Callable[..., Any], weights: Mapping[str, Any], *args: Any) -> dict[
     return {name: tuple(found) for name, found in scope.found.items()}
 
 
-def side_of(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> int | None:
+def side_of(eqn: JaxprEqn, layouts: Sequence[AxisLayout | None]) -> int | None:
     """Return the position of the weight in a `dot_general`; None unless exactly one operand is a weight."""
     if eqn.primitive is not primitives.dot_general_p or (layouts[0] is None) == (layouts[1] is None):
         return None
     return 0 if layouts[1] is None else 1
 
 
-def _describe_contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> Axes:
+def _describe_contraction(eqn: JaxprEqn, side: int, layout: AxisLayout) -> Axes:
     summed, shared = (d[side] for d in eqn.params["dimension_numbers"])
     inputs, batch = sorted(layout.weight_axes(summed)), sorted(layout.weight_axes(shared))
     return Axes(tuple(inputs), tuple([a for a in range(len(layout.sizes)) if a not in inputs + batch]), tuple(batch))
@@ -442,10 +443,10 @@ def _check_like(call: str, got: Any, like: Any) -> Any:
     return got
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], scope: _Scope) -> list[Any]:
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], scope: _Scope) -> list[Any]:
     """Evaluate a jaxpr with views among its inputs; its results may be views too."""
 
-    def step(eqn: core.JaxprEqn, operands: list[Any]) -> list[Any]:
+    def step(eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
         if not any(isinstance(v, _View) for v in operands):
             return evaluate_unchanged(eqn, operands)
         return (_scan if eqn.primitive is primitives.scan_p else _evaluate_equation)(eqn, operands, scope)
@@ -453,7 +454,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], s
     return interpret(jaxpr, consts, values, step)
 
 
-def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
+def _evaluate_equation(eqn: JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
     """Evaluate one equation with at least one view among its operands."""
     layouts = [v.layout if isinstance(v, _View) else None for v in operands]
     if (body := called_jaxpr(eqn)) is not None:
@@ -499,7 +500,7 @@ def _constrain(shardings: Sequence[Any] | None, values: list[Any]) -> list[Any]:
     return values if shardings is None else [place(v, s) for v, s in zip(values, shardings, strict=True)]
 
 
-def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scope: _Scope) -> list[Any]:
+def _checkpoint(eqn: JaxprEqn, jaxpr: Jaxpr, operands: list[Any], scope: _Scope) -> list[Any]:
     """Evaluate a `checkpoint` under the same policy; operations added by hooks are rematerialized too."""
 
     def body(*arrays: Any) -> list[Any]:
@@ -513,7 +514,7 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
     return rematerialized(eqn, body)(*map(_array, operands))
 
 
-def _scan(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
+def _scan(eqn: JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
     """Evaluate a scan with the weights that all steps share, and those that it takes layer by layer, followed in it."""
     (consts, carried), closed = scan_sizes(eqn), eqn.params["jaxpr"]
     views = _taken_views(operands, consts, consts + carried, scope)
@@ -576,7 +577,7 @@ def _slice_view(view: _View, array: Any) -> _View:
 # ---------------------------------------------------------------- one contraction
 
 
-def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope) -> list[Any] | None:
+def _contract(eqn: JaxprEqn, operands: list[Any], side: int, scope: _Scope) -> list[Any] | None:
     """Evaluate a contraction with its hook; return None if it does not match the hook's roles."""
     view, x = operands[side], operands[1 - side]
     scope.found[view.layout.name].append(_describe_contraction(eqn, side, view.layout))
@@ -591,7 +592,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
 
 
 def _evaluate_operation(
-    eqn: core.JaxprEqn, operands: list[Any], layouts: list[AxisLayout | None], scope: _Scope
+    eqn: JaxprEqn, operands: list[Any], layouts: list[AxisLayout | None], scope: _Scope
 ) -> list[Any] | None:
     """Evaluate a convolution, lookup or ragged product with its hook; return None if the hook does not follow it."""
     name = eqn.primitive.name
@@ -616,7 +617,7 @@ def _evaluate_operation(
 
 
 def _apply_hook(
-    eqn: core.JaxprEqn,
+    eqn: JaxprEqn,
     operands: list[Any],
     side: int,
     scope: _Scope,

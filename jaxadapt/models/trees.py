@@ -401,8 +401,12 @@ def open_tree(tree: Any) -> tuple[Leaves, Put]:
 
 def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
     if isinstance(tree, graph.Model):
-        is_param, entries = graph.instance_test(nnx.Param), graph.walk_model(tree).entries
-        variables = [(path, x) for path, x in entries if is_param(x) or may_be_scale(paths.join(*map(str, path)))]
+        is_param = graph.instance_test(nnx.Param)
+        variables = [
+            (path, x)
+            for path, x in graph.walk_model(tree).entries
+            if is_param(x) or may_be_scale(paths.join(*map(str, path)))
+        ]
     else:
         variables = list(nnx.to_flat_state(tree))
     is_variable, is_ours = graph.instance_test(nnx.Variable), graph.instance_test(graph.AdapterParam)

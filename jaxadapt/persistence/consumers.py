@@ -565,8 +565,13 @@ def _base(config: Config) -> str | None:
 
 
 def _front_matter(config: Config, license_name: str | None) -> str:
-    base, pipeline = _base(config), _PIPELINES.get(config.task_type or "")
-    fields = {"base_model": base, "library_name": "peft", "license": license_name, "pipeline_tag": pipeline}
+    base = _base(config)
+    fields = {
+        "base_model": base,
+        "library_name": "peft",
+        "license": license_name,
+        "pipeline_tag": _PIPELINES.get(config.task_type or ""),
+    }
     tags = [*([f"base_model:adapter:{base}"] if base else []), config.peft_type.lower(), "jax", "jaxadapt"]
     lines = [f"{name}: {_plain(value)}" for name, value in fields.items() if value]
     return "\n".join([*lines, "tags:", *(f"- {_plain(tag)}" for tag in tags)]) + "\n"

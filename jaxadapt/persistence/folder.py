@@ -203,12 +203,14 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     ('org/name', 20, ('q',), ('F32',))
     """
     with reporter(progress) as report, formats.open_place(formats.look(path, report)) as opened:
-        config, source = opened.tensors.config, as_source(opened.tensors.tensors)
-        tensors, nbytes = source.kinds, sum(map(source.nbytes, source))
-    found = formats.not_an_adapter(tensors, str(path)) if peft_tensors.is_known_method(config.peft_type) else None
+        config = opened.tensors.config
+        source = as_source(opened.tensors.tensors)
+        nbytes = sum(map(source.nbytes, source))
+        info = Info(os.fspath(path), config, source.kinds, nbytes, location.total_size(opened.weights), opened.form)
+    found = formats.not_an_adapter(info.tensors, str(path)) if peft_tensors.is_known_method(config.peft_type) else None
     if found is not None:
         raise MismatchError(f"{path}: {found.found}; {found.remedy}")
-    return Info(os.fspath(path), config, tensors, nbytes, location.total_size(opened.weights), opened.form)
+    return info
 
 
 def write(

@@ -25,26 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxadapt.adapters import initial_values, peft_tensors
 from jaxadapt.adapters.adapter import Recipe, Sites, file_entries, repeats_heads, tensor_entries
 from jaxadapt.adapters.sites import WRAPPERS, is_embedding, repeat_for_heads, vocabulary_axes
 from jaxadapt.arrays import regions
-from jaxadapt.arrays.regions import (
-    FileRegion,
-    Region,
-    cast_tree,
-    count_not_finite,
-    explain_not_finite,
-    is_finite,
-)
 from jaxadapt.arrays.tensor_source import TensorSource, View, aligned_block, as_source, rename
 from jaxadapt.configs.base import Config
 from jaxadapt.core.errors import AdapterError, MismatchError, Report, bullets, byte_counter, no_report, warn
 from jaxadapt.keymaps import check, pytorch
 from jaxadapt.keymaps import plan as plans
-from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, entry_for_copy, is_guess
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, entry_for_copy, fitting_match, is_guess
 from jaxadapt.models.foreign.tree import LoraTree
 from jaxadapt.models.planning import BaseParams
 from jaxadapt.storage import local_files
@@ -120,7 +111,8 @@ def _fitting(source: TensorSource, expected: Expected) -> TensorSource:
 
 
 def _with(source: TensorSource, arrays: Mapping[str, Any]) -> TensorSource:
-    new, keys = as_source(arrays), dict.fromkeys([*source, *arrays])
+    new = as_source(arrays)
+    keys = [*source, *arrays]
     return View(source.source, {key: (new if key in arrays else source, key) for key in keys}) if arrays else source
 
 
@@ -143,7 +135,8 @@ def fit_vocabulary(source: TensorSource, expected: Expected) -> TensorSource:
     for site in expected.sites if expected.file.fit_vocabulary else ():
         axes = vocabulary_axes(site, expected.recipe.keymap)
         for tensor, entry in zip(site.tensors, site.entries, strict=True):
-            (key, *others), shape = entry.keys, entry.form.file_shape
+            key, *others = entry.keys
+            shape = entry.form.file_shape
             found = source.specs[key].shape if key in source else shape
             differing = [i for i, (a, b) in enumerate(zip(found, shape, strict=False)) if a != b]
             if others or len(found) != len(shape) or not axes or [entry.form.right[i] for i in differing] != [axes]:
@@ -173,20 +166,22 @@ def drop_repeats(source: TensorSource, expected: Expected) -> TensorSource:
     They must be equal. With bias="all" PEFT writes the biases of a fully trained module twice more, under the names
     inside its wrapper: once as they were trained, and once as in the base, which is not used in any computation.
     """
-    plan, keymap = expected.plan, expected.recipe.keymap
-    heads, turned = dict[str, str](), set[str]()
+    keymap = expected.recipe.keymap
+    heads: dict[str, str] = {}
+    turned: set[str] = set()
     if repeats_heads(expected.file.config, keymap, expected.base.shapes):
-        first = {entry.path: entry for entry in plan.entries}
-        for entry in repeat_for_heads(expected.file.config, plan.entries, keymap):
+        first = {entry.path: entry for entry in expected.plan.entries}
+        for entry in repeat_for_heads(expected.file.config, expected.plan.entries, keymap):
             own = first[entry.path]
             heads[entry.keys[0]] = own.keys[0]
-            turned |= set(entry.keys) if entry.form.right != own.form.right else set()
+            turned.update(entry.keys if entry.form.right != own.form.right else ())
     _require_equal(
         source, heads, expected, ": the head is tied to the embedding, so these tensors must be equal", turned
     )
-    surplus = [key for key in source if key not in plan.keys]
+    keys = expected.plan.keys
+    surplus = [key for key in source if key not in keys]
     saved, original = (
-        {key: name for key in surplus if f"{part}." in key and (name := "".join(key.rsplit(part, 1))) in plan.keys}
+        {key: name for key in surplus if f"{part}." in key and (name := "".join(key.rsplit(part, 1))) in keys}
         for part in WRAPPERS
     )
     _require_equal(source, saved, expected)
@@ -203,12 +198,13 @@ def drop_base_weights(source: TensorSource, expected: Expected) -> TensorSource:
     surplus = [key for key in source if key not in expected.plan.keys]
     if not surplus:
         return source
-    known, ties = _base_tensors(expected), dict(keymap.tied)
-    dropped, uncompared = set[str](), list[str]()
+    known = _base_tensors(expected)
+    dropped: set[str] = set()
+    uncompared: list[str] = []
     problems: dict[str, dict[str, str]] = {kind: {} for kind in ("head", "embeddings", "base weights")}
     for key in surplus:
         name = peft_tensors.unwrapped_key(key.removeprefix(keymap.prefix))
-        if check.is_buffer(keymap, name) or _repeats_tied_module(source, key, ties):
+        if check.is_buffer(keymap, name) or _repeats_tied_module(source, key, keymap.tied):
             dropped.add(key)
         elif place := known.get(name):
             dropped.add(key)
@@ -253,15 +249,18 @@ def _judge_base_weight(
     The difference is "" if it equals the base's, and None if the base has only shapes. `place` has the base's entry,
     and the number of the tensor in it.
     """
-    (entry, number), keymap = place, expected.recipe.keymap
-    path, form, leaf = entry.path, entry.form, expected.base.leaves[entry.path]
-    embeds = is_embedding(keymap, keymap.match(path))
-    kind, shape = "embeddings" if embeds else "base weights", tuple(source.specs[key].shape)
+    entry, number = place
+    keymap = expected.recipe.keymap
+    form = entry.form
+    leaf = expected.base.leaves[entry.path]
+    shape = tuple(source.specs[key].shape)
+    embeds = is_embedding(keymap, keymap.match(entry.path))
+    kind = "embeddings" if embeds else "base weights"
     # A guessed layout may be a Conv1D's, which stores (in, out).
-    turns = not embeds and len(form.file_shape) == 2 and is_guess(keymap, path, expected.base.shapes[path])
+    turns = not embeds and len(form.file_shape) == 2 and is_guess(keymap, entry.path, expected.base.shapes[entry.path])
     if shape != form.file_shape and not (turns and shape[::-1] == form.file_shape):
         return kind, f"{key}: expected {list(form.file_shape)} as in the base, found {list(shape)}"
-    if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
+    if not isinstance(leaf, np.ndarray | jax.Array) or regions.is_traced(leaf):
         return kind, None
     own, value = np.asarray(form.encode(np.asarray(leaf), number)), np.asarray(source[key])
     exact = embeds or form.is_exact  # an embedding may have been trained a little
@@ -273,9 +272,9 @@ def _judge_base_weight(
 
 def _base_tensors(expected: Expected) -> dict[str, tuple[plans.PlanEntry, int]]:
     """Return `{PyTorch's name: (entry, number of the tensor)}` of the base's weights, also under names tied to them."""
-    keymap, shapes = expected.recipe.keymap, expected.base.shapes
-    matches = {leaf: keymap.match(leaf) for leaf in shapes}
-    unmapped = [leaf for leaf, each in matches.items() if each is None or len(each.weight.left) != len(shapes[leaf])]
+    shapes = expected.base.shapes
+    keymap = expected.recipe.keymap
+    unmapped = [leaf for leaf, shape in shapes.items() if fitting_match(keymap, leaf, shape) is None]
     full = keymap.with_entries(entry_for_copy(leaf, shapes[leaf]) for leaf in unmapped)
     entries = (plans.base_plan_entry(full, leaf, shape) for leaf, shape in shapes.items())
     known = {key: (entry, i) for entry in entries if entry is not None for i, key in enumerate(entry.keys)}
@@ -290,11 +289,11 @@ def _is_near(found: np.ndarray, own: np.ndarray, exact: bool) -> bool:
     return np.allclose(found.astype("float32"), own.astype("float32"), rtol=rtol, atol=0)
 
 
-def _repeats_tied_module(source: TensorSource, key: str, ties: Mapping[str, str]) -> bool:
+def _repeats_tied_module(source: TensorSource, key: str, tied: Iterable[tuple[str, str]]) -> bool:
     """Return True if a tensor of a tied module equals the tensor of the module it is tied to, in the same file."""
     twins = [
         key.replace(f"{alias.removesuffix('weight')}token_adapter.", f"{original.removesuffix('weight')}token_adapter.")
-        for alias, original in ties.items()
+        for alias, original in tied
     ]
     return any(twin != key and twin in source and np.array_equal(source[twin], source[key]) for twin in twins)
 
@@ -322,8 +321,8 @@ def _require_equal(
     for key, name in originals.items():
         if key in source and name in source:  # `require_fit` refuses a missing one
             # `array_equal` alone takes values that it cannot read, such as traced ones, for different.
-            one, other = np.asarray(source[name]), np.asarray(source[key])
-            if not np.array_equal(one.T if key in turned else one, other):
+            one = np.asarray(source[name])
+            if not np.array_equal(one.T if key in turned else one, np.asarray(source[key])):
                 different.append(f"{key} and {name}")
     expected.refuse(f"{message}, and they differ:", different)
 
@@ -333,20 +332,22 @@ def require_fit(source: TensorSource, expected: Expected) -> TensorSource:
 
     With strict=False only the last two, unless no tensor fits.
     """
-    plan, given = expected.plan, _fitting(source, expected)
+    given = _fitting(source, expected)
     integers = expected.sites.integers
     is_kind = functools.cache(jnp.issubdtype)
     unusable = [
         f"{key}: {spec.dtype.name}, expected {'integers' if key in integers else 'floats'}"
         for key, spec in given.specs.items()
-        if key in plan.keys and not is_kind(spec.dtype, jnp.integer if key in integers else jnp.floating)
+        if key in expected.plan.keys and not is_kind(spec.dtype, jnp.integer if key in integers else jnp.floating)
     ]
-    may_lack = plan.keys if expected.is_lenient(source) else expected.optional
+    may_lack = expected.plan.keys if expected.is_lenient(source) else expected.optional
     keymap = expected.recipe.keymap.name if expected.options.strict else ""
     try:
-        plan.check({key: plan.shapes[key] for key in may_lack} | given.shapes, expected.file.source, unusable, keymap)
+        expected.plan.check(
+            {key: expected.plan.shapes[key] for key in may_lack} | given.shapes, expected.file.source, unusable, keymap
+        )
     except MismatchError as error:
-        others = given.keys() - plan.keys.keys()
+        others = given.keys() - expected.plan.keys.keys()
         line = pytorch.no_place_for(expected.file.source, expected.file.config, (key for key in given if key in others))
         expected.refusals.append(f"{line}{error}{attention_hint(others)}")
     return source
@@ -396,15 +397,15 @@ def create_missing(source: TensorSource, expected: Expected) -> TensorSource:
     Raises `MismatchError` if they would be much larger than the adapted weights: only the configuration states their
     sizes, so that a rank of 10^8 would take all memory. Raises `AdapterError` if they cannot be initialized.
     """
-    plan, fitting = expected.plan, _fitting(source, expected)
-    missing = [key for key in plan.keys if key not in source]
+    fitting = _fitting(source, expected)
+    missing = [key for key in expected.plan.keys if key not in source]
     if expected.is_lenient(source):
         _warn_of_others(
             [key for key in missing if key not in expected.optional],
             source.keys() - fitting.keys(),
             expected.file.source,
         )
-    created = sum(math.prod(plan.shapes[key]) for key in missing)
+    created = sum(math.prod(expected.plan.shapes[key]) for key in missing)
     created += sum(math.prod(e.shape) for tensor, e in tensor_entries(expected.sites) if not tensor.in_file)
     weights = sum(math.prod(expected.base.shapes[leaf]) for leaf in {site.leaf for site in expected.sites})
     if created > (limit := max(_CREATED, 4 * weights)):
@@ -490,7 +491,8 @@ def load_arrays(
     source = as_source(tensors)
 
     def leaf_of(entry: plans.PlanEntry) -> _Leaf:
-        new, place = entry.dtype(dtypes), shardings.get(entry.path)
+        new = entry.dtype(dtypes)
+        place = shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
         is_cast = {source.specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
         is_copy = not is_cast and entry.form.is_identity and 2 * size >= entry.form.size
@@ -507,7 +509,7 @@ def load_arrays(
             out |= _transfer(job)
             count(sum(leaf.nbytes for leaf in job))
     found = [(x.entry.keys[: x.entry.form.count], x.dtype, x.not_finite) for x in order if x.not_finite is not None]
-    explain_not_finite(found, lambda key: source.read_into(key, None), name, warns=check)
+    regions.explain_not_finite(found, lambda key: source.read_into(key, None), name, warns=check)
     return out
 
 
@@ -522,7 +524,7 @@ def _decode_in_memory(
     leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
     wanted = {entry.path: jax.dtypes.canonicalize_dtype(entry.dtype(dtypes)) for entry in plan.entries}
     for dtype in {new for path, new in wanted.items() if leaves[path].dtype != new}:
-        leaves |= cast_tree({path: leaves[path] for path, new in wanted.items() if new == dtype}, dtype, name)
+        leaves |= regions.cast_tree({path: leaves[path] for path, new in wanted.items() if new == dtype}, dtype, name)
     return {path: regions.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
 
 
@@ -535,7 +537,7 @@ class _Leaf:
         nbytes: the bytes that this process holds.
         is_checked: True to count NaN and infinity.
         is_copy: True if the array has the bytes of one tensor of the file, and this process needs half of them or more.
-        regions: the regions to read, in the host's memory.
+        arrays: {region to read: its array in the host's memory}.
         not_finite: the number of values that are NaN or infinite, if there are any.
     """
 
@@ -545,10 +547,10 @@ class _Leaf:
     nbytes: int
     is_checked: bool
     is_copy: bool
-    regions: dict[Region, np.ndarray]
+    arrays: dict[regions.Region, np.ndarray]
     not_finite: int | None = None
 
-    def to_read(self) -> Iterable[Region]:
+    def to_read(self) -> Iterable[regions.Region]:
         """Return the regions to read: those that this process needs, or all of a copy, which is one read for many."""
         return (
             (regions.full_region(self.entry.shape),)
@@ -559,8 +561,8 @@ class _Leaf:
     def part(self, index: tuple[slice, ...] | None) -> np.ndarray:
         """Return the values of a shard."""
         if self.is_copy:
-            return self.regions[regions.full_region(self.entry.shape)][index or ()]
-        return self.regions[regions.region_from_slices(index or (), self.entry.shape)]
+            return self.arrays[regions.full_region(self.entry.shape)][index or ()]
+        return self.arrays[regions.region_from_slices(index or (), self.entry.shape)]
 
 
 def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
@@ -570,21 +572,25 @@ def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
     sizes = [math.prod(shape) * leaf.dtype.itemsize for leaf, _, shape in held]
     block, starts = aligned_block(sizes)
     for (leaf, box, shape), start in zip(held, starts, strict=True):
-        leaf.regions[box] = np.ndarray(shape, leaf.dtype, block, start)
+        leaf.arrays[box] = np.ndarray(shape, leaf.dtype, block, start)
     if any(leaf.entry.form.is_partial for leaf in job):  # the file does not contain all of such a leaf
         block[...] = 0
     (dtype, *others) = {leaf.dtype for leaf in job}
     is_block = not others and all(leaf.is_copy for leaf in job) and len(block) == sum(sizes)
 
     def read() -> None:
-        if is_block and source.read_block([leaf.entry.keys[0] for leaf in job], block) and is_finite(block.view(dtype)):
+        if (
+            is_block
+            and source.read_block([leaf.entry.keys[0] for leaf in job], block)
+            and regions.is_finite(block.view(dtype))
+        ):
             return
         with np.errstate(over="ignore"):  # `explain_not_finite` names the tensors
             for leaf in job:
-                _read_leaf(leaf.entry, source, leaf.regions)
+                _read_leaf(leaf.entry, source, leaf.arrays)
                 # Now, while the processor has them in its cache.
-                if leaf.is_checked and not all(map(is_finite, leaf.regions.values())):
-                    leaf.not_finite = sum(map(count_not_finite, leaf.regions.values()))
+                if leaf.is_checked and not all(map(regions.is_finite, leaf.arrays.values())):
+                    leaf.not_finite = sum(map(regions.count_not_finite, leaf.arrays.values()))
 
     return read
 
@@ -592,7 +598,7 @@ def _make_job(job: Sequence[_Leaf], source: TensorSource) -> Callable[[], None]:
 def _transfer(job: Sequence[_Leaf]) -> dict[str, Any]:
     """Return the arrays of one job, on their devices, and forget the host's memory."""
     # The memory is aligned and not used elsewhere, so XLA may share it. One call for all: each costs 0.1 ms.
-    plain = {leaf.entry.path: next(iter(leaf.regions.values())) for leaf in job if leaf.sharding is None}
+    plain = {leaf.entry.path: next(iter(leaf.arrays.values())) for leaf in job if leaf.sharding is None}
     out: dict[str, Any] = dict(zip(plain, jax.device_put([*plain.values()], may_alias=True), strict=True))
     for leaf in job:
         if leaf.sharding is not None:
@@ -600,22 +606,23 @@ def _transfer(job: Sequence[_Leaf]) -> dict[str, Any]:
             out[leaf.entry.path] = jax.make_array_from_callback(
                 leaf.entry.shape, leaf.sharding, leaf.part, jax.dtypes.canonicalize_dtype(leaf.dtype)
             )
-        leaf.regions = {}
+        leaf.arrays = {}
     return out
 
 
-def _read_leaf(entry: plans.PlanEntry, source: TensorSource, places: Mapping[Region, np.ndarray]) -> None:
+def _read_leaf(entry: plans.PlanEntry, source: TensorSource, places: Mapping[regions.Region, np.ndarray]) -> None:
     """Read the regions of a leaf into their arrays."""
     covers = regions.merge_neighbors(places) if len(places) > 1 else {box: [box] for box in places}
     for outer, members in covers.items():
         for piece in regions.file_regions(entry.form, outer):
-            key, slices = entry.keys[piece.number], regions.relative_slices(piece.region, outer)
+            key = entry.keys[piece.number]
+            slices = regions.relative_slices(piece.region, outer)
             if outer in places and _read_in_place(source, key, piece, places[outer][slices]):
                 continue
-            whole, part = piece.is_full, regions.to_slices(piece.tensor_region)
-            tile = (
-                source.read_into(key, None).reshape(piece.shape) if whole else source.read_slice(key, part, piece.shape)
-            )
+            if piece.is_full:
+                tile = source.read_into(key, None).reshape(piece.shape)
+            else:
+                tile = source.read_slice(key, regions.to_slices(piece.tensor_region), piece.shape)
             dtype = places[members[0]].dtype
             if not piece.is_exact and dtype.itemsize > tile.dtype.itemsize:
                 tile = tile.astype(dtype)  # cast before decoding, which rounds only once then
@@ -629,7 +636,7 @@ def _read_leaf(entry: plans.PlanEntry, source: TensorSource, places: Mapping[Reg
                     )
 
 
-def _read_in_place(source: TensorSource, key: str, piece: FileRegion, place: np.ndarray) -> bool:
+def _read_in_place(source: TensorSource, key: str, piece: regions.FileRegion, place: np.ndarray) -> bool:
     """Read a tensor directly into its place; return False, and do nothing, if the layouts differ."""
     if not piece.is_exact or not piece.is_full or place.dtype != source.specs[key].dtype:
         return False

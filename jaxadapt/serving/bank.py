@@ -475,16 +475,16 @@ def attach(model: Any, bank: Bank) -> Any:
     >>> type(attach(net, bank).q_proj).__name__
     'AdaptedLinear'
     """
-    held, layout = carrier(model), bank.layout.rows
+    held = carrier(model)
     if isinstance(held, Model):
-        nnx_adapters.attach_rows(model, layout)
+        nnx_adapters.attach_rows(model, bank.layout.rows)
         return model
     if not isinstance(held, Module):
         raise held.unsupported(_EXPECTED)
     wrapper = model if isinstance(held, Wrapper) else Adapted(model, (), ())
     if wrapper.layout is not None:
         raise AttachError("these layers cannot take a bank: the module has a bank already; call detach first")
-    return dataclasses.replace(wrapper, layout=layout)
+    return dataclasses.replace(wrapper, layout=bank.layout.rows)
 
 
 def detach(model: Any) -> Any:

@@ -279,9 +279,9 @@ def _make_forward(
     """
 
     def forward(state: Any, route: Any, tokens: Any, positions: Any, cache: KVCache, first: bool) -> Any:
-        model, prefilled = build(state), embedded_prompt and not first
+        model = build(state)
         with (
-            invoke(model, prefilled=True) if prefilled else contextlib.nullcontext(model) as ready,
+            invoke(model, prefilled=True) if embedded_prompt and not first else contextlib.nullcontext(model) as ready,
             contextlib.nullcontext(ready) if route is None else bank.route(ready, route) as called,
         ):
             return bind(called, state)(tokens, positions=positions, cache=cache)

@@ -65,7 +65,7 @@ def find_refusals(sites: Iterable[Site]) -> list[Refusal]:
 
 
 def _refuse(site: Site) -> Refusal | None:
-    method, peft_type = site.method, site.method.peft_type
+    method = site.method
     if method.copies:
         return Refusal(
             f"{site.leaf}: a full or partial copy of the weight (modules_to_save, bias, trainable_token_indices)", MERGE
@@ -73,15 +73,17 @@ def _refuse(site: Site) -> Refusal | None:
     way_out = APPROXIMATE if site.effects.bias is None else MERGE
     form = "form with a separate adapter for each row"
     if method.rows == "no":
-        return Refusal(f"{site.leaf}: {peft_type} has no {form}", way_out)
+        return Refusal(f"{site.leaf}: {site.method.peft_type} has no {form}", way_out)
     if (kind := site.match.weight.kind) not in ("linear", "attention", "fused"):
-        return Refusal(f"{site.leaf}: {peft_type} adapts a layer of kind {kind} here, not a matrix product", MERGE)
+        return Refusal(
+            f"{site.leaf}: {site.method.peft_type} adapts a layer of kind {kind} here, not a matrix product", MERGE
+        )
     try:
         effects = method.effects(method.row_hparams(site.hparams))
     except AttachError as error:
         return Refusal(f"{site.leaf}: {error}", LOAD)
     if effects.form == "weight" and method.rows == "call":
-        return Refusal(f"{site.leaf}: this variant of {peft_type} has no {form}", way_out)
+        return Refusal(f"{site.leaf}: this variant of {site.method.peft_type} has no {form}", way_out)
     return None
 
 
@@ -182,7 +184,8 @@ def compare_shared(bank: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[
         if np.array_equal(ours[common], theirs[common]):
             continue
         distance = np.abs(ours[common].astype(np.float64) - theirs[common].astype(np.float64))
-        count, largest = int((distance != 0).sum()), float(distance.max())  # NaN differs from every value
+        count = int((distance != 0).sum())  # NaN differs from every value
+        largest = float(distance.max())
         problems.append(f"{name}: {count} of {distance.size} values differ, by up to {largest:.3g} ({shapes})")
     return problems
 
@@ -249,14 +252,14 @@ class Place:
 
         It is empty for a base without shardings.
         """
-        base, site = self.sharding, self.site
+        base = self.sharding
         if not isinstance(base, jax.sharding.NamedSharding):
             return {}
         shardings = dict.fromkeys(self.kept, jax.sharding.NamedSharding(base.mesh, jax.sharding.PartitionSpec()))
-        for name, form in _forms(site).items():
+        for name, form in _forms(self.site).items():
             if name in shardings:
-                axes = initial_values.propagate_axes(site.match, form, tuple(base.spec))
-                spec = [axes[axis] for axis in _stack_first_order(site, len(form.shape))]
+                axes = initial_values.propagate_axes(self.site.match, form, tuple(base.spec))
+                spec = [axes[axis] for axis in _stack_first_order(self.site, len(form.shape))]
                 spec.insert(self.layers, None)
                 shardings[name] = jax.sharding.NamedSharding(base.mesh, jax.sharding.PartitionSpec(*spec))
         return shardings
@@ -298,11 +301,12 @@ def make_place(site: Site, weight: Any, base_sharding: Any, dtype: Any, shared: 
 
     `shared` is the number of its tensors in `Layout.shared`.
     """
-    method, axes = site.method, site.axes
-    row = RowSite(site.leaf, tuple(site.match.stack), method, method.row_hparams(site.hparams), axes, shared=shared)
+    row = RowSite(
+        site.leaf, tuple(site.match.stack), site.method, site.method.row_hparams(site.hparams), site.axes, shared=shared
+    )
     spec = jax.ShapeDtypeStruct(tuple(weight.shape), weight.dtype)
     zeros = {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape in site.shapes.items()}
-    params = method.row_params(site.hparams, _stack_first(site, zeros), _entries(site, spec.shape))
+    params = site.method.row_params(site.hparams, _stack_first(site, zeros), _entries(site, spec.shape))
     stored = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     return Place(row, site, spec, base_sharding, stored)
 
@@ -441,7 +445,7 @@ def _locate(place: Place, site: Site, params: Mapping[str, Any]) -> _Located:
 
     Raises `AttachError` for a tensor that the bank lacks, and for sizes that do not fit.
     """
-    own, bank, padded, forms = site.axes, place.row.axes, site.method.row_padded, _forms(site)
+    own, bank, forms = site.axes, place.row.axes, _forms(site)
     if dataclasses.replace(own, parts=None, torch=None) != dataclasses.replace(bank, parts=None, torch=None):
         raise AttachError(f"{site.leaf}: the adapter's axes {own} are not the bank's {bank}")
     rows = site.method.row_params(site.hparams, _stack_first(site, params), _entries(site, place.weight.shape))
@@ -462,7 +466,8 @@ def _locate(place: Place, site: Site, params: Mapping[str, Any]) -> _Located:
         if misfits := [
             f"{letter.removeprefix('~')} is {size}, the bank has {room}"
             for letter, size, room, at in zip(letters, x.shape, place.stored[name].shape, index, strict=True)
-            if isinstance(at, slice) and (size > room if letter.removeprefix("~") in padded else size != room)
+            if isinstance(at, slice)
+            and (size > room if letter.removeprefix("~") in site.method.row_padded else size != room)
         ]:
             raise AttachError(f"{site.leaf}.{name}: {'; '.join(misfits)}")
         found[name] = (x, tuple(index))

@@ -434,7 +434,8 @@ class AdapterPool(RowsByName):
         """Return the newest version of a name, a new one if files of its folder changed; list them without the lock."""
         while True:
             with self._changed:
-                known, path = self._newest.get(name), self._find(name)
+                known = self._newest.get(name)
+                path = self._find(name)
             files = list_files(path)
             with self._changed:
                 if self._newest.get(name) is known:  # so no one saw later files meanwhile

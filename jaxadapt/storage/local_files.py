@@ -288,10 +288,10 @@ def read_region(
     axis = len(shape) - 1
     while axis > 0 and (complete[axis] or strides[axis - 1] <= _GAP):
         axis -= 1
-    inner, step, exact = ranges[axis], abs(ranges[axis].step), all(complete[axis + 1 :])
+    inner, step = ranges[axis], abs(ranges[axis].step)
     starts = [sum(i * s for i, s in zip(index, strides, strict=False)) for index in itertools.product(*ranges[:axis])]
 
-    if exact and inner.step == 1:
+    if all(complete[axis + 1 :]) and inner.step == 1:
         run = flat.size // len(starts)
         for number, start in enumerate(starts):
             read_at(flat.data[number * run : (number + 1) * run], start + inner.start * strides[axis])
@@ -375,8 +375,8 @@ def checksum_share(shape: Sequence[int], bits: np.ndarray, region: Sequence[tupl
 
     def add(data: memoryview, offset: int) -> None:  # in ascending order
         nonlocal crc, end
-        parities, stop = _parities(data, offset % _ROW), _count(offset + len(data))
-        crc = _multiply(crc, _power(8 * (stop - end))) ^ zlib.crc32(parities, _MASK) ^ _MASK
+        stop = _count(offset + len(data))
+        crc = _multiply(crc, _power(8 * (stop - end))) ^ zlib.crc32(_parities(data, offset % _ROW), _MASK) ^ _MASK
         end = stop
 
     write_region(add, shape, bits, region)

@@ -196,9 +196,9 @@ def write(
             unchanged.
         MismatchError: the tensors, or the values in `alike`, differ from those of process 0.
     """
-    name, layout = os.fspath(path), safetensors.named_specs(specs)
+    layout = safetensors.named_specs(specs)
     if group.index > 0:
-        _follow(name, layout, parts, group, shared, alike, report, shares)
+        _follow(os.fspath(path), layout, parts, group, shared, alike, report, shares)
         group.receive("result")
         return
     with group.announce_failure():

@@ -431,8 +431,9 @@ class CheckpointManager(run_folder.RunFolder):
 
         With several processes also after a save, because a network file system may show a state that is a minute old.
         """
-        # Read this before listing: a save that ends in between is then in the list.
-        last_save, is_running = self._last, self._saving.running
+        # Read both before listing: a save that ends in between is then in the list.
+        last_save = self._last
+        is_running = self._saving.running
         steps = run_folder.list_steps(self.folder)
         if last_save is None or not (is_running or is_multi_process(None)):
             return steps

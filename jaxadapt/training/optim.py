@@ -320,7 +320,7 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
         for tensors in _tensors_by_site(flat).values()
         if tensors.keys() >= {"lora_A", "lora_B"} and flat[tensors["lora_B"]].role == "B"
     ]
-    pairs = [pair for pair in pairs if _matrices_of(flat[pair[0]]).match.weight.kind != "conv"]
+    pairs = [(a, b) for a, b in pairs if flat[a].site.match.weight.kind != "conv"]
     raise_listed(
         ConfigError,
         "the Riemannian preconditioner is for LoRA with one pair of matrices a module, not for experts in one array,"
@@ -328,7 +328,7 @@ def riemannian(tree: Any, inner: optax.GradientTransformation, *, reg: float = 1
         [
             f"{leaf.adapter}: {leaf.site.leaf}"
             for leaf in (flat[a] for a, _ in pairs)
-            if not isinstance(leaf.config, LoraConfig) or not factors.has_one_pair(_matrices_of(leaf))
+            if not isinstance(leaf.config, LoraConfig) or not factors.has_one_pair(factors.only_pair(leaf.site))
         ],
     )
     if not pairs:
@@ -345,13 +345,6 @@ def _tensors_by_site(flat: Sequence[_Leaf]) -> dict[tuple[str, str], dict[str, i
     return paths.nest(
         ((leaf.adapter, leaf.site.leaf), leaf.tensor, i) for i, leaf in enumerate(flat) if leaf.site is not None
     )
-
-
-def _matrices_of(leaf: _Leaf) -> Site:
-    """Return a leaf's site with its A and B only, without tensors such as DoRA's magnitude."""
-    assert leaf.site is not None
-    tensors, entries = zip(*(x for x in leaf.site.bound if x.tensor.name in ("lora_A", "lora_B")), strict=True)
-    return dataclasses.replace(leaf.site, tensors=tensors, entries=entries)
 
 
 def _damped_inverse(matrices: Array, damping: float) -> Array:
@@ -381,7 +374,8 @@ def _correct_first(
     """
 
     def correct(leaf: _Leaf, values: Sequence[Array], grads: Sequence[Array]) -> Iterator[Array]:
-        site = _matrices_of(leaf)
+        assert leaf.site is not None
+        site = factors.only_pair(leaf.site)
         at = [paths.join(site.leaf, tensor) for tensor in ("lora_A", "lora_B")]
         pairs, grad_pairs = (
             factors.site_pairs(leaf.config, [site], dict(zip(at, map(at_least_float32, each), strict=True)))

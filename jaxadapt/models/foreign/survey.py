@@ -230,7 +230,7 @@ def _bind_site(
     base: Shape | None,
     sizes: Mapping[str, int],
 ) -> ForeignSite:
-    left, tried = match.weight.left, list[str]()
+    tried: list[str] = []
     fits: list[ForeignSite] = []
     for claim in candidates:
         for dims_a, dims_b in layouts(claim.pair, match.weight, dialect.shares):
@@ -243,14 +243,15 @@ def _bind_site(
                     _bind_array(keymap, match, tensor, path, arrays[path], dims, known)
                     for tensor, (path, dims) in zip(tensors, given, strict=True)
                 )
+                left = match.weight.left
                 shape = tuple(known[axis] for axis in left) if known.keys() >= {*left} else None
                 fits.append(ForeignSite(match, a, b, shape))
     if not fits:
         path_a, path_b = candidates[0].a, candidates[0].b
         beside = "" if base is None else f" beside {match.leaf} {base}"
         raise KeyMapError(
-            f"{path_a} {arrays[path_a]} and {path_b} {arrays[path_b]}{beside} with axes ({' '.join(left)}): expected"
-            f" {' or '.join(tried) or 'another kind of weight'}"
+            f"{path_a} {arrays[path_a]} and {path_b} {arrays[path_b]}{beside} with axes"
+            f" ({' '.join(match.weight.left)}): expected {' or '.join(tried) or 'another kind of weight'}"
         )
     # Several layouts of one shape may be equivalent (an axis of size 1). Otherwise the shapes are ambiguous.
     different = {(site.a.form, site.b.form) for site in fits}

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter, is_array, make_file_plan
@@ -24,7 +23,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.adapters.sites import expert_parameters, sites_of
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.layout import Array, with_rank
-from jaxadapt.arrays.tensor_source import as_source
+from jaxadapt.arrays.tensor_source import as_source, bitwise_same
 from jaxadapt.configs import matching
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.lora import LoraConfig, require_original_base
@@ -144,12 +143,6 @@ def check_tensors(
 # ---------------------------------------------------------------- build
 
 
-def bitwise_same(a: Any, b: Any) -> bool:
-    """Return True if two arrays are bitwise equal, so that a NaN equals itself and 0.0 differs from -0.0."""
-    x, y = np.asarray(a), np.asarray(b)
-    return (x.dtype, x.shape) == (y.dtype, y.shape) and x.tobytes() == y.tobytes()
-
-
 def choose_dtypes(
     leaves: Mapping[str, Any], placed: Mapping[str, tuple[survey.FactorArray, Placed]], dtype: Any, source: str
 ) -> dict[str, Any]:
@@ -200,9 +193,9 @@ def build_array(half: survey.FactorArray, contents: Placed, current: Any, keep: 
 
 def place_like(leaf: Any, value: Any) -> Any:
     """Place the value on the leaf's devices, if it has any."""
-    if isinstance(value, Tracer):
+    if regions.is_traced(value):
         return value
-    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, Tracer)
+    placed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not regions.is_traced(leaf)
     return jax.device_put(value, leaf.sharding if placed else None)
 
 
@@ -342,10 +335,10 @@ def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
             f"slot={slot}: expected a tree whose arrays hold several adapters, found {dialect.name} parameters, which"
             " hold one adapter"
         )
-    leaves, stored = foreign_tree.leaves, foreign_tree.stored
+    leaves = foreign_tree.leaves
     leaves = leaves if slot is None else forms.slot_arrays(dialect, leaves, slot, room)
-    beside, unread = forms.read_stored(dialect, leaves, leaves, stored)
-    return dataclasses.replace(foreign_tree, leaves=leaves, stored={**beside, **stored}, unread=unread)
+    beside, unread = forms.read_stored(dialect, leaves, leaves, foreign_tree.stored)
+    return dataclasses.replace(foreign_tree, leaves=leaves, stored={**beside, **foreign_tree.stored}, unread=unread)
 
 
 def describe_unknown(tree: Any) -> str:
@@ -423,16 +416,18 @@ def read_tree(
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
-    given, on_shared = foreign_tree.given, foreign_tree.given.on_shared
     foreign_tree = _select_slot(foreign_tree)
     if pairs := _find_heads(foreign_tree, keymap):
         foreign_tree = _with_leaves(
-            foreign_tree, forms.widen_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, on_shared == "concat")
+            foreign_tree,
+            forms.widen_leaves(
+                foreign_tree.dialect, pairs, foreign_tree.leaves, foreign_tree.given.on_shared == "concat"
+            ),
         )
     sites = survey_tree(foreign_tree, keymap)
-    config = survey.infer_config(sites, given.config, given.lora_alpha)
+    config = survey.infer_config(sites, foreign_tree.given.config, foreign_tree.given.lora_alpha)
     warn_unproved(sites.keymap)
-    host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
+    host = not regions.is_traced(*foreign_tree.leaves.values())
     peft = PeftTensors(config, sites.plan.encode(foreign_tree.leaves, host), f"this {foreign_tree.dialect.name} tree")
     if sites.real is None:
         return peft, sites
@@ -440,7 +435,7 @@ def read_tree(
     adapted = {site.match.leaf for site in sites.sites}
     unadapted = {leaf: shape for leaf, shape in sites.base.items() if leaf not in adapted}
     others = expert_parameters(sites.real, unadapted, ("experts", "parameter")) if sites.base else None
-    peft = experts.fuse_experts(peft, sites.keymap, on_shared, sites.real, others, parts)
+    peft = experts.fuse_experts(peft, sites.keymap, foreign_tree.given.on_shared, sites.real, others, parts)
     if sites.real.per_expert:
         peft = PeftTensors(*experts.split_experts(peft.config, peft.tensors, sites.real), peft.source)
     return peft, sites
@@ -472,7 +467,7 @@ def fill_tree(
     unchanged.
     """
     require_original_base(tensors.config, tensors.source)
-    given, dialect, leaves = foreign_tree.given, foreign_tree.dialect, foreign_tree.leaves
+    given = foreign_tree.given
     room = _select_slot(foreign_tree, room=True)
     if pairs := _find_heads(room, keymap):
         room = _with_leaves(room, forms.reserve_rank(pairs, room.leaves, as_source(tensors.tensors).specs))
@@ -490,24 +485,22 @@ def fill_tree(
     values = {key: tensors.tensors[key] for half in sites.arrays for key in half.keys if key in shapes}
     placed, new = _build_arrays(room, sites, values, ratios, dtype, tensors.source)
     if pairs:
-        new |= forms.narrow_leaves(dialect, pairs, leaves, new, given.on_shared == "concat")
-    new = {path: place_like(leaves[path], x) for path, x in new.items()}
+        new |= forms.narrow_leaves(foreign_tree.dialect, pairs, foreign_tree.leaves, new, given.on_shared == "concat")
+    new = {path: place_like(foreign_tree.leaves[path], x) for path, x in new.items()}
     if given.slot is not None:
         used = {  # the ranks and scales of the modules that the file adapts
             site.a.path: (max(rows.stop for _, rows, _ in contents.values()), (site.alpha or 0.0) / site.a.rank)
             for site in sites.sites
             if (contents := placed[site.a.path][1])
         }
-        new = forms.with_slot(dialect, leaves, given.slot, new, used)
+        new = forms.with_slot(foreign_tree.dialect, foreign_tree.leaves, given.slot, new, used)
     return foreign_tree.put(new)
 
 
 def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
     """Write an `Adapter` into the LoRA leaves of a tree, by the adapter's keymap if it has entries for all of them."""
     leaves = adapter.flat()
-    tensors = make_file_plan(sites_of(adapter)).encode(
-        leaves, host=not any(isinstance(leaf, Tracer) for leaf in leaves.values())
-    )
+    tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=not regions.is_traced(*leaves.values()))
     return fill_tree(
         foreign_tree,
         PeftTensors(adapter.config, tensors, "this adapter"),
@@ -517,7 +510,7 @@ def inject_adapter(foreign_tree: ForeignTree, adapter: Adapter) -> Any:
 
 def _is_traced(sites: survey.ForeignSites, arrays: Sequence[Array], on_shared: str | None) -> bool:
     """Return True inside jit; raise `MismatchError` if tensors must be compared there."""
-    traced = any(isinstance(x, Tracer) for x in arrays)
+    traced = regions.is_traced(*arrays)
     if traced and on_shared is None and any(half.shared > 1 for half in sites.arrays):
         raise MismatchError(
             'cannot compare the shared A tensors inside jit. Pass jaxadapt.models.LoraTree(tree, on_shared="concat")'
@@ -548,8 +541,8 @@ def _build_arrays(
         "\nTrain the modules with one A, or build the target with a larger rank and pass"
         ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',
     )
-    placed, need = found.placed, found.need
-    forms.require_rank({half.path: (half.rank, need[half.path]) for half in sites.arrays})
+    placed = found.placed
+    forms.require_rank({half.path: (half.rank, found.need[half.path]) for half in sites.arrays})
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
     kept = {site.a.path for site in sites.sites if site.b.shared == 1 and room.given.slot is None}
@@ -583,8 +576,8 @@ def needed_rank(
     """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
     pairs = _find_heads(foreign_tree, keymap)
     wide = forms.reserve_rank(pairs, foreign_tree.leaves, as_source(tensors).specs)
-    sites, ratios = survey_tree(dataclasses.replace(foreign_tree, leaves=wide), keymap), dict.fromkeys(modules, 1.0)
-    found = place_tensors(sites, tensors, ratios, bitwise_same)
+    sites = survey_tree(dataclasses.replace(foreign_tree, leaves=wide), keymap)
+    found = place_tensors(sites, tensors, dict.fromkeys(modules, 1.0), bitwise_same)
     needed = found.need
     for pair in pairs:
         filled = (build_array(*found.placed[at], wide[at], False, wide[at].dtype, False) for at in (pair.a, pair.b))

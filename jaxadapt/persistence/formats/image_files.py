@@ -464,8 +464,8 @@ def write_file(tensors: PeftTensors, target: location.Location, wanted: Wanted, 
 
     Raises `MismatchError` for tensors and settings that the style has no form for.
     """
-    source, origin = as_source(tensors.tensors), wanted.origin
-    require_floats(tensors.config, source.specs, target)
+    origin = wanted.origin
+    require_floats(tensors.config, as_source(tensors.tensors).specs, target)
     layout = origin.names if origin is not None and origin.style == wanted.style else None
     file, alphas = file_tensors(tensors, wanted.style, layout)
     header = dict(origin.metadata if origin is not None and origin.metadata else {"format": "pt"})
@@ -515,8 +515,8 @@ def _file_keys(
         return {key: key for key in tensors.tensors}, {}, {}
     modules = {key: split_key(key) for key in tensors.tensors}
     settings = _file_settings(tensors, modules) if method in _FIELDS else {}
-    kohya, known = kohya_keys(settings), {} if layout is None else layout.keys
-    found = {**_new_keys(modules, method, style, kohya), **known}
+    kohya = kohya_keys(settings)
+    found = {**_new_keys(modules, method, style, kohya), **({} if layout is None else layout.keys)}
     names = {key: found[key] for key in modules if key in found}
     raise_listed(
         MismatchError,

@@ -210,15 +210,14 @@ def read_adapter(
 
     path, stored = os.fspath(place.path), find_adapter(place.path, attached, name)
     expected = load_adapter.bind(adapter_tensors(stored.adapter, place.path), base, options, has_values=False)
-    recipe, target_sites = expected.recipe, expected.sites
     wanted, found = (
         {entry.path: (entry.shape, entry.keys) for _, entry in tensor_entries(each)}
-        for each in (target_sites, sites.sites_of(stored.adapter))
+        for each in (expected.sites, sites.sites_of(stored.adapter))
     )
     if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
         tensors = adapter_tensors(read(path, stored), place.path)
         return *load_adapter.adapter_from_tensors(tensors, base, options, report, check=True), stored.change_base
-    placement = load_adapter.adapter_placement(options.shardings, base, target_sites)
+    placement = load_adapter.adapter_placement(options.shardings, base, expected.sites)
     like = {p: jax.ShapeDtypeStruct(wanted[p][0], np.float32, sharding=s) for p, s in placement.items()}
     if attached is not None and options.shardings is None:
         like |= {p: x for p, x in attached.flat().items() if p in wanted}
@@ -231,9 +230,9 @@ def read_adapter(
         flat = {p: jax.numpy.asarray(x.astype(dtypes[p])) for p, x in own.items()}
     bad = [([p], flat[p].dtype, 0) for p in regions.names_not_finite(flat)]
     regions.explain_not_finite(bad, own.__getitem__, path)
-    adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
+    adapter = Adapter(expected.recipe.config, paths.unflatten(flat), expected.recipe.keymap)
     report_total(report, "load", adapter)
-    return adapter, target_sites, stored.change_base
+    return adapter, expected.sites, stored.change_base
 
 
 def write_tensors(tensors: PeftTensors, target: location.Location, wanted: Wanted, report: Report) -> int:
