@@ -157,7 +157,6 @@ class TensorSource(Mapping[str, Any]):
     @abstractmethod
     def specs(self) -> Mapping[str, TensorSpec]:
         """The shapes and dtypes by key. No tensor is read."""
-        raise NotImplementedError
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -75,21 +75,21 @@ class Initialization:
             ConfigError,
             f"{lora.init_field(self.recipe.config)} is not supported for these weights:",
             [
-                f"{b.leaf}: it needs a linear layer whose weight is one parameter"
-                for b in self.sites
-                if (self.kind.only_matrices or b.match.weight.kind == "fused")
-                and b.effects.weight != "replaces"
-                and not self._has_matrices(b)
+                f"{site.leaf}: it needs a linear layer whose weight is one parameter"
+                for site in self.sites
+                if (self.kind.only_matrices or site.match.weight.kind == "fused")
+                and site.effects.weight != "replaces"
+                and not self._has_matrices(site)
             ]
-            + [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)],
+            + [f"{site.leaf}: {problem}" for site in self.pairs for problem in self._obstacles(site)],
         )
 
-    def _obstacles(self, b: Site) -> list[str]:
+    def _obstacles(self, site: Site) -> list[str]:
         """Return the first reason why the initialization does not support a site, if there is one."""
-        r, leaf, scale = _rank(b), self.weights[b.leaf], b.hparams.scale
+        r, leaf, scale = _rank(site), self.weights[site.leaf], site.hparams.scale
         if quantized.is_quantized(leaf):
             return ["it is quantized; initialize with the original weights, then quantize the changed base"]
-        out_size, in_size = factors.matrix_sizes(b)
+        out_size, in_size = factors.matrix_sizes(site)
         max_rank = r if self.kind.limit is None else self.kind.limit(min(out_size, in_size))
         obstacles = {
             "its values are needed, but only its shape is given": (
@@ -111,7 +111,7 @@ class Initialization:
             ),
             f"expected an even rank, found {r}": self.kind.limit is None and r % 2,
             "PEFT decomposes a Conv1D's transposed weight, and its layer then fails or is wrong": (
-                b.match.weight.fan_in_fan_out and not self.kind.conv1d
+                site.match.weight.fan_in_fan_out and not self.kind.conv1d
             ),
             f"rank {r} exceeds {max_rank}, the most for {out_size} x {in_size}": r > max_rank,
         }
@@ -120,28 +120,32 @@ class Initialization:
     @property
     def pairs(self) -> list[Site]:
         """The sites whose A and B are computed, reduced to these two tensors."""
-        return [factors.only_pair(b) for b in self.sites if self._has_matrices(b)]
+        return [factors.only_pair(site) for site in self.sites if self._has_matrices(site)]
 
-    def _has_matrices(self, b: Site) -> bool:
+    def _has_matrices(self, site: Site) -> bool:
         return (
-            b.effects.weight != "replaces"
-            and b.match.weight.kind in self.kind.kinds
-            and factors.has_one_pair(factors.only_pair(b))
+            site.effects.weight != "replaces"
+            and site.match.weight.kind in self.kind.kinds
+            and factors.has_one_pair(factors.only_pair(site))
         )
 
-    def module_values(self, b: Site, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, ModuleValues]:
+    def module_values(self, site: Site, data: Mapping[str, Array] = MappingProxyType({})) -> dict[str, ModuleValues]:
         """Return the values of each module of a site that the initialization reads; `data` are those of each module."""
-        leaf, config, keymap, modules = self.weights[b.leaf], self.recipe.config, self.recipe.keymap, list(b.modules)
+        leaf = self.weights[site.leaf]
+        config = self.recipe.config
+        modules = list(site.modules)
         assert isinstance(config, lora.LoraConfig)
         # The keys are independent of the other sites.
-        one = None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode()))
+        one = None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(site.leaf.encode()))
         keys = [None] * len(modules) if one is None else jax.random.split(one, len(modules))
         weights = functools.cache(
-            lambda: factors.site_weights(keymap, b, at_least_float32(jnp.asarray(leaf)))  # read on first use
+            lambda: factors.site_weights(self.recipe.keymap, site, at_least_float32(jnp.asarray(leaf)))  # read on use
         )
-        shared = factors.matrix_sizes(b)[0], leaf.dtype, _rank(b), b.hparams.scale
+        shared = factors.matrix_sizes(site)[0], leaf.dtype, _rank(site), site.hparams.scale
         return {
-            module: ModuleValues(config, weights, module, *shared, key, data.get(module), b.match.weight.fan_in_fan_out)
+            module: ModuleValues(
+                config, weights, module, *shared, key, data.get(module), site.match.weight.fan_in_fan_out
+            )
             for module, key in zip(modules, keys, strict=True)
         }
 
@@ -156,20 +160,21 @@ class Initialization:
         if (compute := self.kind.factors) is None:
             return {}
         out: dict[str, Factors] = {}
-        for b in self.pairs:
-            with raise_as(AttachError, b.leaf, AttachError):
-                out |= {module: compute(values) for module, values in self.module_values(b, data).items()}
+        for site in self.pairs:
+            with raise_as(AttachError, site.leaf, AttachError):
+                out |= {module: compute(values) for module, values in self.module_values(site, data).items()}
         return out
 
     def gradients(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
         """Return the gradient (out, in) of each module's PyTorch weight from the gradients of the base leaves."""
         out: dict[str, Array] = {}
-        for b in self.pairs:
-            expected, found = tuple(self.weights[b.leaf].shape), leaves.get(b.leaf)
+        for site in self.pairs:
+            expected = tuple(self.weights[site.leaf].shape)
+            found = leaves.get(site.leaf)
             if found is None or tuple(found.shape) != expected:
                 text = "none" if found is None else f"one of shape {tuple(found.shape)}"
-                raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
-            out |= factors.site_weights(self.recipe.keymap, b, at_least_float32(jnp.asarray(found)), power=-1)
+                raise MismatchError(f"gradients: expected one of shape {expected} for {site.leaf}, found {text}")
+            out |= factors.site_weights(self.recipe.keymap, site, at_least_float32(jnp.asarray(found)), power=-1)
         return out
 
     def assemble(
@@ -208,10 +213,10 @@ class Initialization:
         """Return the base weights {leaf: array} that the initialization changes; `pairs` is the tree of As and Bs."""
         base: dict[str, Any] = {}
         if self.kind.base is not None:
-            for b in self.pairs:
-                values = self.module_values(b).items()
+            for site in self.pairs:
+                values = self.module_values(site).items()
                 weights = {module: self.kind.base(x, computed.get(module)) for module, x in values}
-                base[b.leaf] = factors.with_site_weights(self.recipe.keymap, b, self.weights[b.leaf], weights)
+                base[site.leaf] = factors.with_site_weights(self.recipe.keymap, site, self.weights[site.leaf], weights)
         elif lora.changes_base(self.recipe.config):
             removed = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
             with jax.default_matmul_precision("highest"):
@@ -220,8 +225,8 @@ class Initialization:
         return base
 
 
-def _rank(b: Site) -> int:
-    return dict(b.tensors[0].own)["r"]
+def _rank(site: Site) -> int:
+    return dict(site.tensors[0].own)["r"]
 
 
 # ---------------------------------------------------------------- start adapter
@@ -452,14 +457,14 @@ def _call_model(model: Any, batch: Any) -> Any:
 def _covariances(initialization: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, Array]:
     """Return {module: covariance (in, in)}, averaged over the calls."""
     sites = initialization.pairs
-    rows = {b.leaf: b.fan_in + 1 for b in sites}
+    rows = {site.leaf: site.fan_in + 1 for site in sites}
     observe = statistics.make_observer(base, initialization.recipe, sites, statistics.gram, rows, forward)
     sums: dict[str, Array] = {}
     for batch in batches:
         sums = {leaf: sums[leaf] + x if sums else x for leaf, x in observe({}, batch).items()}
     if not sums:
         raise AttachError("CorDA needs at least one batch: data has none")
-    found = ((m, sums[b.leaf][layer]) for b in sites for m, layer in b.layers.items())
+    found = ((m, sums[site.leaf][layer]) for site in sites for m, layer in site.layers.items())
     return {m: x[:-1] / x[-1, 0] for m, x in found}
 
 

@@ -176,7 +176,7 @@ def make_observer(
 
     def observe(states: Mapping[str, Array], batch: Any, mask: Array | None = None) -> dict[str, Array]:
         flat = jnp.ones((1, 1)) if mask is None else jnp.asarray(mask, jnp.float32).reshape(1, -1)
-        probes = [_probe(recipe, b, update, rows[b.leaf], flat.size) for b in adapter_sites]
+        probes = [_probe(recipe, site, update, rows[site.leaf], flat.size) for site in adapter_sites]
         values: dict[str, Array] = {}
         for site, probe in zip(adapter_sites, probes, strict=True):
             state, token_mask = probe.entries
@@ -185,7 +185,7 @@ def make_observer(
             )
             values[token_mask.path] = jnp.broadcast_to(jnp.expand_dims(flat, site.match.stack), token_mask.shape)
         gradients = run(probes, values, batch)
-        new = {b.leaf: _split_layers(b, gradients[paths.join(b.leaf, "state")]) for b in adapter_sites}
+        new = {site.leaf: _split_layers(site, gradients[paths.join(site.leaf, "state")]) for site in adapter_sites}
         raise_listed(
             AttachError,
             "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
@@ -248,9 +248,11 @@ def _run_linen(params: Any, adapter_sites: Sequence[Site], update: Update, forwa
 
     def loss(values: Mapping[str, Array], params: Any, batch: Any) -> Array:
         overlay = Overlay({"params": params})
-        for b in adapter_sites:
-            tensors = {name: values[paths.join(b.leaf, name)] for name in ("state", "mask")}
-            overlay.add(known[b.leaf], dataclasses.replace(b, method=_Probe(), hparams=update), (), _NAME, tensors, {})
+        for site in adapter_sites:
+            tensors = {name: values[paths.join(site.leaf, name)] for name in ("state", "mask")}
+            overlay.add(
+                known[site.leaf], dataclasses.replace(site, method=_Probe(), hparams=update), (), _NAME, tensors, {}
+            )
         with intercept(overlay):
             return sum_outputs(forward(overlay.module_variables()["params"], batch))
 
@@ -296,14 +298,17 @@ def find_components(
     if not batches:
         raise AttachError("EVA needs at least one batch: data has none")
     tokens = mask or (lambda batch: _token_mask(batch, settings))
-    wanted = {m: config.rank_of(m) for b in adapter_sites for m in b.modules}
-    observe_moments = watch(adapter_sites, moments, {b.leaf: 3 for b in adapter_sites})
+    wanted = {m: config.rank_of(m) for site in adapter_sites for m in site.modules}
+    observe_moments = watch(adapter_sites, moments, {site.leaf: 3 for site in adapter_sites})
     groups = _group_equal_inputs(adapter_sites, observe_moments({}, batches[0], tokens(batches[0])))
     most = {m: max(round(wanted[other] * settings.rho) for other in group) for group in groups.values() for m in group}
-    group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
+    group_sites = [site for site in adapter_sites if not groups.keys().isdisjoint(site.modules)]
     rows = _state_rows(group_sites, most)
     observe = watch(group_sites, components, rows)
-    states = {b.leaf: np.zeros((math.prod(b.stack_sizes), rows[b.leaf], b.fan_in), "float32") for b in group_sites}
+    states = {
+        site.leaf: np.zeros((math.prod(site.stack_sizes), rows[site.leaf], site.fan_in), "float32")
+        for site in group_sites
+    }
     found, ranks = _iterate(
         observe, batches, tokens, group_sites, states, groups, most, sum(wanted.values()), settings.tau
     )
@@ -318,11 +323,15 @@ def find_components(
 
 def _state_rows(group_sites: Sequence[Site], most: Mapping[str, int]) -> dict[str, int]:
     """Return {leaf: rows of its state, for k components}; raise `ConfigError` for layers with fewer inputs than k."""
-    k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
+    k = {site.leaf: max(most[m] for m in site.modules) for site in group_sites}
     raise_listed(
         ConfigError,
         "r * rho exceeds the inputs of these layers; lower r or rho:",
-        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
+        [
+            f"{site.leaf}: {k[site.leaf]} components of {site.fan_in} inputs"
+            for site in group_sites
+            if k[site.leaf] > site.fan_in
+        ],
     )
     return {leaf: count + 4 for leaf, count in k.items()}
 

@@ -194,7 +194,7 @@ def combine(
     _check_sizes(by_adapter, method)
     ranks = [config.largest_rank for config in configs]
     r = sum(ranks) if method == "cat" else int(svd_rank or max(ranks))
-    kept = (
+    given_masks = (
         None
         if masks is None
         else [
@@ -203,7 +203,7 @@ def combine(
         ]
     )
     options = options._replace(svd_rank=r, density=1.0 if density is None else float(density))
-    combined = _combine_pairs(by_adapter, weights, options, key, kept)
+    combined = _combine_pairs(by_adapter, weights, options, key, given_masks)
     return factors.build(combined, _combined_config(configs, r, combined), adapters, "combine")
 
 
@@ -224,20 +224,22 @@ def _combine_pairs(
     each_alone = {name: [name] for pairs in adapters for name in pairs}
     parts_of = each_alone if elementwise else factors.find_parts(adapters)
     whole = [factors.join_parts(pairs, parts_of) for pairs in adapters]
-    kept = None if masks is None else [factors.join_parts(own, parts_of) for own in masks]
+    whole_masks = None if masks is None else [factors.join_parts(own, parts_of) for own in masks]
     _check_rank(options.svd_rank, [] if elementwise else [pair.sizes for pairs in whole for pair in pairs.values()])
     items: dict[str, Any] = {}
     first: dict[str, Pair] = {}
     for matrix in parts_of:
         having = {i: pairs[matrix] for i, pairs in enumerate(whole) if matrix in pairs}
-        noise: Any = None if kept is None else [(kept[i][matrix].a, kept[i][matrix].b) for i in having]
+        noise: Any = (
+            None if whole_masks is None else [(whole_masks[i][matrix].a, whole_masks[i][matrix].b) for i in having]
+        )
         if key is not None:
             matrix_key = jax.random.fold_in(key, zlib.crc32(matrix.encode()))
             noise = [jax.random.fold_in(matrix_key, i) for i in having]
         scales, a, b = zip(*((pair.scale, pair.a, pair.b) for pair in having.values()), strict=True)
         shares = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in having])
         # The caller's masks may be as large as the weights. The name keeps their programs apart, so none are stacked.
-        static = options, scales, None if kept is None else matrix
+        static = options, scales, None if whole_masks is None else matrix
         items[matrix] = static, (a, b, shares, noise)
         first[matrix] = next(iter(having.values()))
     with jax.default_matmul_precision("highest"):

@@ -200,7 +200,6 @@ class PromptMethod(WithoutArithmetic):
 
     def check_targets(self, config: Any, targets: Targets, found: Shapes) -> None:
         """Raise `TargetError` if the base's modules that `reads` selects do not suffice for a file's tensors."""
-        return
 
     def reads(self, config: Any, module: str) -> bool:
         """Return True for a module of the base whose sizes the adapter's shapes depend on."""

@@ -583,8 +583,7 @@ def _obstacles(site: Site, w: Any) -> list[str]:
     """Return the reasons why a weight cannot be quantized."""
     if quantized.is_quantized(w):
         return ["already quantized"]
-    stack = site.match.stack
-    sharding = regions.sharding_of(w)
+    stack, sharding = site.match.stack, regions.sharding_of(w)
     has_values = not isinstance(w, jax.ShapeDtypeStruct) and jnp.issubdtype(w.dtype, jnp.floating)
     return met(
         {

@@ -203,11 +203,18 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     ('org/name', 20, ('q',), ('F32',))
     """
     with reporter(progress) as report, formats.open_place(formats.look(path, report)) as opened:
-        config = opened.tensors.config
         source = as_source(opened.tensors.tensors)
-        nbytes = sum(map(source.nbytes, source))
-        info = Info(os.fspath(path), config, source.kinds, nbytes, location.total_size(opened.weights), opened.form)
-    found = formats.not_an_adapter(info.tensors, str(path)) if peft_tensors.is_known_method(config.peft_type) else None
+        info = Info(
+            os.fspath(path),
+            opened.tensors.config,
+            source.kinds,
+            sum(map(source.nbytes, source)),
+            location.total_size(opened.weights),
+            opened.form,
+        )
+    found = (
+        formats.not_an_adapter(info.tensors, str(path)) if peft_tensors.is_known_method(info.config.peft_type) else None
+    )
     if found is not None:
         raise MismatchError(f"{path}: {found.found}; {found.remedy}")
     return info

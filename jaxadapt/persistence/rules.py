@@ -491,8 +491,7 @@ def load_arrays(
     source = as_source(tensors)
 
     def leaf_of(entry: plans.PlanEntry) -> _Leaf:
-        new = entry.dtype(dtypes)
-        place = shardings.get(entry.path)
+        new, place = entry.dtype(dtypes), shardings.get(entry.path)
         size = entry.form.size if place is None else regions.addressable_size(place, entry.shape)
         is_cast = {source.specs[key].dtype for key in entry.keys[: entry.form.count]} != {new}
         is_copy = not is_cast and entry.form.is_identity and 2 * size >= entry.form.size
@@ -615,8 +614,7 @@ def _read_leaf(entry: plans.PlanEntry, source: TensorSource, places: Mapping[reg
     covers = regions.merge_neighbors(places) if len(places) > 1 else {box: [box] for box in places}
     for outer, members in covers.items():
         for piece in regions.file_regions(entry.form, outer):
-            key = entry.keys[piece.number]
-            slices = regions.relative_slices(piece.region, outer)
+            key, slices = entry.keys[piece.number], regions.relative_slices(piece.region, outer)
             if outer in places and _read_in_place(source, key, piece, places[outer][slices]):
                 continue
             if piece.is_full:

@@ -185,8 +185,9 @@ def compare_shared(bank: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[
             continue
         distance = np.abs(ours[common].astype(np.float64) - theirs[common].astype(np.float64))
         count = int((distance != 0).sum())  # NaN differs from every value
-        largest = float(distance.max())
-        problems.append(f"{name}: {count} of {distance.size} values differ, by up to {largest:.3g} ({shapes})")
+        problems.append(
+            f"{name}: {count} of {distance.size} values differ, by up to {float(distance.max()):.3g} ({shapes})"
+        )
     return problems
 
 

@@ -243,8 +243,9 @@ def _bind_site(
                     _bind_array(keymap, match, tensor, path, arrays[path], dims, known)
                     for tensor, (path, dims) in zip(tensors, given, strict=True)
                 )
-                left = match.weight.left
-                shape = tuple(known[axis] for axis in left) if known.keys() >= {*left} else None
+                shape = (
+                    tuple(known[axis] for axis in match.weight.left) if known.keys() >= {*match.weight.left} else None
+                )
                 fits.append(ForeignSite(match, a, b, shape))
     if not fits:
         path_a, path_b = candidates[0].a, candidates[0].b
