@@ -541,8 +541,8 @@ def _build_arrays(
         "\nTrain the modules with one A, or build the target with a larger rank and pass"
         ' jaxadapt.models.LoraTree(target, on_shared="concat"), which concatenates the tensors',
     )
-    placed = found.placed
-    forms.require_rank({half.path: (half.rank, found.need[half.path]) for half in sites.arrays})
+    placed, need = found.placed, found.need
+    forms.require_rank({half.path: (half.rank, need[half.path]) for half in sites.arrays})
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
     kept = {site.a.path for site in sites.sites if site.b.shared == 1 and room.given.slot is None}
