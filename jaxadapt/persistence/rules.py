@@ -112,8 +112,11 @@ def _fitting(source: TensorSource, expected: Expected) -> TensorSource:
 
 def _with(source: TensorSource, arrays: Mapping[str, Any]) -> TensorSource:
     new = as_source(arrays)
-    keys = [*source, *arrays]
-    return View(source.source, {key: (new if key in arrays else source, key) for key in keys}) if arrays else source
+    return (
+        View(source.source, {key: (new if key in arrays else source, key) for key in [*source, *arrays]})
+        if arrays
+        else source
+    )
 
 
 # ---------------------------------------------------------------- rules
