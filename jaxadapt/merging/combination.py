@@ -61,14 +61,10 @@ def _combine_matrices(static: tuple[_Options, tuple[float, ...], Any], tree: Any
     """
     options, scales, _ = static
     a, b, weights, noise = tree
-    masks = (
-        None
-        if noise is None
-        else [
-            each if isinstance(each, tuple) else _draw_masks(options, x, y, each)
-            for x, y, each in zip(a, b, noise, strict=True)
-        ]
-    )
+    masks = noise and [
+        each if isinstance(each, tuple) else _draw_masks(options, x, y, each)
+        for x, y, each in zip(a, b, noise, strict=True)
+    ]
     if a[0].ndim == 3:  # one by one: a weight change is as large as its weight
         return jax.lax.map(lambda each: _combine_matrices(static, (each[0], each[1], weights, each[2])), (a, b, masks))
     mask_a, mask_b = zip(*masks, strict=True) if masks else (None, None)
