@@ -522,9 +522,11 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
     >>> found.modules[0].norms, found.modules[0].distance, found.modules[0].cosine
     ((6.0, 10.0), 8.0, 0.6)
     """
-    given: tuple[Any, ...] = first, second
-    wrong = [type(each).__name__ for each in given if not isinstance(each, PeftTensors)]
-    raise_listed(AttachError, "diff: expected two PeftTensors, of jaxadapt.read(folder), found:", wrong)
+    raise_listed(
+        AttachError,
+        "diff: expected two PeftTensors, of jaxadapt.read(folder), found:",
+        (type(each).__name__ for each in (first, second) if not isinstance(each, PeftTensors)),  # pyright: ignore[reportUnnecessaryIsInstance]
+    )
     if first.config.peft_type != second.config.peft_type:
         raise MismatchError(
             f"cannot compare {first.source} with {second.source}: their methods are {first.config.peft_type} and"
@@ -539,13 +541,28 @@ def diff(first: PeftTensors, second: PeftTensors, *, progress: Progress = None) 
             result, nbytes = _compare(name, (first, second), (ours[name], theirs[name]))
             found.append(result)
             count(nbytes)
-    values = [each.config.to_dict() for each in (first, second)]
     return Difference(
-        {name: (values[0].get(name), values[1].get(name)) for name in first.config.changed_keys(second.config)},
+        _changed_settings(first.config, second.config),
         tuple(each for each in found if isinstance(each, ModuleDifference)),
         (_without(ours, theirs), _without(theirs, ours)),
         tuple(each for each in found if isinstance(each, str)),
     )
+
+
+def _changed_settings(first: Config, second: Config) -> dict[str, tuple[Any, Any]]:
+    """Return {field: both values} of the fields that differ, with lists of names sorted.
+
+    PEFT holds names in sets, which have a random order in its file.
+    """
+    ours, theirs = (
+        {k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for k, v in values.items()}
+        for values in (first.to_dict(), second.to_dict())
+    )
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in first.changed_keys(second)
+        if not isinstance(ours.get(name), list) or ours[name] != theirs.get(name)
+    }
 
 
 _COMPARED = "lora_A", "lora_B", "lora_embedding", "lora_diag", "ia3_l"

@@ -164,5 +164,5 @@ def main(verbose: bool) -> None:
 
 
 def _is_no_retry(record: logging.LogRecord) -> bool:
-    """Return False for the Hub client's message about each of its attempts: the error at the end says what failed."""
-    return "Retrying in" not in record.getMessage()
+    """Return False for the Hub client's messages about each of its attempts: the error at the end says what failed."""
+    return not any(words in record.getMessage() for words in ("Retrying in", "thrown while requesting"))

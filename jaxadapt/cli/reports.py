@@ -105,7 +105,7 @@ def _print_info(
     info: folder.Info, readers: Sequence[consumers.Reader], found: changes.Norms | None, tensors: bool
 ) -> None:
     config, targets = info.config, info.config.get("target_modules")
-    dtypes, size = "/".join(info.dtypes), consumers.size_text(info.file_bytes)
+    dtypes, size, count = "/".join(info.dtypes), consumers.size_text(info.file_bytes), len(info.tensors)
     rows = [
         ("method", config.peft_type + (f", {config.task_type}" if config.task_type else "")),
         ("format", None if info.form == "PEFT" else f"{info.form}; the programs below read it after jaxadapt convert"),
@@ -113,7 +113,7 @@ def _print_info(
         ("targets", None if targets is None else _value_text(targets)),
         *((name, _value_text(value)) for name, value in config.shown_fields().items()),
         ("adapted", ", ".join(info.modules) or None),
-        ("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"),
+        ("size", f"{info.parameters:,} parameters in {count} tensor{'s' if count != 1 else ''}, {dtypes}, {size}"),
         ("peft version", config.peft_version or None),
     ]
     output.print_pairs([*rows, *reader_rows(readers)])
@@ -343,7 +343,7 @@ def families_command(name: str | None, as_json: bool) -> None:
         rows = [(k.name, str(len(k.weights)), "yes" if k.proved else "no") for k in keymaps]
         output.print_result(
             as_json,
-            [{"name": k.name, "lines": len(k.weights), "proved": k.proved} for k in keymaps],
+            [{"name": k.name, "entries": len(k.weights), "proved": k.proved} for k in keymaps],
             lambda: output.print_table(("family", "entries", "proved"), rows, numbers=("entries",)),
         )
         return
@@ -562,7 +562,7 @@ def _number(value: float | None) -> str:
 @output.as_json
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str, as_json: bool) -> None:
-    """Print the script that completes commands, options and paths in SHELL.
+    """Print the script that completes commands, options, names and paths in SHELL.
 
     Add the script to the startup file of your shell, as in the example, and open a new shell. zsh also needs the line
     `autoload -Uz compinit && compinit` above the script.

@@ -140,7 +140,7 @@ def open_base(base: str | os.PathLike[str]) -> Base:
     folder = Path(base)
     if missing := [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]:
         raise FileError(
-            f"{folder}: expected {SMOLLM2!r}, or a folder with a Llama; the folder lacks {' and '.join(missing)}"
+            f"{folder}: expected {SMOLLM2!r}, or a folder with a Llama; found no {' and no '.join(missing)} there"
         )
     path = folder / "config.json"
     try:

@@ -176,6 +176,16 @@ def test_settings_modules_and_sizes_that_differ():
         diff(one, jaxadapt.to_peft(small.adapter(small.IA3)))
 
 
+def test_the_order_of_names_is_no_difference(tmp_path):
+    """PEFT writes target_modules from a set of Python, whose order is another one in each process."""
+    one = lora(3, names=("l.0.q",))
+    two = dataclasses.replace(one, config=one.config.replace(target_modules=["v", "q"]))
+    assert one.config.to_dict()["target_modules"] != two.config.to_dict()["target_modules"]
+    assert diff(one, two).is_equal
+    other = dataclasses.replace(one, config=one.config.replace(target_modules=["v", "o", "q"]))
+    assert diff(two, other).settings == {"target_modules": (["q", "v"], ["o", "q", "v"])}
+
+
 def test_a_difference_is_printed_as_text():
     """With the numbers of NumPy, and without control characters of names."""
     one, two = lora(3, names=("l.0.q",)), lora(3, names=("l.0.q", "l.0.\x1b[2J"))

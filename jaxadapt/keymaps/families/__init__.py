@@ -228,8 +228,9 @@ def get_family(name: str, families: Mapping[str, KeyMap] = FAMILIES) -> KeyMap:
         raise errors.KeyMapError(
             f"there is no family {name!r}"
             + (f"; did you mean {' or '.join(map(repr, close))}?" if close else ".")
-            + f" Known families: {', '.join(sorted(families))} (add /scan0, /scan1, … for layers stacked on that axis)"
-            f" and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 with Hugging Face's names are 'llama'"
+            + f" `jaxadapt families` lists them (add /scan0, /scan1, … for layers stacked on that axis);"
+            f" {GENERIC.name!r} has the model's own paths. Mistral, Qwen 2 and Qwen 3 with Hugging Face's names are"
+            " 'llama'"
         )
     for change in changes:
         axis = change.removeprefix("scan")
