@@ -183,7 +183,7 @@ def copy_method(
     if matching.is_saved(config, module):
         return FullCopy("modules_to_save", lookup=kind == "lookup")
     if _copies_targets(config) and matching.is_target(config, module):
-        return METHODS[config.peft_type].copy_of(config, parameter)
+        return METHODS[config.peft_type].copy_of(config, parameter, kind == "lookup")
     if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
         return RowCopy(indices)
     mode = config.get("bias", "none")
@@ -226,14 +226,13 @@ def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
 def _sized_matches(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[tuple[Match, dict[str, int]]]:
     """Return the matches of a model's leaves, and their sizes, as copies see them."""
     # The copy of a tied token embedding replaces the weight in the lookup only, since PEFT's head is another module.
-    is_apart = config.get("modules_to_save") and not config.get("ensure_weight_tying")
-    tied = set(tied_heads(keymap, shapes).values()) if is_apart else set[str]()
+    tied = set[str]() if config.get("ensure_weight_tying") else set(tied_heads(keymap, shapes).values())
     found: list[tuple[Match, dict[str, int]]] = []
     for leaf, shape in shapes.items():
         match = match_for_copy(keymap, leaf, shape)
         sizes = axis_sizes(match, shape)
         module = "" if match.braced else match.parameter({})[0]
-        if module in tied and matching.is_saved(config, module):
+        if module in tied and isinstance(copy_method(config, module, "weight", {}), FullCopy):
             old = match.weight
             key = ".".join(match.parameter({}))
             match = Match(leaf, Weight(leaf, key, old.pattern, kind="lookup", fan_in_fan_out=True, scale=old.scale))

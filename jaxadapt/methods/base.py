@@ -397,7 +397,7 @@ class Method(abc.ABC):
         """
         raise ConfigError(f"target_parameters: {self.peft_type} adapts modules only; use target_modules")
 
-    def copy_of(self, config: Any, parameter: str) -> Method | None:
+    def copy_of(self, config: Any, parameter: str, lookup: bool) -> Method | None:
         """Return the method of the copy of one parameter of a target ("weight", "bias"); None if it has none."""
         return None
 
@@ -576,10 +576,11 @@ def file_sizes(
 ) -> tuple[int | None, int | None]:
     """Return the outputs and the inputs of a module, as far as its file tensors `{name: shape}` determine them.
 
-    The inputs of a convolution are its channels, in all groups. The arguments are those of `Target.of_file`.
+    The inputs of a convolution are its channels, in all groups. A copy has the layout of its weight, whichever it is.
+    The arguments are those of `Target.of_file`.
     """
     sizes: dict[str, int] = {}
-    for tensor in method.tensors(config, Target.of_file(module, found, shape)):
+    for tensor in () if method.scope == "copies" else method.tensors(config, Target.of_file(module, found, shape)):
         if len(tensor.torch) == len(found.get(tensor.name, ())):
             sizes |= {group[0]: n for group, n in zip(tensor.torch, found[tensor.name], strict=True) if len(group) == 1}
     return sizes.get("out"), sizes.get("channels", sizes.get("in"))

@@ -124,8 +124,8 @@ class FullCopy(_Copy):
         if not self.replaces:
             raise AttachError(
                 f"{hparams.because} copies this weight only for the token lookup, but the weight is also the head, so"
-                " there is no single effective weight. Build the model with a separate head (as PEFT's merge does), or"
-                " train with ensure_weight_tying"
+                " there is no single effective weight. Build the model with a separate head (as PEFT's merge does)"
+                + (", or train with ensure_weight_tying" if hparams.because == "modules_to_save" else "")
             )
         copy = params["copy"].astype(w.dtype)
         if hparams.used is None:

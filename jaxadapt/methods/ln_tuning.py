@@ -17,5 +17,5 @@ class LnTuning(CopyingMethod, peft_type="LN_TUNING"):
 
     examples: Examples = ({"target_modules": ["input_layernorm", "norm"]}, {"target_modules": r".*(layernorm|v_proj)"})
 
-    def copy_of(self, config: LNTuningConfig, parameter: str) -> FullCopy:
-        return FullCopy("target_modules", ".ln_tuning_layers")
+    def copy_of(self, config: LNTuningConfig, parameter: str, lookup: bool) -> FullCopy:
+        return FullCopy("target_modules", ".ln_tuning_layers", lookup)

@@ -23,7 +23,7 @@ class TrainableTokens(CopyingMethod, peft_type="TRAINABLE_TOKENS"):
         if not config.token_indices:
             raise ConfigError("token_indices: expected the tokens to train, found none")
 
-    def copy_of(self, config: TrainableTokensConfig, parameter: str) -> RowCopy | None:
+    def copy_of(self, config: TrainableTokensConfig, parameter: str, lookup: bool) -> RowCopy | None:
         if parameter != "weight":
             return None
         return RowCopy(tuple(config.token_indices), "token_indices", "", not config.init_weights)
