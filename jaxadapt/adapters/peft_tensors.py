@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxadapt.arrays.tensor_source import TensorSource, is_float, rename
 from jaxadapt.configs import matching
@@ -402,7 +402,7 @@ def without_names(tensors: PeftTensors) -> PeftTensors:
     whole, source = {key: key for key in tensors.tensors}, tensors.source
     owners = _adapter_names(whole)
     adapters = sorted(set(owners.values()))
-    names = _without_adapter_names(MAGNITUDE.undo(whole))
+    names = _without_adapter_names(cast("Names", MAGNITUDE.undo(whole)))
     if names == whole:
         return tensors
     if len(adapters) > 1:
