@@ -5,7 +5,7 @@
 
 The names in the file are the model's own paths (`layers.0`, …). It prints the loss after 20 steps:
 
-    0.28
+    0.27
 """
 
 import sys
@@ -54,4 +54,4 @@ def main(folder: str) -> float:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1] if len(sys.argv) > 1 else "out/equinox"))
+    print(f"{main(sys.argv[1] if len(sys.argv) > 1 else 'out/equinox'):.2f}")

@@ -11,6 +11,7 @@ Qwix stores no alpha, so `save` takes it. The base in `base` is small and random
     held-out loss 4.789 -> 2.320 after 20 steps
     note: LORA adapter for out/tunix_qwen3/base, 28 tensors, 14 adapted modules
     note: rank 4 and scale 4 in 14 modules (down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj)
+    note: out/tunix_qwen3/base is the base of the training, by 8 of its weights
 """
 
 from __future__ import annotations

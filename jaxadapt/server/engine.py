@@ -198,8 +198,8 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
 
     Args:
         model: the base.
-        folders: the adapters that are there at the start. One that cannot be read counts for nothing; a request for it
-            gets the error.
+        folders: the adapters that are there at the start. One that cannot be read or served counts for nothing, with
+            a warning.
         rank: the least rank to have room for.
         targets: the modules that adapters may change.
     """
@@ -208,9 +208,9 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
     for path in folders:
         try:
             found = _read_room(model, path, rank)
-        except AdapterError:
-            continue
-        if found is not None:
+        except AdapterError as error:
+            warn(f"requests for {path.name!r} will fail: {error}")
+        else:
             config = found.config if isinstance(found, jaxadapt.Adapter) else found
             kind = (config.peft_type, bool(config.get("use_dora")), bool(config.get("lora_bias")))
             kinds.setdefault(kind, []).append(found)
@@ -229,14 +229,14 @@ def make_room(model: Any, folders: Iterable[Path], rank: int, targets: Sequence[
 def _read_room(model: Any, path: Path, rank: int) -> Any:
     """Return the configuration of an adapter's kind, or the adapter, if it has tensors of its own for all modules.
 
-    None if no bank has room for it.
+    Raises `AdapterError` if it cannot be read, or if no bank has room for it.
     """
     info = jaxadapt.inspect(path)
     config: Any = info.config
     largest = max((size for _, shape in info.tensors.values() for size in shape), default=0)
     # A number in a JSON file must not take all memory.
     if FACTS[config.peft_type].rows == "no" or max(_ranks(config), default=0) > largest:
-        return None
+        raise FormatError(f"no bank of adapters has room for this {config.peft_type}")
     if becomes_lora(config):
         config = plain_config(config, get_method(config).plain_rank(config) or rank)
     return jaxadapt.from_peft(jaxadapt.read(path), model) if get_method(config).has_shared else config
