@@ -253,14 +253,16 @@ def per_expert_keymap(keymap: KeyMap) -> KeyMap:
             options: dict[str, Any] = {**entry.options, "kind": "linear"}
             entries.append(Weight(entry.leaf, entry.key, entry.pattern, **options))
         elif entry.kind == "experts":
-            (expert,), out, inputs = entry.torch_roles["experts"], entry.torch_roles["out"], entry.torch_roles["in"]
-            if is_transposed(entry):
-                out, inputs = inputs, out
+            (expert,) = entry.torch_roles["experts"]
+            sides = ("in", "out") if is_transposed(entry) else ("out", "in")
             part = entry.part.partition("/")[0].partition(":")[0]
             module = f"{entry.file_key}.{{e}}" + (f".{part}" if part else "")
             modules_of.setdefault(entry.file_key, []).append(module)
             left = " ".join("{e}" if axis == expert else axis for axis in entry.left)
-            right = " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in (out, inputs))
+            right = " ".join(
+                group[0] if len(group) == 1 else f"({' '.join(group)})"
+                for group in map(entry.torch_roles.__getitem__, sides)
+            )
             options: dict[str, Any] = {"kind": "linear", "scale": entry.scale, **dict(entry.sizes)}
             entries.append(Weight(entry.leaf, f"{module}.weight", f"{left} -> {right}", **options))
         else:
@@ -492,7 +494,8 @@ def split_experts(
                 stem = f"{keymap.prefix}{module}.lora_"
                 new_tensors[f"{stem}A.weight"] = one_b.T if parameter.turned else one_a
                 new_tensors[f"{stem}B.weight"] = one_a.T if parameter.turned else one_b
-                ranks[module], alphas[module], experts[module] = rank, alpha, template
+                ranks[module], alphas[module] = rank, alpha
+                experts[module] = template
     return _with_ranks(_with_target_modules(config, keymap, modules, experts), modules, ranks, alphas), new_tensors
 
 

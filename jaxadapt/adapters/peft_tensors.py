@@ -168,8 +168,7 @@ def _split_adapter_name(key: str, types: tuple[str, ...]) -> tuple[str, str] | N
     stem, _, end = key.rpartition(".")
     if end in ("weight", "bias"):  # of a module: lora_A.default.weight
         stem, _, name = stem.rpartition(".")
-        tensor = stem.rpartition(".")[2]
-        if _is_tensor(tensor, types):
+        if _is_tensor(stem.rpartition(".")[2], types):
             return name, stem if stem.endswith(_MAGNITUDE) else f"{stem}.{end}"
     elif _is_tensor(stem.rpartition(".")[2], types):  # a parameter: ia3_l.default
         return end, stem

@@ -305,7 +305,8 @@ def _factors(config: Config, module: str, arrays: Mapping[str, Any]) -> Factors:
 
 def _compare_products(module: str, one: Factors, other: Factors) -> ModuleDifference:
     """Compare s₁·B₁·A₁ with s₂·B₂·A₂ of the same sizes and number of experts; the norms are over all experts."""
-    (a1, b1, s1), (a2, b2, s2) = one, other
+    a1, b1, s1 = one
+    a2, b2, s2 = other
     b = _grams(b1, b2)
     a = _Grams(*(scale * gram for scale, gram in zip((s1 * s1, s1 * s2, s2 * s2), _grams(a1, a2), strict=True)))
     squares = [max(float((p * q).sum()), 0.0) for p, q in ((a.x, b.x), (a.y, b.y))]

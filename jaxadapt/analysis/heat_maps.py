@@ -61,19 +61,19 @@ def draw_maps(grid: Grid[Any], maps: Sequence[HeatMap], title: str) -> bytes:
 
 def _draw_map(figure: Any, axis: Any, grid: Grid[Any], heat_map: HeatMap, width: float) -> None:
     """Draw one heat map of this width in inches, with a color bar as tall as the map."""
-    (low, high), rows, columns = heat_map.limits, grid.rows, grid.columns
+    low, high = heat_map.limits
     values = np.array([[np.nan if v is None else v for v in row] for row in heat_map.cells], float)
     axis.set_facecolor(_FAINT)
     colors = "viridis" if low == 0 else "RdBu"
     image = axis.imshow(values, aspect="auto", cmap=colors, vmin=low, vmax=high, interpolation="nearest")
     axis.set_title(heat_map.title, fontsize=9, color=_INK)
-    axis.set_xticks(range(len(columns)), columns, fontsize=8, rotation=40, ha="right", rotation_mode="anchor")
-    ticks = range(0, len(rows), max(1, round(len(rows) / 32)))
-    axis.set_yticks(ticks, [rows[i] for i in ticks], fontsize=7)
+    axis.set_xticks(range(len(grid.columns)), grid.columns, fontsize=8, rotation=40, ha="right", rotation_mode="anchor")
+    ticks = range(0, len(grid.rows), max(1, round(len(grid.rows) / 32)))
+    axis.set_yticks(ticks, [grid.rows[i] for i in ticks], fontsize=7)
     axis.set_ylabel("layer", fontsize=8, color=_INK)
     axis.tick_params(length=0, colors=_INK)
     axis.spines[:].set_visible(False)
-    if len(rows) <= 40:
+    if len(grid.rows) <= 40:
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
                 share = (min(value, high) - low) / (high - low)

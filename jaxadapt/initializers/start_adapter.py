@@ -86,7 +86,8 @@ class Initialization:
 
     def _obstacles(self, site: Site) -> list[str]:
         """Return the first reason why the initialization does not support a site, if there is one."""
-        r, leaf, scale = _rank(site), self.weights[site.leaf], site.hparams.scale
+        r = _rank(site)
+        leaf = self.weights[site.leaf]
         if quantized.is_quantized(leaf):
             return ["it is quantized; initialize with the original weights, then quantize the changed base"]
         out_size, in_size = factors.matrix_sizes(site)
@@ -100,10 +101,11 @@ class Initialization:
                 leaf.dtype.itemsize == 1 and not self.kind.in_8_bits
             ),
             "its layers or parts differ in rank or scale; use an unrolled model": (
-                isinstance(scale, PerEntry) and not self.kind.per_entry
+                isinstance(site.hparams.scale, PerEntry) and not self.kind.per_entry
             ),
-            f"expected a positive scale, whose root divides its factors, found {scale}; set lora_alpha above 0": (
-                self.kind.divides and not isinstance(scale, PerEntry) and scale <= 0
+            f"expected a positive scale, whose root divides its factors, found {site.hparams.scale}; set lora_alpha"
+            " above 0": (
+                self.kind.divides and not isinstance(site.hparams.scale, PerEntry) and site.hparams.scale <= 0
             ),
             "layer_replication may repeat its layer, and PEFT then takes a part out of the one shared weight for each"
             " repetition; choose an initialization that leaves the base as it is": (
@@ -193,7 +195,8 @@ class Initialization:
         init_values = functools.partial(
             initial_values.init_values, plain, self.sites, key, dtype, base_shardings=shardings
         )
-        specs, started = init_values(abstract=True, base=self.weights), self.pairs if computed else []
+        specs = init_values(abstract=True, base=self.weights)
+        started = self.pairs if computed else []
         pairs = {
             module: factors.Pair(*factors.pad_rank(jnp.asarray(f.a), jnp.asarray(f.b), config.rank_of(module)), 1.0)
             for module, f in computed.items()
@@ -395,9 +398,9 @@ def _prompt_values(
     table = functools.cache(lambda: token_table(recipe.keymap, base.leaves, config.peft_type))
     given = StartData(jax.random.fold_in(key, 1), table, tokens, _source_tensors(source))
     shapes = {each.tensor.name: each.entry.shape for each in adapter_sites.shared}
-    own, where = initial_values.new_dtype(dtype), initial_values.adapter_shardings(adapter_sites, base.shardings)
+    where = initial_values.adapter_shardings(adapter_sites, base.shardings)
     started = method.start_values(config, shapes, given).items()
-    cast = {paths.join(SHARED_NODE, name): x.astype(own) for name, x in started}
+    cast = {paths.join(SHARED_NODE, name): x.astype(initial_values.new_dtype(dtype)) for name, x in started}
     return {path: regions.move_to(x, where[path]) if path in where else x for path, x in cast.items()}
 
 

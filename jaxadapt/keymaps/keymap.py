@@ -369,7 +369,8 @@ def shape_problem(match: Match, shape: Sequence[int]) -> str:
 def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Yield the reasons why a model with these leaves is not of the family, one for each leaf."""
     sizes: dict[tuple[str, tuple[int, int]], dict[int, str]] = {}
-    identified, matched_leaves, counts = False, set[str](), dict(keymap.counts)
+    counts = dict(keymap.counts)
+    matched_weights: list[Weight] = []
     known = {_first_name(w.leaf) for w in keymap.weights} if keymap.complete else set[str]()
     for leaf, shape in shapes.items():
         matched = keymap.match(leaf)
@@ -377,8 +378,7 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
             if _first_name(leaf) in known:
                 yield f"{leaf} {shape}: no entry matches it"
             continue
-        matched_leaves.add(matched.weight.leaf)
-        identified = identified or matched.weight.is_layer_matrix
+        matched_weights.append(matched.weight)
         limit = counts.get(matched.weight.leaf, math.inf)
         beyond = any(text.isdecimal() and int(text) >= limit for _, text in matched.holes)
         if problem := f"parameter {leaf!r}: only {limit} such layers" if beyond else shape_problem(matched, shape):
@@ -395,8 +395,9 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
     for (name, _), different in sizes.items():
         first, *others = different.items()
         yield from (f"{text}, where {name} is {size}; it is {first[0]} in {first[1]}" for size, text in others)
+    matched_leaves = {weight.leaf for weight in matched_weights}
     yield from (f"{leaf}: missing" for leaf in keymap.needs if leaf not in matched_leaves)
-    if not identified:
+    if not any(weight.is_layer_matrix for weight in matched_weights):
         yield "no parameter is a layer's matrix"
 
 

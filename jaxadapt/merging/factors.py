@@ -95,8 +95,10 @@ def site_pairs(config: Config, adapter_sites: Sequence[Site], leaves: Mapping[st
 
 def pair_leaves(adapter_sites: Sequence[Site], pairs: Mapping[str, Pair]) -> dict[str, Array]:
     """Return `{path: array}` of the As and Bs of some sites: the inverse of `site_pairs`."""
-    tensors, entries = write_pairs(pairs, site_keys(adapter_sites)), make_file_plan(adapter_sites).entries
-    return {entry.path: entry.decode(tensors) for entry in entries if entry.keys[0] in tensors}
+    tensors = write_pairs(pairs, site_keys(adapter_sites))
+    return {
+        entry.path: entry.decode(tensors) for entry in make_file_plan(adapter_sites).entries if entry.keys[0] in tensors
+    }
 
 
 def normalize(source: Plain) -> Plain:

@@ -80,9 +80,9 @@ def evaluate_scan(
         return outs[:carried], outs[carried:]
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    start = list(operands[consts : consts + carried])
-    scanned = list(operands[consts + carried :])
-    carry, ys = jax.lax.scan(body, start, (scanned, own), **options)
+    carry, ys = jax.lax.scan(
+        body, list(operands[consts : consts + carried]), (list(operands[consts + carried :]), own), **options
+    )
     return [*carry, *ys]
 
 

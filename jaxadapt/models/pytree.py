@@ -408,8 +408,7 @@ def _find_roles(uses: Sequence[tracing.WeightUse], leaf: str, stacks: Sequence[t
         raise AttachError(f"scans take it over different axes, {stacks}, and so it is not known which stack layers")
     for use in uses:
         if isinstance(use, tracing.OtherUse) and use.axes is not None:
-            kind = "conv" if use.primitive.startswith("conv") else "embedding"
-            return call.Roles(use.axes, kind, use.groups)
+            return call.Roles(use.axes, "conv" if use.primitive.startswith("conv") else "embedding", use.groups)
     return call.Roles(call.infer_axes(uses, leaf))
 
 
@@ -439,5 +438,4 @@ def adapt(
     base = TreeParams(leaves(model.base), model)
     recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
     values = base.new_values(recipe, sites, options["key"], dtype, "a random key: pass key=jax.random.key(seed)")
-    adapter = Adapter.of_leaves(recipe.config, values, recipe.keymap)
-    return model.attach(name, adapter, options["deterministic"])
+    return model.attach(name, Adapter.of_leaves(recipe.config, values, recipe.keymap), options["deterministic"])

@@ -516,7 +516,8 @@ def _checkpoint(eqn: JaxprEqn, jaxpr: Jaxpr, operands: list[Any], scope: _Scope)
 
 def _scan(eqn: JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
     """Evaluate a scan with the weights that all steps share, and those that it takes layer by layer, followed in it."""
-    (consts, carried), closed = scan_sizes(eqn), eqn.params["jaxpr"]
+    closed = eqn.params["jaxpr"]
+    consts, carried = scan_sizes(eqn)
     views = _taken_views(operands, consts, consts + carried, scope)
     operands = [scope.plain(v) if i >= consts and i not in views else v for i, v in enumerate(operands)]
     axes = {view.layout.name: view.layout.groups[0][0] for view in views.values()}

@@ -285,16 +285,19 @@ def encode_tree(
     adapter = take_adapter(held, name, keymap, in_memory=in_memory)
     if adapter.shared and (stored := get_method(adapter.config).stored(adapter.config, adapter.shared)):
         adapter = dataclasses.replace(adapter, params={**adapter.params, SHARED_NODE: stored})
-    config, own_keymap, leaves, adapter_sites = adapter.config, adapter.keymap, adapter.flat(), sites.sites_of(adapter)
-    encoded = _encode(leaves, adapter_sites, own_keymap)
-    has_embeddings = sites.may_need_embeddings(config, save_embedding_layers)
-    ties_heads = bool(own_keymap.tied) and METHODS[config.peft_type].ties_heads
+    leaves = adapter.flat()
+    adapter_sites = sites.sites_of(adapter)
+    encoded = _encode(leaves, adapter_sites, adapter.keymap)
+    has_embeddings = sites.may_need_embeddings(adapter.config, save_embedding_layers)
+    ties_heads = bool(adapter.keymap.tied) and METHODS[adapter.config.peft_type].ties_heads
     base = held.leaves() if held.has_base and (has_embeddings or ties_heads) else None
     if has_embeddings:
-        encoded = sites.add_embeddings(encoded, config, own_keymap, adapter_sites, base, save_embedding_layers)
-    if own_keymap.tied:
-        encoded = _repeat_for_heads(encoded, config, own_keymap, base)
-    config, tensors = _split_or_join(encoded, config, own_keymap, adapter_sites, held.given.on_shared)
+        encoded = sites.add_embeddings(
+            encoded, adapter.config, adapter.keymap, adapter_sites, base, save_embedding_layers
+        )
+    if adapter.keymap.tied:
+        encoded = _repeat_for_heads(encoded, adapter.config, adapter.keymap, base)
+    file_config, tensors = _split_or_join(encoded, adapter.config, adapter.keymap, adapter_sites, held.given.on_shared)
     found = _fingerprint(
         held.leaves if held.has_base and not in_memory else None,
         adapter.config,
@@ -303,7 +306,7 @@ def encode_tree(
         is_distributed(leaves.values()),
         timeout,
     )
-    return PeftTensors(config, tensors, "this adapter", found)
+    return PeftTensors(file_config, tensors, "this adapter", found)
 
 
 def _fingerprint(
@@ -368,7 +371,8 @@ def _require_zeros(adapter_sites: Sequence[Site], leaves: Mapping[str, Any]) -> 
     """Raise `MismatchError` for nonzero values in layers or ranks that the configuration excludes."""
     nonzero: list[str] = []
     for entry in (e for site in adapter_sites for e in site.entries if e.form.is_partial):
-        leaf, used = leaves[entry.path], entry.form.expand_by_tensor([1] * entry.form.count) > 0
+        leaf = leaves[entry.path]
+        used = entry.form.expand_by_tensor([1] * entry.form.count) > 0
         xp: Any = np if is_local(leaf) else jax.numpy
         if bool(xp.any(xp.where(used, 0, leaf) != 0)):
             nonzero.append(f"{entry.path} {tuple(leaf.shape)}")

@@ -244,8 +244,7 @@ def _check_naturals(value: object, name: str) -> tuple[int, ...]:
 
 def _parse_storage(identity: object) -> _Storage:
     """Parse PyTorch's ("storage", type, key, location, count), in old files with a view (key, offset, count)."""
-    fields = cast("tuple[object, ...]", identity) if type(identity) is tuple else (None,)
-    parts = list(fields[:7])
+    parts = list(cast("tuple[object, ...]", identity)[:7]) if type(identity) is tuple else [None]
     if len(parts) not in (5, 6) or parts[0] != "storage":
         raise UnsupportedPickle(
             "expected the description of a storage, found other fields. If a whole module was saved,"
