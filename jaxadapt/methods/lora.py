@@ -319,8 +319,11 @@ class Lora(Method, peft_type="LORA"):
 
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)
+        # To PEFT an empty object is a variant with its defaults, except that of Megatron.
         problems = [
-            f"{name}={value!r}, which {why}" for name, why in REFUSED_FIELDS.items() if (value := config.get(name))
+            f"{name}={value!r}, which {why}"
+            for name, why in REFUSED_FIELDS.items()
+            if (value := config.get(name)) or (value == {} and name != "megatron_config")
         ]
         if problems:
             raise ConfigError(

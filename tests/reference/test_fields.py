@@ -89,6 +89,30 @@ def test_every_field_has_its_place():
     assert sum(map(len, lists)) == len(ours)
 
 
+VARIANTS = ["use_bdlora", "arrow_config", "velora_config", "monteclora_config"]
+
+
+@pytest.mark.parametrize("field", [*VARIANTS, "megatron_config"])
+def test_an_empty_object_is_a_variant_with_its_defaults(field: str):
+    """In PEFT it fails, or adds parameters to each module; Megatron's counts as unset."""
+
+    def peft_names(**fields: Any) -> set[str] | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return set(peft.get_peft_model(EMB.torch(), peft.LoraConfig(**fields_of(fields))).state_dict())
+            except (AttributeError, ValueError):
+                return None
+
+    config, is_plain = jaxadapt.LoraConfig(**fields_of({field: {}})), field == "megatron_config"
+    assert (peft_names(**{field: {}}) == peft_names()) is is_plain
+    if is_plain:
+        jaxadapt.init(params(), config, keymap=TABLE, key=jax.random.key(0))
+    else:
+        with pytest.raises(jaxadapt.ConfigError, match=f"not supported: {field}="):
+            jaxadapt.init(params(), config, keymap=TABLE, key=jax.random.key(0))
+
+
 @functools.cache
 def torch_net() -> Any:
     return EMB.torch().eval()
