@@ -464,8 +464,8 @@ def card_text(
         *_settings(config, tensors, nbytes, page, image),
         *_readers(readers),
     ]
-    text = "\n".join(lines).strip()
-    front, body = _front_matter(config, page.license), f"\n{text}\n"
+    front = _front_matter(config, page.license)
+    body = "\n" + "\n".join(lines).strip() + "\n"
     mark = f"<!-- jaxadapt card {_digest(front)} {_digest(body)}: written anew until you edit it; then it is yours -->"
     return f"---\n{front}---\n{body}\n{mark}\n"
 

@@ -186,20 +186,14 @@ def lora_plus(
     groups = {"A": "A", "copy": "A", "other": "A", "embedding": "embedding", "frozen": "frozen"}
     rates = {"A": learning_rate, "embedding": embedding_learning_rate, "B": _scale_rate(learning_rate, ratio)}
     with raise_as(ConfigError, "make: expected optax.adamw or a function that is called like it", TypeError):
-        transforms: dict[Any, optax.GradientTransformation] = {
-            name + plain: make(rate, weight_decay=decay)
-            for plain, decay in (("", weight_decay), (" plain", 0.0))
-            for name, rate in rates.items()
-        }
-    return optax.multi_transform(
-        {**transforms, "frozen plain": optax.set_to_zero()},
-        jax.tree.map(lambda leaf: groups.get(leaf.role, "B") + ("" if leaf.decays else " plain"), _leaves(tree)),
-    )
+        decayed = {name: make(rate, weight_decay=weight_decay) for name, rate in rates.items()}
+        plain = {f"{name} plain": make(rate, weight_decay=0.0) for name, rate in rates.items()}
+    labels = jax.tree.map(lambda leaf: groups.get(leaf.role, "B") + ("" if leaf.decays else " plain"), _leaves(tree))
+    return optax.multi_transform({**decayed, **plain, "frozen plain": optax.set_to_zero()}, labels)
 
 
 def _scale_rate(rate: Any, ratio: float) -> Any:
-    schedule: Any = rate
-    return (lambda step: schedule(step) * ratio) if callable(rate) else rate * ratio  # pyright: ignore[reportUnknownLambdaType]
+    return (lambda step: _scale_rate(rate(step), ratio)) if callable(rate) else rate * ratio
 
 
 def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation:
