@@ -279,7 +279,12 @@ def _changed_weights(
     }
     # With ensure_weight_tying, the configuration lists only embeddings.
     ensured = saved if adapter.config.get("ensure_weight_tying") else set[str]()
-    return changed | {head for head, _ in pairs if head in rows or head in ensured}, rows
+    # TRAINABLE_TOKENS repeats the rows of one weight under the head's name: `drop_repeats` refuses others.
+    return changed | {
+        head
+        for head, table in pairs
+        if head in ensured or (head in rows and (table not in rows or adapter.config.get("token_indices") is None))
+    }, rows
 
 
 def _place_of_changed(changed: Collection[str], absent: Pairs) -> str:

@@ -84,3 +84,33 @@ def test_a_merge_of_files_gives_the_head_a_tensor_of_its_own(targets: list[str],
             jaxadapt.AttachError, match=r"also the head.*with a separate head \(as PEFT's merge does\)$"
         ):
             jaxadapt.merge(twin[1]["params"], adapter)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_merge_of_files_takes_the_rows_that_peft_writes_twice(equal: bool, tmp_path: Path):
+    """TRAINABLE_TOKENS of a tied embedding: PEFT writes its rows under the head's name too. The weight stays one."""
+    base, _ = gpt2.make_gpt2("linen", layers=1, width=16, heads=2)
+    config = peft.TrainableTokensConfig(target_modules=["wte"], token_indices=[3, 1], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    harness.save(model, tmp_path / "theirs")
+    base.save_pretrained(tmp_path / "base")
+    tensors = jaxadapt.read(tmp_path / "theirs")
+    rows = {key: np.asarray(x) for key, x in tensors.tensors.items()}
+    assert len(rows) == 2
+    if not equal:
+        rows["base_model.model.lm_head.trainable_tokens_delta"] += 1
+        jaxadapt.write(jaxadapt.PeftTensors(tensors.config, rows), tmp_path / "theirs")
+    result = CliRunner().invoke(
+        main, ["merge", str(tmp_path / "base"), str(tmp_path / "theirs"), "--out", str(tmp_path / "merged")]
+    )
+    assert (result.exit_code == 0) is equal, result.output
+    if equal:
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert merged.config.tie_word_embeddings
+        close(harness.logits(merged, IDS), harness.logits(model, IDS))
+    else:
+        assert "the head is tied to the embedding, so these tensors must be equal, and they differ" in result.output
