@@ -23,6 +23,7 @@ from jaxadapt.core.errors import escape_text
 from jaxadapt.core.lazy import LazyModule
 
 # pyright: reportUnusedImport=false
+# ruff: noqa: F401 (the files of commands import these)
 if TYPE_CHECKING:
     from jaxadapt.analysis import changes, heat_maps
     from jaxadapt.configs import matching
@@ -32,20 +33,21 @@ if TYPE_CHECKING:
     from jaxadapt.persistence import consumers, folder, run_folder
     from jaxadapt.storage import atomic, hf_model, orbax
 else:  # Imported from here by the files of commands.
-    (changes, heat_maps, matching, adapter_files, conversion, merge_files, check, families, foreign, summary_table,
-     consumers, folder, run_folder, atomic, hf_model, orbax) = (
-        LazyModule(f"jaxadapt.{package}.{name}")
-        for package, names in (
-            ("analysis", ("changes", "heat_maps")),
-            ("configs", ("matching",)),
-            ("export", ("adapter_files", "conversion", "merge_files")),
-            ("keymaps", ("check", "families")),
-            ("models", ("foreign", "summary_table")),
-            ("persistence", ("consumers", "folder", "run_folder")),
-            ("storage", ("atomic", "hf_model", "orbax")),
-        )
-        for name in names
-    )  # fmt: skip
+    globals().update(
+        {
+            name: LazyModule(f"jaxadapt.{package}.{name}")
+            for package, names in (
+                ("analysis", ("changes", "heat_maps")),
+                ("configs", ("matching",)),
+                ("export", ("adapter_files", "conversion", "merge_files")),
+                ("keymaps", ("check", "families")),
+                ("models", ("foreign", "summary_table")),
+                ("persistence", ("consumers", "folder", "run_folder")),
+                ("storage", ("atomic", "hf_model", "orbax")),
+            )
+            for name in names
+        }
+    )
 
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Look at an adapter": ("reports", ("inspect", "verify", "diff")),
