@@ -1,4 +1,4 @@
-"""What commands share: their common options, and JSON, tables and lists on standard output."""
+"""Options of several commands, and the printing of JSON, tables and lists on standard output."""
 
 from __future__ import annotations
 
